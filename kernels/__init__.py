@@ -1,0 +1,1 @@
+"""Device operations of the cascade; ships as `vllm_cascade.kernels`."""

@@ -1,0 +1,255 @@
+"""Causal attention over the cascade table with exact per-key scores, in plain PyTorch on a CPU.
+
+Keys are stored before RoPE and rotated at their logical place. With p the softmax probability, a
+query gives a key ``max`` (or ``mean``) over the query heads that share its KV head of
+``p ** score_power``; the stored score of a key is the weighted sum over queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.rotary import rotate
+
+# Attention weights in flight at once, in float32 elements: small enough to stay in cache.
+TILE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """The rotary table of a layer.
+
+    Args:
+        cos: [num_positions, rotary_dim / 2] float32.
+        sin: As `cos`.
+        is_neox: Which channels are paired, see `rotate`.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    is_neox: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How attention becomes a score.
+
+    Args:
+        power: Exponent on the probability.
+        reduction: "max" or "mean" over the query heads of a KV head.
+    """
+
+    power: float
+    reduction: str
+
+    def amounts(self, probs: torch.Tensor, dim: int) -> torch.Tensor:
+        """What each query gives each key, the query heads of a KV head lying along `dim`."""
+        if self.reduction == "max":
+            return self._raised(probs.amax(dim))
+        return self._raised(probs).mean(dim)
+
+    def _raised(self, probs: torch.Tensor) -> torch.Tensor:
+        if self.power == 1.0:
+            return probs
+        return probs.square() if self.power == 2.0 else probs.pow(self.power)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSegment:
+    """Several tokens of one request inside one epoch.
+
+    Args:
+        start: First of its rows in the batch.
+        end: One past its last row.
+        block_ids: [num_blocks] int64 blocks in logical order, the segment's own included.
+        first_place: Logical place of the first query; as many keys precede the segment.
+        carry: Factor on the scores kept so far.
+        weights: [end - start] float32 weight of each query in the scores.
+    """
+
+    start: int
+    end: int
+    block_ids: torch.Tensor
+    first_place: int
+    carry: float
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """One token each of several requests; their blocks lie one after the other.
+
+    Args:
+        rows: [num_rows] int64 row of each query in the batch.
+        places: [num_rows] int64 logical place of each query; it sees ``places + 1`` keys.
+        block_ids: [num_blocks] int64 blocks of all rows, each row's in logical order.
+        block_row: [num_blocks] int64 index into `rows` of the block's owner.
+        block_place: [num_blocks] int64 number of the block within its row.
+        carry: [num_rows] float32 factor on the scores kept so far.
+        weights: [num_rows] float32 weight of each query in the scores.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    block_ids: torch.Tensor
+    block_row: torch.Tensor
+    block_place: torch.Tensor
+    carry: torch.Tensor
+    weights: torch.Tensor
+
+
+def prefill(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    pages: Pages,
+    segment: PrefillSegment,
+    rotary: Rotary,
+    scale: float,
+    scoring: Scoring | None,
+) -> None:
+    """Attend one segment's queries to everything before them, and score the keys.
+
+    Args:
+        output: [num_tokens, num_heads, head_size_v]; the segment's rows are written.
+        query: [num_tokens, num_heads, head_size] before RoPE.
+        pages: The layer's pages, the segment's keys and values already written.
+        segment: Which rows and blocks.
+        rotary: The layer's rotary table.
+        scale: Factor on the logits.
+        scoring: How to score, or None for none.
+    """
+    num_queries, num_heads = segment.end - segment.start, query.shape[1]
+    head_size, num_keys = query.shape[2], segment.first_place + segment.end - segment.start
+    _, num_kv_heads, block_size, _ = pages.kv.shape
+    shared = num_heads // num_kv_heads
+
+    # [num_kv_heads, num_keys, head_size + head_size_v]
+    held = pages.kv[segment.block_ids].transpose(0, 1).reshape(num_kv_heads, -1, pages.kv.shape[3])
+    held = held[:, :num_keys]
+    key = rotate(held[..., :head_size], rotary.cos[:num_keys], rotary.sin[:num_keys], rotary.is_neox)
+    value = held[..., head_size:].float().contiguous()
+    own = slice(segment.first_place, num_keys)
+    # [num_heads, num_queries, head_size]
+    rotated = rotate(
+        query[segment.start : segment.end].transpose(0, 1),
+        rotary.cos[own],
+        rotary.sin[own],
+        rotary.is_neox,
+    ).mul_(scale)
+    rotated = rotated.view(num_kv_heads, shared, num_queries, head_size)
+    key = key.transpose(1, 2)
+
+    gained = torch.zeros(num_kv_heads, num_keys) if scoring else None
+    rows_per_tile = max(16, TILE_ELEMENTS // (num_heads * num_keys) // 16 * 16)
+    tiles = torch.empty(num_heads * min(rows_per_tile, num_queries) * num_keys * 2)
+    for first in range(0, num_queries, rows_per_tile):
+        last = min(first + rows_per_tile, num_queries)
+        count, seen = last - first, segment.first_place + last
+        area = num_heads * count * seen
+        # [num_kv_heads, shared * count, seen]
+        logits = tiles[:area].view(num_kv_heads, shared * count, seen)
+        probs = tiles[area : 2 * area].view_as(logits)
+        torch.bmm(
+            rotated[:, :, first:last].reshape(num_kv_heads, -1, head_size),
+            key[:, :, :seen],
+            out=logits,
+        )
+        future = torch.ones(count, count, dtype=torch.bool).triu_(1)
+        diagonal = logits.view(num_heads, count, seen)[..., seen - count :]
+        diagonal.masked_fill_(future, float("-inf"))
+        torch.softmax(logits, dim=-1, out=probs)
+        attended = torch.bmm(probs, value[:, :seen]).view(num_heads, count, -1)
+        output[segment.start + first : segment.start + last] = attended.transpose(0, 1)
+        if gained is not None and scoring is not None:
+            amounts = scoring.amounts(probs.view(num_kv_heads, shared, count, seen), dim=1)
+            gained[:, :seen] += torch.matmul(segment.weights[first:last], amounts)
+    if gained is not None:
+        _store_scores(pages, segment, gained, block_size)
+
+
+def _store_scores(
+    pages: Pages, segment: PrefillSegment, gained: torch.Tensor, block_size: int
+) -> None:
+    """Add what a segment gained to its keys' scores; its own keys had none before."""
+    assert pages.score is not None
+    num_kv_heads, num_keys = gained.shape
+    num_blocks = len(segment.block_ids)
+    total = torch.zeros(num_kv_heads, num_blocks * block_size)
+    total[:, :num_keys] = gained
+    before = -(-segment.first_place // block_size)
+    old = pages.score[segment.block_ids[:before]].transpose(0, 1).reshape(num_kv_heads, -1)
+    total[:, : segment.first_place] += old[:, : segment.first_place] * segment.carry
+    total = total.view(num_kv_heads, num_blocks, block_size)
+    pages.score[segment.block_ids] = total.transpose(0, 1)
+
+
+def decode(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    pages: Pages,
+    batch: DecodeBatch,
+    rotary: Rotary,
+    scale: float,
+    scoring: Scoring | None,
+) -> None:
+    """Attend one query of each row to all it holds, and score the keys.
+
+    Blocks of all rows are worked through as one ragged batch, without padding to the longest.
+
+    Args:
+        output: [num_tokens, num_heads, head_size_v]; the batch's rows are written.
+        query: [num_tokens, num_heads, head_size] before RoPE.
+        pages: The layer's pages, the queries' own keys and values already written.
+        batch: Which rows and blocks.
+        rotary: The layer's rotary table.
+        scale: Factor on the logits.
+        scoring: How to score, or None for none.
+    """
+    num_rows, num_heads = len(batch.rows), query.shape[1]
+    head_size, num_blocks = query.shape[2], len(batch.block_ids)
+    _, num_kv_heads, block_size, _ = pages.kv.shape
+    shared = num_heads // num_kv_heads
+
+    # [num_blocks, block_size] logical place of every slot
+    slot_place = batch.block_place[:, None] * block_size + torch.arange(block_size)
+    past_end = slot_place > batch.places[batch.block_row][:, None]
+    held = pages.kv[batch.block_ids]
+    held.masked_fill_(past_end[:, None, :, None], 0)
+    spot = slot_place.clamp_(max=len(rotary.cos) - 1)
+    # [num_blocks, num_kv_heads, block_size, head_size]
+    key = rotate(
+        held[..., :head_size], rotary.cos[spot][:, None], rotary.sin[spot][:, None], rotary.is_neox
+    )
+    value = held[..., head_size:].float()
+    rotated = rotate(
+        query[batch.rows],
+        rotary.cos[batch.places][:, None],
+        rotary.sin[batch.places][:, None],
+        rotary.is_neox,
+    ).mul_(scale)
+    rotated = rotated.view(num_rows, num_kv_heads, shared, head_size)
+
+    # [num_blocks, num_kv_heads, shared, block_size]
+    logits = torch.matmul(rotated[batch.block_row], key.transpose(2, 3))
+    logits.masked_fill_(past_end[:, None, None], float("-inf"))
+    longest = int(batch.block_place.max()) + 1
+    padded = torch.full((num_rows, longest, num_kv_heads, shared, block_size), float("-inf"))
+    padded[batch.block_row, batch.block_place] = logits
+    padded = padded.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv_heads, shared, -1).softmax(-1)
+    padded = padded.view(num_rows, num_kv_heads, shared, longest, block_size)
+    probs = padded.permute(0, 3, 1, 2, 4)[batch.block_row, batch.block_place]
+    attended = torch.zeros(num_rows, num_kv_heads, shared, value.shape[-1])
+    attended.index_add_(0, batch.block_row, torch.matmul(probs, value))
+    output[batch.rows] = attended.view(num_rows, num_heads, -1).to(output.dtype)
+
+    if scoring is None:
+        return
+    assert pages.score is not None
+    gained = scoring.amounts(probs, dim=2) * batch.weights[batch.block_row][:, None, None]
+    old = pages.score[batch.block_ids] * batch.carry[batch.block_row][:, None, None]
+    # A query's own key has no score yet, and slots past it hold leftovers.
+    new = slot_place >= batch.places[batch.block_row][:, None]
+    pages.score[batch.block_ids] = old.masked_fill_(new[:, None], 0) + gained

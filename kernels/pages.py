@@ -1,0 +1,71 @@
+"""One layer's KV pages as tensors: K and V, and in the padded tail scores and token indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Views into one layer's block pool.
+
+    Args:
+        kv: [num_blocks, num_kv_heads, block_size, head_size + head_size_v]; K, then V.
+        score: [num_blocks, num_kv_heads, block_size] float32, or None where none is kept.
+        token: [num_blocks, num_kv_heads, block_size] int32 token index, or None.
+    """
+
+    kv: torch.Tensor
+    score: torch.Tensor | None
+    token: torch.Tensor | None
+
+    @classmethod
+    def view(cls, kv: torch.Tensor, has_score: bool, has_token: bool) -> Pages:
+        """Lay the views over a page pool whose blocks lie ``kv.stride(0)`` elements apart.
+
+        Args:
+            kv: [num_blocks, num_kv_heads, block_size, channels], dense within a block.
+            has_score: Whether a float32 per head and slot follows K and V.
+            has_token: Whether an int32 per head and slot follows that.
+
+        Returns:
+            The views; they share storage with `kv`.
+        """
+        num_blocks, num_kv_heads, block_size, channels = kv.shape
+        slots = num_kv_heads * block_size
+        words = kv.element_size() / 4
+        stride = int(kv.stride(0) * words)
+        offset = int((kv.storage_offset() + slots * channels) * words)
+
+        def tail(dtype: torch.dtype, start: int) -> torch.Tensor:
+            flat = torch.empty(0, dtype=dtype, device=kv.device).set_(kv.untyped_storage())
+            shape = (num_blocks, num_kv_heads, block_size)
+            return flat.as_strided(shape, (stride, block_size, 1), start)
+
+        score = tail(torch.float32, offset) if has_score else None
+        token = tail(torch.int32, offset + slots * has_score) if has_token else None
+        return cls(kv, score, token)
+
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block_ids: torch.Tensor,
+        offsets: torch.Tensor,
+        tokens: torch.Tensor | None,
+    ) -> None:
+        """Store new tokens' keys (before RoPE) and values.
+
+        Args:
+            key: [num_tokens, num_kv_heads, head_size].
+            value: [num_tokens, num_kv_heads, head_size_v].
+            block_ids: [num_tokens] int64 block of each token.
+            offsets: [num_tokens] int64 slot in that block.
+            tokens: [num_tokens] int32 index of each token in its request; read if traced.
+        """
+        self.kv[block_ids, :, offsets] = torch.cat([key, value], dim=-1).to(self.kv.dtype)
+        if self.token is not None:
+            assert tokens is not None
+            self.token[block_ids, :, offsets] = tokens[:, None]

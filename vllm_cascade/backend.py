@@ -1,0 +1,125 @@
+"""The attention backend CASCADE: what vLLM asks of it, and the plan of each step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
+
+from vllm_cascade import trace
+from vllm_cascade.layout import build_layout
+from vllm_cascade.metadata import CascadeMetadata, plan_step
+from vllm_cascade.spec import CascadeSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_cascade.impl import CascadeImpl
+
+logger = init_logger(__name__)
+
+
+class CascadeBackend(AttentionBackend):
+    """Paged attention over a cascade of sub-caches of bounded size."""
+
+    forward_includes_kv_cache_update: bool = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CASCADE"
+
+    @staticmethod
+    def get_impl_cls() -> type[CascadeImpl]:
+        from vllm_cascade.impl import CascadeImpl
+
+        return CascadeImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CascadeMetadataBuilder]:
+        return CascadeMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: KVCacheSpec | None = None,
+    ) -> list[int | MultipleOf]:
+        # A page with a tail cannot be split, so any multiple is taken whole.
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Turn vLLM's spec of a layer into the cascade's, for the model loaded last."""
+        from vllm_cascade.impl import CascadeImpl
+
+        config = CascadeImpl.resolve_config(spec.block_size)
+        cascade_spec = CascadeSpec.of(spec, config)
+        layout = build_layout(config)
+        logger.info_once(
+            "CASCADE: %s, at most %d blocks of %d bytes per request and layer",
+            config.summary(),
+            layout.max_blocks,
+            cascade_spec.page_size_bytes,
+        )
+        return cascade_spec
+
+
+class CascadeMetadataBuilder(AttentionMetadataBuilder[CascadeMetadata]):
+    """Cuts each step's batch into waves, once for all layers.
+
+    Raises:
+        RuntimeError: A layer's rotary embedding was not handed over, so its keys would be
+            rotated by their position in the request, which outgrows the model's positions.
+    """
+
+    def __init__(
+        self,
+        kv_cache_spec: CascadeSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.layout = build_layout(kv_cache_spec.config)
+        layers = vllm_config.compilation_config.static_forward_context
+        for name in layer_names:
+            if layers[name].impl.rotary is None:
+                raise RuntimeError(
+                    f"CASCADE did not get the rotary embedding of layer {name}: the model was "
+                    "loaded by a loader that does not call BaseModelLoader.load_model. Start "
+                    "vLLM with --load-format auto"
+                )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> CascadeMetadata:
+        num_reqs = common_attn_metadata.num_reqs
+        seq_lens = common_attn_metadata.seq_lens[:num_reqs].numpy()
+        block_table = common_attn_metadata.block_table_tensor[:num_reqs].numpy()
+        if self.layout.config.trace_tokens:
+            trace.remember(self.layout, block_table, seq_lens)
+        return plan_step(
+            self.layout,
+            common_attn_metadata.query_start_loc_cpu[: num_reqs + 1].numpy(),
+            seq_lens,
+            block_table,
+        )

@@ -1,0 +1,80 @@
+"""The scheduler's side of the cascade: rows that grow to R blocks and never shrink."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
+
+from vllm_cascade.layout import build_layout
+from vllm_cascade.spec import CascadeSpec
+
+
+class CascadeManager(CircularBufferManager):
+    """Hands a request need(tokens) blocks and lets it keep them until it ends.
+
+    Blocks are recycled inside the row, so nothing is freed, moved or cached on the way. vLLM
+    admits a waiting request if its whole prompt fits the free blocks of the moment; blocks that
+    admitted prompts have yet to take are counted here as taken, so that a pool with room for k
+    budgets runs k long requests and preempts none.
+    """
+
+    def __init__(self, kv_cache_spec: CascadeSpec, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        self._layout = build_layout(kv_cache_spec.config)
+        # Request -> blocks that its prompt will hold, as promised on admission.
+        self._promised: dict[str, int] = {}
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        need = self._layout.need(num_tokens)
+        missing = max(0, need - self._num_held(request_id))
+        if apply_admission_cap:
+            self._promised[request_id] = need
+            missing += sum(
+                max(0, promised - self._num_held(other))
+                for other, promised in self._promised.items()
+                if other != request_id and self._num_held(other)
+            )
+        return missing
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        missing = self._layout.need(num_tokens) - self._num_held(request_id)
+        if missing <= 0:
+            return []
+        blocks = self.block_pool.get_new_blocks(missing)
+        self.req_to_blocks[request_id].extend(blocks)
+        return blocks
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        if num_external_computed_tokens:
+            raise NotImplementedError(
+                "CASCADE cannot take KV from a connector: its pages hold what survived, not every "
+                "token. Start without --kv-transfer-config"
+            )
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._promised.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def _num_held(self, request_id: str) -> int:
+        return len(self.req_to_blocks.get(request_id, ()))

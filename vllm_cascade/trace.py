@@ -1,0 +1,93 @@
+"""Which tokens each layer and KV head kept, read from the engine's own pages.
+
+Start the engine with the option ``trace_tokens`` and with
+``worker_extension_cls="vllm_cascade.trace.WorkerExtension"``, then call
+``llm.collective_rpc("kept_tokens")``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.layout import Layout
+
+# First block of a request -> its layout, its blocks and its tokens when last seen, newest last.
+_requests: dict[int, tuple[Layout, npt.NDArray[np.int32], int]] = {}
+
+
+def remember(
+    layout: Layout, block_table: npt.NDArray[np.int32], seq_lens: npt.NDArray[np.int64]
+) -> None:
+    """Note the rows of a step's requests, so that their pages can be read later.
+
+    Args:
+        layout: The cascade's structure.
+        block_table: [num_requests, width] block ids.
+        seq_lens: [num_requests] tokens of each request once the step is done.
+    """
+    for row, num_tokens in zip(block_table, seq_lens.tolist(), strict=True):
+        if num_tokens:
+            blocks = row[: layout.need(num_tokens)].copy()
+            _requests.pop(int(blocks[0]), None)
+            _requests[int(blocks[0])] = (layout, blocks, num_tokens)
+
+
+def kept_in(pages: Pages, layout: Layout, row: npt.NDArray[np.int32], num_tokens: int) -> torch.Tensor:
+    """Token indices that one request holds in one layer.
+
+    Args:
+        pages: The layer's pages, with token indices.
+        layout: The cascade's structure.
+        row: Block ids of the request's row.
+        num_tokens: Tokens computed.
+
+    Returns:
+        [num_kv_heads, num_kept] int32 tensor in logical order.
+    """
+    assert pages.token is not None
+    entries, places = layout.held(num_tokens)
+    held = pages.token[torch.from_numpy(row[entries].astype(np.int64))]
+    return held.transpose(0, 1).flatten(1)[:, :places]
+
+
+class WorkerExtension:
+    """Adds `kept_tokens` to vLLM's workers."""
+
+    model_runner: Any
+
+    def kept_tokens(self) -> list[dict[str, Any]]:
+        """Kept tokens of the requests whose pages are still whole, the oldest first.
+
+        Returns:
+            Per request ``num_tokens`` (computed) and ``layers``: layer name to
+            [num_kv_heads][num_kept] token indices in logical order, of this rank's heads.
+
+        Raises:
+            ValueError: The engine runs without ``trace_tokens``.
+        """
+        layers = self.model_runner.compilation_config.static_forward_context
+        pages = {
+            name: layer.impl.pages
+            for name, layer in layers.items()
+            if getattr(getattr(layer, "impl", None), "pages", None) is not None
+        }
+        if not all(layer_pages.token is not None for layer_pages in pages.values()):
+            raise ValueError(
+                "the pages hold no token indices: start the engine with the cascade option "
+                '"trace_tokens": true'
+            )
+        found, overwritten = [], set[int]()
+        for layout, row, num_tokens in reversed(_requests.values()):
+            if overwritten.isdisjoint(row.tolist()):
+                kept = {
+                    name: kept_in(layer_pages, layout, row, num_tokens).tolist()
+                    for name, layer_pages in pages.items()
+                }
+                found.append({"num_tokens": num_tokens, "layers": kept})
+            overwritten.update(row.tolist())
+        return found[::-1]
