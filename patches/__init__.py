@@ -1,0 +1,52 @@
+"""Guarded patches of vLLM where it has no hook; ships as `vllm_cascade.patches`.
+
+Importing this package imports neither torch nor vLLM: one of its modules runs while vLLM is still
+finding out which platform it is on.
+"""
+
+from __future__ import annotations
+
+from vllm_cascade.patches import (
+    backend_pickling,
+    cpu_backend_selection,
+    cpu_distribution_name,
+    front_end_validation,
+    long_max_model_len,
+    rope_at_logical_place,
+)
+from vllm_cascade.patches.record import VLLM_RANGE, Patch, PatchError, in_range
+
+__all__ = ["PATCHES", "VLLM_RANGE", "Patch", "PatchError", "apply_all", "in_range", "table"]
+
+PATCHES = (
+    backend_pickling.PATCH,
+    cpu_backend_selection.PATCH,
+    rope_at_logical_place.PATCH,
+    long_max_model_len.PATCH,
+    front_end_validation.PATCH,
+    cpu_distribution_name.PATCH,
+)
+
+
+def apply_all(patches: tuple[Patch, ...] = PATCHES) -> None:
+    """Apply every patch that was not applied before in this process.
+
+    All are checked before the first is applied, so vLLM is never left half patched.
+
+    Args:
+        patches: The patches, in the order to apply them.
+
+    Raises:
+        PatchError: A patch does not fit the installed vLLM.
+    """
+    pending = [patch for patch in patches if not patch.applied]
+    for patch in pending:
+        patch.check()
+    for patch in pending:
+        patch.apply()
+
+
+def table() -> str:
+    """All patches as a Markdown table."""
+    head = ["| patch | target | vLLM | cures | can go when |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join(head + [patch.row() for patch in PATCHES])

@@ -1,0 +1,5 @@
+"""Prints the README's table of patches."""
+
+from vllm_cascade.patches import table
+
+print(table())

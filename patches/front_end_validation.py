@@ -1,0 +1,43 @@
+"""Checks a CASCADE configuration in the user's own process, before any engine starts."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_cascade.patches.record import Patch
+
+
+def install() -> None:
+    """Wrap the step that turns engine arguments into a configuration."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, usage_context: Any = None, headless: bool = False) -> Any:
+        from vllm_cascade.patches.long_max_model_len import cascade_selected
+        from vllm_cascade.validation import selects_cascade, validate
+
+        token = cascade_selected.set(selects_cascade(self.attention_config, self.attention_backend))
+        try:
+            vllm_config = original(self, usage_context, headless)
+        finally:
+            cascade_selected.reset(token)
+        validate(vllm_config)
+        return vllm_config
+
+    EngineArgs.create_engine_config = create_engine_config
+
+
+PATCH = Patch(
+    name="front_end_validation",
+    target="vllm.engine.arg_utils.EngineArgs.create_engine_config",
+    signature="(self, usage_context=None, headless=False)",
+    symptom=(
+        "A backend sees the configuration only in the worker, where a refusal is buried under "
+        "the engine's own failure; and nothing refuses cascade options given without CASCADE"
+    ),
+    removal="vLLM lets plugins check the configuration in the front end",
+    install=install,
+)

@@ -1,0 +1,135 @@
+"""What a patch of vLLM says of itself, and the checks it passes before it touches anything."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+# The range this project is tested with. A patch may narrow it, never widen it.
+VLLM_RANGE = ">=0.32.0,<0.33"
+
+_applied: set[str] = set()
+
+
+class PatchError(RuntimeError):
+    """A patch does not fit the vLLM that is installed; nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One change to vLLM, made where it has no hook.
+
+    Args:
+        name: The module under `patches/` that holds it.
+        target: Dotted path of what is changed.
+        signature: `signature_of` the target that the patch was written for.
+        symptom: What goes wrong without it.
+        removal: When it can be deleted.
+        install: Makes the change; called at most once in a process.
+        vllm: The vLLM versions it was written for.
+    """
+
+    name: str
+    target: str
+    signature: str
+    symptom: str
+    removal: str
+    install: Callable[[], object]
+    vllm: str = VLLM_RANGE
+
+    @property
+    def applied(self) -> bool:
+        """Whether the change was made in this process."""
+        return self.name in _applied
+
+    def check(self) -> None:
+        """Compare vLLM with what the patch was written for; changes nothing.
+
+        Raises:
+            PatchError: The version is outside the range, the target is gone, or its signature
+                is another.
+        """
+        from vllm.version import __version__ as vllm_version
+
+        if not in_range(vllm_version, self.vllm):
+            raise PatchError(
+                f"vllm-cascade's patch {self.name!r} was written for vLLM {self.vllm}, but vLLM "
+                f"{vllm_version} is installed. Install a vLLM of that range, or a vllm-cascade "
+                f"made for vLLM {vllm_version}."
+            )
+        try:
+            found = signature_of(resolve(self.target))
+        except (ImportError, AttributeError) as error:
+            raise PatchError(
+                f"vllm-cascade's patch {self.name!r} changes {self.target}, which vLLM "
+                f"{vllm_version} does not have ({error}). Install an unmodified vLLM {self.vllm}."
+            ) from error
+        if found != self.signature:
+            raise PatchError(
+                f"vllm-cascade's patch {self.name!r} was written for {self.target}"
+                f"{self.signature}, but in vLLM {vllm_version} it is {found}. Install an "
+                f"unmodified vLLM {self.vllm}; another plugin may have replaced the function."
+            )
+
+    def apply(self) -> None:
+        """Check and make the change, unless it was made before in this process.
+
+        Raises:
+            PatchError: As `check`.
+        """
+        if not self.applied:
+            self.check()
+            self.install()
+            _applied.add(self.name)
+
+    def row(self) -> str:
+        """The patch as one row of a Markdown table."""
+        cells = (f"`{self.name}`", f"`{self.target}`", self.vllm, self.symptom, self.removal)
+        return f"| {' | '.join(cells)} |"
+
+
+def in_range(version: str, specifier: str) -> bool:
+    """Whether `version` lies in `specifier` (PEP 440); builds and pre-releases count."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return SpecifierSet(specifier).contains(Version(version), prereleases=True)
+    except InvalidVersion:  # vLLM's "dev", when it does not know its own version
+        return False
+
+
+def signature_of(function: Callable[..., Any]) -> str:
+    """Names, kinds and defaults of a function's parameters.
+
+    Not their annotations: what those look like depends on Python and on what was imported first.
+    """
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+
+
+def resolve(target: str) -> Any:
+    """The object at the dotted path `target`.
+
+    Raises:
+        ImportError: No module on the path can be imported.
+        AttributeError: The module has no such attribute.
+    """
+    parts = target.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:end])
+        try:
+            found: Any = import_module(module_name)
+        except ModuleNotFoundError as error:
+            # A class on the path is no module; a missing dependency of a module is an error.
+            if error.name is None or not module_name.startswith(error.name):
+                raise
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(f"no module on the path {target}")

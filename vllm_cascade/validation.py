@@ -1,0 +1,340 @@
+"""The checks of a vLLM configuration, part by part, before CASCADE serves it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_cascade import unsupported
+from vllm_cascade.config import CascadeConfig, CascadeOptions
+from vllm_cascade.unsupported import ELSEWHERE, UnsupportedError
+
+# By name, not by what is known to be wrong: a new kind is refused until it has been looked at.
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+# Their tables end at max_position_embeddings, whatever the factor that vLLM's limit counts in.
+UNSCALED_ROPE_TYPES = ("dynamic",)
+POSITION_EMBEDDING_TYPES = (None, "rope", "rotary")
+ATTENTION_SCALES = ("llama_4_scaling", "attn_temperature_tuning", "use_logn_attn")
+SHARED_KV = ("num_kv_shared_layers", "use_cla")
+
+
+def selects_cascade(attention_config: Any, attention_backend: Any = None) -> bool:
+    """Whether a configuration names CASCADE, for all layers or for one kind of them.
+
+    Args:
+        attention_config: vLLM's `AttentionConfig`.
+        attention_backend: The engine argument of that name, not yet merged into it.
+    """
+    chosen = [attention_backend, attention_config.backend]
+    chosen += attention_config.backend_per_kind.values()
+    return any(map(_is_cascade, chosen))
+
+
+def position_limit(model_config: Any) -> int:
+    """The number of positions a model was made for, as vLLM derives it, in tokens.
+
+    Args:
+        model_config: vLLM's `ModelConfig`; its `max_model_len` may be larger.
+    """
+    from vllm.config.model import _get_and_verify_max_len
+    from vllm.transformers_utils.config import iter_rope_parameters
+
+    text = model_config.hf_text_config
+    limit = _get_and_verify_max_len(
+        hf_config=text,
+        model_arch_config=model_config.model_arch_config,
+        tokenizer_config=None,
+        max_model_len=None,
+        disable_sliding_window=model_config.disable_sliding_window,
+        sliding_window=model_config.get_sliding_window(),
+    )
+    if any(rope.get("rope_type") in UNSCALED_ROPE_TYPES for rope in iter_rope_parameters(text)):
+        limit = min(limit, text.max_position_embeddings)
+    if model_config.disable_sliding_window:
+        # vLLM has forgotten the window by now; it bounds max_model_len, which was not extended.
+        limit = min(limit, model_config.max_model_len)
+    return limit
+
+
+def resolve_options(vllm_config: Any) -> CascadeConfig:
+    """The cascade's configuration for the model that `vllm_config` serves.
+
+    Raises:
+        UnsupportedError: The options are not where they belong.
+        ConfigError: An option is unknown or cannot work with this model.
+    """
+    given = vllm_config.additional_config
+    if not isinstance(given, dict):
+        raise UnsupportedError(
+            f"additional_config = {given!r}",
+            "its options are read from a JSON object",
+            "Give --additional-config '{\"cascade\": {...}}', or leave it out",
+        )
+    return CascadeOptions.parse(given.get("cascade", {})).resolve(
+        block_size=vllm_config.cache_config.block_size,
+        max_model_len=vllm_config.model_config.max_model_len,
+        position_limit=position_limit(vllm_config.model_config),
+    )
+
+
+def validate(vllm_config: Any) -> None:
+    """Refuse, before any engine starts, a configuration that CASCADE cannot serve.
+
+    Args:
+        vllm_config: vLLM's complete configuration.
+
+    Raises:
+        UnsupportedError: CASCADE is selected for something it cannot do, or its options are given
+            while it is not selected.
+        ConfigError: A cascade option is unknown or cannot work with this model.
+    """
+    if not selects_cascade(vllm_config.attention_config):
+        given = vllm_config.additional_config
+        if isinstance(given, dict) and "cascade" in given:
+            raise UnsupportedError(
+                "this run",
+                'additional_config has the key "cascade", but the attention backend is another',
+                'Add --attention-backend CASCADE, or leave the key "cascade" out',
+            )
+        return
+    from vllm_cascade.backend import CascadeBackend
+
+    for check in (
+        _kinds,
+        _device,
+        _model,
+        _sliding_window,
+        _rope,
+        _attention,
+        _parallel,
+        _features,
+    ):
+        check(vllm_config)
+    resolve_options(vllm_config)
+    check_selection(CascadeBackend, _selection(vllm_config))
+    _log_prefix_caching(vllm_config)
+
+
+def check_selection(backend: Any, selection: Any) -> None:
+    """Put vLLM's own question to the backend: can it serve a layer like this?
+
+    Args:
+        backend: The attention backend class.
+        selection: vLLM's `AttentionSelectorConfig`.
+
+    Raises:
+        UnsupportedError: With the backend's reasons.
+    """
+    reasons = backend.validate_configuration(device_capability=None, **selection._asdict())
+    if reasons:
+        raise UnsupportedError(f"this attention layer ({selection})", ", ".join(reasons))
+
+
+def check_layer(
+    *,
+    alibi_slopes: Any,
+    sliding_window: int | None,
+    kv_cache_dtype: str,
+    logits_soft_cap: float | None,
+    attn_type: str,
+    kv_sharing_target_layer_name: str | None,
+    sinks: Any,
+) -> None:
+    """Refuse an attention layer that only the model's code shows to be unsupported.
+
+    The arguments are those of vLLM's `AttentionImpl`.
+
+    Raises:
+        UnsupportedError: Names the argument.
+    """
+    if attn_type != "decoder":
+        raise UnsupportedError(
+            f"{attn_type} attention", "only causal decoder attention has a cache to cut"
+        )
+    if alibi_slopes is not None:
+        raise unsupported.alibi()
+    if sliding_window is not None:
+        raise unsupported.sliding_window(sliding_window)
+    if logits_soft_cap:
+        raise unsupported.soft_cap(logits_soft_cap)
+    if kv_sharing_target_layer_name is not None:
+        raise unsupported.shared_kv(
+            f"a layer that shares the KV cache of {kv_sharing_target_layer_name}"
+        )
+    if sinks is not None:
+        raise UnsupportedError(
+            "learned attention sinks", "their share of the softmax is not part of a token's score"
+        )
+    if kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise unsupported.kv_dtype(kv_cache_dtype)
+
+
+def _is_cascade(backend: Any) -> bool:
+    """Whether `backend`, an enum member or a name as typed, is CASCADE."""
+    return str(getattr(backend, "name", backend)).upper() == "CASCADE"
+
+
+def _kinds(vllm_config: Any) -> None:
+    for kind, backend in vllm_config.attention_config.backend_per_kind.items():
+        if _is_cascade(backend) != (kind == "full_attention"):
+            raise UnsupportedError(
+                f"backend_per_kind {kind} = {backend.name}",
+                "it is for layers of kind full_attention, and for those only",
+                "Use --attention-backend CASCADE alone",
+            )
+
+
+def _device(vllm_config: Any) -> None:
+    device = vllm_config.device_config.device_type
+    if device != "cpu":
+        raise UnsupportedError(
+            f"a model on {device!r}", "this version has kernels for the CPU only"
+        )
+
+
+def _model(vllm_config: Any) -> None:
+    model = vllm_config.model_config
+    if model.runner_type != "generate" or model.attn_type != "decoder":
+        raise UnsupportedError(
+            f"a {model.attn_type} model with runner {model.runner_type!r}",
+            "it serves decoders that generate text",
+        )
+    if model.use_mla:
+        raise UnsupportedError(
+            "MLA", "its cache holds latent vectors, not keys to score and rotate"
+        )
+    if model.using_transformers_backend():
+        raise UnsupportedError(
+            "a model through vLLM's Transformers backend",
+            "there the rotary embedding is not beside the attention layer, where CASCADE takes "
+            "it over",
+            f"If vLLM has the model itself, use --model-impl vllm. {ELSEWHERE}",
+        )
+
+
+def _sliding_window(vllm_config: Any) -> None:
+    model = vllm_config.model_config
+    window = model.get_sliding_window()
+    layer_types = getattr(model.hf_text_config, "layer_types", None)
+    if window is not None and (layer_types is None or "sliding_attention" in layer_types):
+        raise unsupported.sliding_window(window)
+    if model.attention_chunk_size is not None:
+        raise UnsupportedError(
+            f"chunked local attention (attention_chunk_size {model.attention_chunk_size})",
+            "such a layer needs a cache of its own kind",
+        )
+
+
+def _rope(vllm_config: Any) -> None:
+    from vllm.transformers_utils.config import iter_rope_parameters
+
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    why = "CASCADE rotates keys itself, by their place in the cache, and knows plain RoPE only"
+    if model.uses_alibi:
+        raise unsupported.alibi()
+    embedding = getattr(text, "position_embedding_type", None)
+    ropes = list(iter_rope_parameters(text))
+    if embedding not in POSITION_EMBEDDING_TYPES or not ropes:
+        raise UnsupportedError(
+            f"position embeddings of type {embedding!r} without RoPE parameters", why
+        )
+    if model.uses_mrope:
+        raise UnsupportedError("M-RoPE", f"a token has several positions there. {why}")
+    if getattr(text, "dual_chunk_attention_config", None) is not None:
+        raise UnsupportedError("dual chunk attention", why)
+    for rope in ropes:
+        rope_type = rope.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise UnsupportedError(f"a model with RoPE of type {rope_type!r}", why)
+        if rope.get("use_fope"):
+            raise UnsupportedError("Fourier position embeddings (use_fope)", why)
+        if "llama_4_scaling_beta" in rope:
+            raise unsupported.attention_scale("llama_4_scaling_beta")
+
+
+def _attention(vllm_config: Any) -> None:
+    text = vllm_config.model_config.hf_text_config
+    soft_cap = getattr(text, "attn_logit_softcapping", None)
+    if soft_cap:
+        raise unsupported.soft_cap(soft_cap)
+    for name in ATTENTION_SCALES:
+        if getattr(text, name, None):
+            raise unsupported.attention_scale(name)
+    for name in SHARED_KV:
+        if getattr(text, name, None):
+            raise unsupported.shared_kv(f"a model with {name} = {getattr(text, name)}")
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        raise unsupported.shared_kv("--kv-sharing-fast-prefill")
+
+
+def _parallel(vllm_config: Any) -> None:
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size
+    num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
+    if ranks > num_kv_heads:
+        raise UnsupportedError(
+            f"tensor_parallel_size {ranks} with {num_kv_heads} KV heads",
+            "ranks would hold copies of a head, and the copies would keep different tokens",
+            f"Use --tensor-parallel-size {num_kv_heads} or less",
+        )
+    for flag in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, flag) > 1:
+            raise UnsupportedError(
+                f"{flag} {getattr(parallel, flag)}",
+                "a request's cache is small and stays on one rank",
+                f"Leave out --{flag.replace('_', '-')}",
+            )
+
+
+def _features(vllm_config: Any) -> None:
+    if vllm_config.speculative_config is not None:
+        raise UnsupportedError(
+            "speculative decoding",
+            "a rejected token cannot be taken back out of the scores and merges it took part in",
+            "Leave out --speculative-config",
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise UnsupportedError(
+            "a KV connector or KV offloading",
+            "a block's content depends on the whole request, so it cannot be kept or sent by hash",
+            "Leave out --kv-transfer-config and --kv-offloading-size",
+        )
+    dtype = vllm_config.cache_config.cache_dtype
+    if dtype != "auto" and f"torch.{dtype}" != str(vllm_config.model_config.dtype):
+        raise unsupported.kv_dtype(dtype)
+    if vllm_config.model_config.original_max_model_len == -1:
+        raise UnsupportedError(
+            "max_model_len -1 (auto-fit)",
+            "a request's memory hardly grows with its length, so there is nothing to fit, and the "
+            "cascade is built for the length given",
+            "Give --max-model-len as a number, or leave it out",
+        )
+
+
+def _selection(vllm_config: Any) -> Any:
+    """The layer that vLLM will ask the backend about, as far as the configuration shows it."""
+    import vllm.envs as envs
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    return AttentionSelectorConfig(
+        head_size=model.get_head_size(),
+        dtype=model.dtype,
+        kv_cache_dtype=cache.cache_dtype,
+        block_size=cache.block_size,
+        use_mm_prefix=model.is_mm_prefix_lm,
+        use_non_causal=vllm_config.attention_config.use_non_causal,
+        use_batch_invariant=envs.VLLM_BATCH_INVARIANT,
+        use_rswa=model.rswa_window is not None,
+    )
+
+
+def _log_prefix_caching(vllm_config: Any) -> None:
+    if vllm_config.cache_config.enable_prefix_caching:
+        from vllm.logger import init_logger
+
+        # vLLM prints only what is logged under its own name.
+        init_logger(f"vllm.{__name__}").info_once(
+            "Prefix caching never hits for CASCADE layers: what a block holds depends on all that "
+            "came after it. --no-enable-prefix-caching saves the hashing."
+        )
