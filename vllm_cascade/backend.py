@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from vllm_cascade.impl import CascadeImpl
 
-logger = init_logger(__name__)
+# Under vLLM's own root, whose handlers and level it shares.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class CascadeBackend(AttentionBackend):

@@ -1,0 +1,150 @@
+"""Engines inside the test's own process, and what the tests read from their pages."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+MODEL = Path(__file__).parents[2] / ".models" / "SmolLM2-135M-Instruct"
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def model_folder() -> str:
+    """The folder of SmolLM2-135M-Instruct; its absence is a failure, not a skip."""
+    if not (MODEL / "config.json").exists():
+        pytest.fail(f"{MODEL} is missing: run `make model`")
+    return str(MODEL)
+
+
+@contextlib.contextmanager
+def engine(cascade: dict[str, Any] | None, model: str | None = None, **options: Any) -> Iterator:
+    """An `LLM` whose scheduler and worker live in this process.
+
+    Args:
+        cascade: The cascade's options, or None for vLLM's own CPU attention.
+        model: Model folder; SmolLM2 unless given.
+        options: For `LLM`; eager float32 unless given.
+    """
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    if cascade is not None:
+        options = {
+            "attention_backend": "CASCADE",
+            "additional_config": {"cascade": cascade},
+            **options,
+        }
+    options = {"dtype": "float32", "enforce_eager": True, "seed": 0, **options}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        llm = LLM(model or model_folder(), **options)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+
+def core_of(llm: Any) -> Any:
+    """The engine core of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core
+
+
+def runner_of(llm: Any) -> Any:
+    """The model runner of an in-process engine."""
+    return core_of(llm).model_executor.driver_worker.worker.model_runner
+
+
+def cascade_manager_of(llm: Any) -> Any:
+    """The KV cache manager of an in-process engine's cascade layers."""
+    return core_of(llm).scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+
+
+def poison(llm: Any) -> None:
+    """Fill every page with NaN, scores included."""
+    for cache in runner_of(llm).kv_caches:
+        flat = torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage())
+        flat.fill_(255)
+
+
+class KeptLog:
+    """What every layer held after every merge, per request, read from the pages."""
+
+    def __init__(self, llm: Any) -> None:
+        self._manager = cascade_manager_of(llm)
+        layers = runner_of(llm).compilation_config.static_forward_context
+        self._impls = [layer.impl for layer in layers.values()]
+        self.config = self._impls[0].config
+        # (request, tokens computed) -> layer -> [num_kv_heads, kept]
+        self.kept: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[KeptLog]:
+        """Record while the block runs."""
+        from vllm_cascade.kernels import cpu_compaction
+
+        original = cpu_compaction.merge_groups
+
+        def merge_groups(pages: Any, batch: Any, *args: Any) -> None:
+            original(pages, batch, *args)
+            self._note(pages, batch)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu_compaction, "merge_groups", merge_groups)
+            yield self
+
+    def _note(self, pages: Any, batch: Any) -> None:
+        from vllm_cascade.layout import build_layout
+        from vllm_cascade.trace import kept_in
+
+        layer = next(i for i, impl in enumerate(self._impls) if impl.pages is pages)
+        owners = {
+            blocks[0].block_id: (request, blocks)
+            for request, blocks in self._manager.req_to_blocks.items()
+            if blocks
+        }
+        for held in batch.held:
+            request, blocks = owners[int(held[0])]
+            end = int(pages.token[held[-1], 0, -1]) + 1
+            row = torch.tensor([b.block_id for b in blocks], dtype=torch.int32).numpy()
+            kept = kept_in(pages, build_layout(self.config), row, end)
+            self.kept.setdefault((request, end), {})[layer] = kept.long().clone()
+
+    def of(self, request: str) -> dict[int, torch.Tensor]:
+        """Boundary k -> int64 [num_layers, num_kv_heads, kept] of one request.
+
+        Args:
+            request: Id of the request, as in its `RequestOutput`.
+        """
+        sinks, stride = self.config.num_sink_tokens, self.config.stride
+        found = {}
+        for (owner, end), layers in self.kept.items():
+            # vLLM appends a random suffix to the ids inside the engine.
+            if owner == request or owner.startswith(f"{request}-"):
+                assert sorted(layers) == list(range(len(self._impls)))
+                ordered = torch.stack([layers[i] for i in range(len(self._impls))])
+                found[(end - sinks) // stride] = ordered
+        return found
+
+
+def book_tokens(count: int, start: int = 0) -> list[int]:
+    """Consecutive tokens of the King James Bible, from its `start`-th."""
+    from texts import king_james
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    # English has fewer than 8 characters a token.
+    return tokenizer(king_james()[: 8 * (start + count)])["input_ids"][start : start + count]

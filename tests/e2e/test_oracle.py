@@ -1,0 +1,73 @@
+"""The engine with a real model against stock attention and against the whole-model oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from e2e.support import KeptLog, book_tokens, engine, model_folder, poison
+from reference.cascade import CascadeParameters
+from reference.llama import Llama
+from vllm import SamplingParams
+
+pytestmark = pytest.mark.model
+
+LENGTHS = [5, 17, 128, 129, 300, 777, 1024, 1500]
+SHARE_OF_NEAR_TIES = 0.005
+REACH_OPTIONS = {
+    "cache_tokens": 128,
+    "num_sub_caches": 4,
+    "num_sink_tokens": 16,
+    "stride": 64,
+    "trace_tokens": True,
+}
+
+
+def greedy(num_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+
+
+def test_under_budget_equals_cpu_attn() -> None:
+    """Every answer is the same token for token: at or below the budget nothing is approximate."""
+    prompts = [{"prompt_token_ids": book_tokens(n, start=100 * n)} for n in LENGTHS]
+    answers = []
+    for cascade in (None, {"cache_tokens": 2048, "num_sub_caches": 4, "stride": 256}):
+        with engine(cascade, max_model_len=4096, max_num_batched_tokens=1000) as llm:
+            outputs = llm.generate(prompts, greedy(24), use_tqdm=False)
+            answers.append([output.outputs[0].token_ids for output in outputs])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("policy", ["paper", "blend"])
+def test_beyond_budget_equals_oracle(policy: str) -> None:
+    """Four times past the reach, every kept set and every log-probability is the oracle's."""
+    with engine(
+        {**REACH_OPTIONS, "policy": policy},
+        block_size=16,
+        max_model_len=4096,
+        max_num_batched_tokens=500,
+    ) as llm:
+        log = KeptLog(llm)
+        prompt = book_tokens(4 * log.config.reach + 40)
+        poison(llm)
+        with log.recording():
+            output = llm.generate(
+                {"prompt_token_ids": prompt},
+                SamplingParams(temperature=0, max_tokens=40, logprobs=0, prompt_logprobs=0),
+                use_tqdm=False,
+            )[0]
+        answer = output.outputs[0]
+        tokens = [*prompt, *answer.token_ids]
+        given = [*output.prompt_logprobs[1:], *answer.logprobs]
+        logprobs = [step[token].logprob for step, token in zip(given, tokens[1:], strict=True)]
+        kept = log.of(output.request_id)
+        config = log.config
+
+    model = Llama.from_folder(model_folder(), torch.float64)
+    run = model.run(tokens, CascadeParameters.like(config), forced=kept)
+    assert len(kept) > 25
+    assert not run.comparison.unexplained
+    assert len(run.comparison.differing) <= SHARE_OF_NEAR_TIES * run.comparison.windows
+    torch.testing.assert_close(
+        torch.tensor(logprobs, dtype=torch.float64), run.logprobs, rtol=0, atol=1e-3
+    )
+    print(f"{policy}: {len(run.comparison.differing)} near-ties in {run.comparison.windows} windows")
