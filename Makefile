@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup model demo test test-unit test-e2e test-gpu check bench clean
+.PHONY: help setup model demo test test-unit test-e2e test-gpu check bench readme clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -26,7 +26,7 @@ setup: $(SETUP) ## make .venv with vLLM and this package
 # only, and do not import beside every build of PyTorch.
 $(SETUP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[$(BUILD),demo,test,bench,dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[$(BUILD),demo,test,dev]'
 	$(if $(filter cpu,$(BUILD)),$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec)
 	touch $@
 
@@ -55,6 +55,11 @@ check: $(SETUP) ## ruff and mypy
 
 bench: $(SETUP) $(MODEL) ## time of prefill against vLLM's own attention
 	$(BIN)/python benchmarks/cpu_prefill.py
+
+readme: $(SETUP) ## write README's patch table from the patches' records
+	$(BIN)/python -m vllm_cascade.patches > .venv/patches.md
+	sed -i -e '/^<!-- patches -->$$/,/^<!-- \/patches -->$$/{//!d}' \
+		-e '/^<!-- patches -->$$/r .venv/patches.md' README.md
 
 clean: ## remove what the targets made, .venv and the model included
 	rm -rf .venv .models build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
