@@ -146,7 +146,7 @@ def _model(vllm_config: Any) -> None:
     model = vllm_config.model_config
     if model.runner_type != "generate" or model.attn_type != "decoder":
         raise UnsupportedError(
-            f"a {model.attn_type} model with runner {model.runner_type!r}",
+            f"runner {model.runner_type!r} of a model of type {model.attn_type!r}",
             "it serves decoders that generate text",
         )
     if model.use_mla:
@@ -158,7 +158,7 @@ def _model(vllm_config: Any) -> None:
             "a model through vLLM's Transformers backend",
             "there the rotary embedding is not beside the attention layer, where CASCADE takes "
             "it over",
-            f"If vLLM has the model itself, use --model-impl vllm. {ELSEWHERE}",
+            f"Use --model-impl vllm where vLLM has the model itself. {ELSEWHERE}",
         )
 
 
@@ -185,10 +185,10 @@ def _rope(vllm_config: Any) -> None:
         raise unsupported.alibi()
     embedding = getattr(text, "position_embedding_type", None)
     ropes = list(iter_rope_parameters(text))
-    if embedding not in POSITION_EMBEDDING_TYPES or not ropes:
-        raise UnsupportedError(
-            f"position embeddings of type {embedding!r} without RoPE parameters", why
-        )
+    if embedding not in POSITION_EMBEDDING_TYPES:
+        raise UnsupportedError(f"position embeddings of type {embedding!r}", why)
+    if not ropes:
+        raise UnsupportedError("a model without RoPE parameters in its config.json", why)
     if model.uses_mrope:
         raise UnsupportedError("M-RoPE", f"a token has several positions there. {why}")
     if getattr(text, "dual_chunk_attention_config", None) is not None:

@@ -1,0 +1,320 @@
+"""Each refusal that a configuration shows, on stand-ins for vLLM's objects."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from transformers import LlamaConfig
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+from vllm_cascade import plugin, validation
+from vllm_cascade.config import ConfigError
+from vllm_cascade.selection import check_selection, selects_cascade
+from vllm_cascade.unsupported import UnsupportedError
+from vllm_cascade.validation import check_layer, validate
+
+LAYER = {
+    "alibi_slopes": None,
+    "sliding_window": None,
+    "kv_cache_dtype": "auto",
+    "logits_soft_cap": None,
+    "attn_type": "decoder",
+    "kv_sharing_target_layer_name": None,
+    "sinks": None,
+}
+
+
+class FakeModel(SimpleNamespace):
+    """As much of vLLM's `ModelConfig` as is asked."""
+
+    def get_sliding_window(self):
+        return self.sliding_window
+
+    def get_total_num_kv_heads(self):
+        return 2
+
+    def get_head_size(self):
+        return 16
+
+    def using_transformers_backend(self):
+        return self.model_impl == "transformers"
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """A configuration that CASCADE serves, for a test to spoil."""
+    plugin.register()
+    monkeypatch.setattr(validation, "position_limit", lambda model_config: 4096)
+    text = LlamaConfig(max_position_embeddings=4096)
+    model = FakeModel(
+        runner_type="generate",
+        attn_type="decoder",
+        use_mla=False,
+        model_impl="vllm",
+        sliding_window=None,
+        attention_chunk_size=None,
+        uses_alibi=False,
+        uses_mrope=False,
+        is_mm_prefix_lm=False,
+        rswa_window=None,
+        hf_text_config=text,
+        dtype=torch.float32,
+        max_model_len=4096,
+        original_max_model_len=None,
+    )
+    cascade = plugin.register_name()
+    return SimpleNamespace(
+        attention_config=SimpleNamespace(
+            backend=cascade, backend_per_kind={}, use_non_causal=False
+        ),
+        additional_config={},
+        device_config=SimpleNamespace(device_type="cpu"),
+        model_config=model,
+        cache_config=SimpleNamespace(
+            block_size=128,
+            cache_dtype="auto",
+            kv_sharing_fast_prefill=False,
+            enable_prefix_caching=False,
+        ),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+        ),
+        speculative_config=None,
+        kv_transfer_config=None,
+    )
+
+
+def rope(**parameters):
+    return {
+        "hf_text_config.rope_parameters": {"rope_theta": 1e4, "rope_type": "default"} | parameters
+    }
+
+
+# What is spoilt (a path in the configuration, or in the model's) -> words of the message.
+SPOILT = [
+    ({"device_config.device_type": "cuda"}, "a model on 'cuda'.*CPU only"),
+    ({"runner_type": "pooling"}, "runner 'pooling'"),
+    ({"attn_type": "encoder_decoder"}, "type 'encoder_decoder'"),
+    ({"attn_type": "encoder_only"}, "type 'encoder_only'"),
+    ({"attn_type": "hybrid"}, "type 'hybrid'"),
+    ({"use_mla": True}, "MLA.*latent"),
+    ({"model_impl": "transformers"}, "Transformers backend.*--model-impl vllm"),
+    ({"sliding_window": 512}, "sliding-window layers .window 512 tokens"),
+    (
+        {
+            "sliding_window": 512,
+            "hf_text_config.layer_types": ["full_attention", "sliding_attention"],
+        },
+        "window 512",
+    ),
+    ({"attention_chunk_size": 8192}, "chunked local attention .attention_chunk_size 8192"),
+    ({"uses_alibi": True}, "ALiBi"),
+    ({"hf_text_config.rope_parameters": None}, "without RoPE parameters"),
+    ({"hf_text_config.position_embedding_type": "learned"}, "type 'learned'"),
+    ({"hf_text_config.position_embedding_type": "nope"}, "type 'nope'"),
+    ({"uses_mrope": True}, "M-RoPE"),
+    (
+        {"hf_text_config.dual_chunk_attention_config": {"chunk_size": 8192}},
+        "dual chunk attention",
+    ),
+    (rope(rope_type="longrope"), "RoPE of type 'longrope'"),
+    (rope(rope_type="proportional"), "RoPE of type 'proportional'"),
+    (rope(rope_type="something_new"), "RoPE of type 'something_new'"),
+    (rope(use_fope=True), "Fourier"),
+    (rope(llama_4_scaling_beta=0.1), "llama_4_scaling_beta.*by the place in the text"),
+    ({"hf_text_config.llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling"),
+    ({"hf_text_config.attn_temperature_tuning": True}, "attn_temperature_tuning"),
+    ({"hf_text_config.use_logn_attn": True}, "use_logn_attn"),
+    ({"hf_text_config.attn_logit_softcapping": 50.0}, "logit soft-capping .50"),
+    ({"hf_text_config.num_kv_shared_layers": 4}, "num_kv_shared_layers = 4"),
+    ({"hf_text_config.use_cla": True}, "use_cla"),
+    ({"cache_config.kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+    ({"parallel_config.tensor_parallel_size": 4}, "4 with 2 KV heads.*size 2 or less"),
+    ({"parallel_config.decode_context_parallel_size": 2}, "Leave out --decode-context-parallel"),
+    ({"parallel_config.prefill_context_parallel_size": 2}, "Leave out --prefill-context-parallel"),
+    ({"speculative_config": object()}, "speculative decoding.*--speculative-config"),
+    ({"kv_transfer_config": object()}, "KV connector.*--kv-transfer-config"),
+    ({"cache_config.cache_dtype": "fp8"}, "dtype 'fp8'.*--kv-cache-dtype auto"),
+    ({"cache_config.cache_dtype": "bfloat16"}, "dtype 'bfloat16'"),
+    ({"original_max_model_len": -1}, "auto-fit.*--max-model-len as a number"),
+    ({"dtype": torch.float64}, "dtype not supported"),
+    ({"is_mm_prefix_lm": True}, "multimodal token full attention"),
+    ({"rswa_window": 8}, "R-SWA not supported"),
+    ({"attention_config.use_non_causal": True}, "non-causal attention not supported"),
+    ({"attention_config.backend_per_kind": {"full_attention": "CPU_ATTN"}}, "full_attention = CPU"),
+    ({"attention_config.backend_per_kind": {"sliding_window": "CASCADE"}}, "sliding_window = CAS"),
+    ({"additional_config": "a text"}, "additional_config = 'a text'.*JSON object"),
+]
+
+
+def spoil(vllm_config, path, value):
+    owner = vllm_config
+    *parents, name = path.split(".")
+    if not hasattr(owner, parents[0] if parents else name):
+        owner = owner.model_config
+    for parent in parents:
+        owner = getattr(owner, parent)
+    if name == "backend_per_kind":
+        value = {kind: SimpleNamespace(name=backend) for kind, backend in value.items()}
+    setattr(owner, name, value)
+
+
+def test_what_the_fixture_describes_is_served(served):
+    validate(served)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    SPOILT,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_refused(served, spoilt, words):
+    for path, value in spoilt.items():
+        spoil(served, path, value)
+    with pytest.raises(UnsupportedError) as refused:
+        validate(served)
+    message = str(refused.value)
+    assert re.search(words, message), message
+    # What was asked, why not, what to do; in one paragraph.
+    assert re.fullmatch(r"CASCADE cannot serve .+: .+\. [A-Z].+\.", message), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0},
+        {"rope_type": "yarn", "factor": 4.0},
+    ],
+    ids=lambda parameters: parameters["rope_type"],
+)
+def test_ropes_that_are_tables_are_served(served, parameters):
+    for path, value in rope(**parameters).items():
+        spoil(served, path, value)
+    validate(served)
+
+
+def test_full_attention_layers_with_an_unused_window_are_served(served):
+    served.model_config.sliding_window = 512
+    served.model_config.hf_text_config.layer_types = ["full_attention"] * 2
+    validate(served)
+
+
+def test_full_attention_by_kind_is_served(served):
+    served.attention_config.backend_per_kind = {"full_attention": served.attention_config.backend}
+    served.attention_config.backend = None
+    validate(served)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"budget": 1024}, "budget"),
+        ({"policy": "best"}, "policy"),
+        ({"stride": 1}, "stride"),
+        ({"cache_tokens": 1_000_000}, "cache_tokens"),
+        ("blend", "cascade"),
+        (None, "cascade"),
+    ],
+)
+def test_bad_options_are_refused_in_the_words_of_the_configuration(served, options, field):
+    served.additional_config = {"cascade": options}
+    with pytest.raises(ConfigError, match=f"'{field}'") as refused:
+        validate(served)
+    assert refused.value.field == field
+
+
+def test_options_of_other_plugins_do_not_matter(served):
+    served.additional_config = {"other": 1, "cascade": {"policy": "paper"}}
+    validate(served)
+
+
+@pytest.mark.parametrize("backend", [None, SimpleNamespace(name="CPU_ATTN")])
+def test_options_without_the_backend_are_refused(served, backend):
+    served.attention_config.backend = backend
+    validate(served)
+    served.additional_config = {"cascade": {}}
+    with pytest.raises(UnsupportedError, match="Add --attention-backend CASCADE"):
+        validate(served)
+
+
+def test_without_cascade_anything_goes(served):
+    served.attention_config.backend = None
+    served.additional_config = object()
+    served.model_config.use_mla = True
+    validate(served)
+
+
+@pytest.mark.parametrize("given", ["CASCADE", "cascade", SimpleNamespace(name="CASCADE")])
+def test_every_way_to_select_cascade(given):
+    def config(backend=None, **per_kind):
+        return SimpleNamespace(backend=backend, backend_per_kind=per_kind)
+
+    assert selects_cascade(config(), given)
+    assert selects_cascade(config(given))
+    assert selects_cascade(config(full_attention=given))
+    assert not selects_cascade(config())
+    assert not selects_cascade(config("auto", full_attention="CPU_ATTN"), "TRITON_ATTN")
+
+
+def test_prefix_caching_is_left_on_and_logged_once(served, monkeypatch):
+    import logging
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    # vLLM's own logger prints what is logged below it, and nothing else.
+    logger = logging.getLogger("vllm")
+    logger.addHandler(handler)
+    monkeypatch.setattr(logging.getLogger("vllm"), "level", logging.INFO)
+    try:
+        served.cache_config.enable_prefix_caching = True
+        validate(served)
+        validate(served)
+    finally:
+        logger.removeHandler(handler)
+    assert sum("never hits" in message for message in said) == 1
+    assert served.cache_config.enable_prefix_caching
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("soft_cap", [None, 0, 0.0])
+def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
+    check_layer(**LAYER | {"kv_cache_dtype": kv_cache_dtype, "logits_soft_cap": soft_cap})
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    [
+        ({"alibi_slopes": [0.5, 0.25]}, "ALiBi"),
+        ({"sliding_window": 512}, "window 512 tokens"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "dtype 'fp8_e4m3'"),
+        ({"kv_cache_dtype": "int8"}, "dtype 'int8'"),
+        ({"logits_soft_cap": 30.0}, "soft-capping .30"),
+        ({"attn_type": "encoder"}, "encoder attention"),
+        ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
+        ({"attn_type": "encoder_only"}, "encoder_only attention"),
+        ({"kv_sharing_target_layer_name": "layers.3.attn"}, "KV cache of layers.3.attn"),
+        ({"sinks": torch.zeros(4)}, "learned attention sinks"),
+    ],
+)
+def test_a_layer_that_is_not_plain_is_refused(spoilt, words):
+    with pytest.raises(UnsupportedError, match=words):
+        check_layer(**LAYER | spoilt)
+
+
+def test_the_reasons_of_vllms_own_check_are_passed_on():
+    from vllm_cascade.backend import CascadeBackend
+
+    layer = AttentionSelectorConfig(64, torch.float32, "auto", 16)
+    check_selection(CascadeBackend, layer)
+    with pytest.raises(UnsupportedError, match="sliding window not supported, PCP not supported"):
+        check_selection(CascadeBackend, layer._replace(has_sliding_window=True, use_pcp=True))
