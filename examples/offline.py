@@ -5,9 +5,10 @@ python examples/offline.py [MODEL]
 
 import sys
 
+from vllm import LLM, SamplingParams
+
 import prepare_model
 from texts import king_james
-from vllm import LLM, SamplingParams
 
 
 def main() -> None:
@@ -16,7 +17,7 @@ def main() -> None:
         model,
         attention_backend="CASCADE",
         max_model_len=16_384,  # twice what this model was trained for
-        additional_config={"cascade": {"cache_tokens": 2048, "stride": 256}},
+        additional_config={"cascade": {"cache_tokens": 2048}},
     )
     text = "The first book of Moses, called Genesis.\n" + king_james()[:40_000]
     for output in llm.generate([text], SamplingParams(temperature=0.0, max_tokens=48)):

@@ -151,6 +151,8 @@ def main() -> int:
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=SHOWN)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
+    # Where the output goes to a file, progress is to be seen there all the same.
+    sys.stdout.reconfigure(line_buffering=True)
     prepare_model.prepare()
     from transformers import AutoTokenizer
 
