@@ -1,0 +1,1 @@
+"""The oracle: the method in plain PyTorch, written for reading, free of the code it judges."""
