@@ -1,0 +1,197 @@
+"""However a request is cut, batched, ordered or preempted, it keeps the oracle's tokens.
+
+A random model of three layers; every request of every schedule is replayed by the float64 oracle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from e2e.support import KeptLog, cascade_manager_of, core_of, engine, poison
+from e2e.tiny import random_prompt, save_llama
+from reference.cascade import CascadeParameters
+from reference.llama import Llama
+from vllm import SamplingParams
+
+CASCADE = {
+    "cache_tokens": 128,
+    "num_sub_caches": 4,
+    "num_sink_tokens": 16,
+    "stride": 64,
+    "trace_tokens": True,
+}
+LENGTHS = [2100, 700, 30, 1333, 288, 209, 1024]
+ANSWER = 70
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@dataclass
+class Played:
+    """One schedule's requests: all their tokens, what was given for them, and what was kept."""
+
+    config: Any
+    tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[torch.Tensor] = field(default_factory=list)
+    kept: list[dict[int, torch.Tensor]] = field(default_factory=list)
+    preemptions: int = 0
+    most_running: int = 0
+
+
+def play(
+    model: str,
+    prompts: list[list[int]],
+    *,
+    policy: str = "blend",
+    preempt_at: tuple[int, ...] = (),
+    prompt_logprobs: bool = True,
+    **options: Any,
+) -> Played:
+    """Run prompts together, step by step; at the steps `preempt_at` everything is preempted."""
+    options = {"max_num_batched_tokens": 4096, "max_num_seqs": 8, **options}
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=ANSWER,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=0,
+        prompt_logprobs=0 if prompt_logprobs else None,
+    )
+    with engine(
+        {**CASCADE, "policy": policy},
+        model,
+        block_size=16,
+        max_model_len=4096,
+        skip_tokenizer_init=True,
+        **options,
+    ) as llm:
+        log = KeptLog(llm)
+        poison(llm)
+        scheduler, played = core_of(llm).scheduler, Played(log.config)
+        with log.recording(), pytest.MonkeyPatch.context() as patch:
+            original = scheduler._preempt_request
+
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                played.preemptions += 1
+                return original(*args, **kwargs)
+
+            patch.setattr(scheduler, "_preempt_request", counted)
+            for i, prompt in enumerate(prompts):
+                llm.llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
+            outputs, step = {}, 0
+            while llm.llm_engine.has_unfinished_requests():
+                if step in preempt_at:
+                    llm.reset_prefix_cache(reset_running_requests=True)
+                for output in llm.llm_engine.step():
+                    outputs[output.request_id] = output
+                played.most_running = max(played.most_running, len(scheduler.running))
+                step += 1
+        for i, prompt in enumerate(prompts):
+            output = outputs[str(i)]
+            answer = output.outputs[0]
+            tokens = [*prompt, *answer.token_ids]
+            given = [*(output.prompt_logprobs or [None] * len(prompt))[1:], *answer.logprobs]
+            played.tokens.append(tokens)
+            played.logprobs.append(
+                torch.tensor(
+                    [
+                        float("nan") if step is None else step[token].logprob
+                        for step, token in zip(given, tokens[1:], strict=True)
+                    ],
+                    dtype=torch.float64,
+                )
+            )
+            played.kept.append(log.of(str(i)))
+        manager = cascade_manager_of(llm)
+        assert not manager.req_to_blocks and not manager._promised
+        pool = scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    return played
+
+
+def check(model: str, played: Played) -> None:
+    """Every request of a schedule against the oracle."""
+    oracle, windows, ties = Llama.from_folder(model), 0, 0
+    parameters = CascadeParameters.like(played.config)
+    for tokens, logprobs, kept in zip(played.tokens, played.logprobs, played.kept, strict=True):
+        run = oracle.run(tokens, parameters, forced=kept)
+        assert not run.comparison.unexplained
+        assert kept.keys() <= run.kept.keys()
+        seen = logprobs.isfinite()
+        assert int(seen.sum()) >= ANSWER
+        torch.testing.assert_close(logprobs[seen], run.logprobs[seen], rtol=0, atol=1e-3)
+        windows += run.comparison.windows
+        ties += len(run.comparison.differing)
+        merged = [k for k in run.kept if k * parameters.stride > parameters.cache_tokens]
+        assert len(kept) >= len(merged) - 1
+    assert windows > 1000
+    assert ties <= 0.005 * windows
+
+
+PROMPTS = [random_prompt(n, seed=n) for n in LENGTHS]
+
+
+@pytest.mark.parametrize("policy", ["blend", "paper"])
+@pytest.mark.parametrize("max_num_batched_tokens", [256, 1000, 4096])
+def test_chunks(model: str, max_num_batched_tokens: int, policy: str) -> None:
+    played = play(
+        model, PROMPTS, policy=policy, max_num_batched_tokens=max_num_batched_tokens
+    )
+    assert played.preemptions == 0
+    check(model, played)
+
+
+def test_order_of_arrival(model: str) -> None:
+    played = play(model, PROMPTS[::-1], max_num_batched_tokens=333)
+    check(model, played)
+
+
+def test_alone(model: str) -> None:
+    played = play(model, PROMPTS, max_num_seqs=1)
+    assert played.most_running == 1
+    check(model, played)
+
+
+def test_preempted_by_a_small_pool(model: str) -> None:
+    """Prompts that have evicted already and grow while they answer do not all fit."""
+    prompts = [random_prompt(n, seed=n) for n in (215, 230, 245, 260, 275)]
+    played = play(model, prompts, num_gpu_blocks_override=1 + 5 * 17, prompt_logprobs=False)
+    assert played.preemptions > 0
+    check(model, played)
+
+
+def test_preempted_in_the_middle_of_prefill_and_decode(model: str) -> None:
+    played = play(
+        model,
+        PROMPTS,
+        max_num_batched_tokens=500,
+        preempt_at=(3, 11, 40),
+        prompt_logprobs=False,
+    )
+    assert played.preemptions >= 6
+    check(model, played)
+
+
+def test_pool_with_room_for_k_budgets_runs_k(model: str) -> None:
+    from vllm_cascade.layout import build_layout
+
+    with engine(CASCADE, model, block_size=16, max_model_len=4096, skip_tokenizer_init=True) as llm:
+        max_blocks = build_layout(KeptLog(llm).config).max_blocks
+    for k in (1, 3):
+        prompts = [random_prompt(1500 + n, seed=n) for n in range(k + 3)]
+        played = play(
+            model,
+            prompts,
+            max_num_batched_tokens=300,
+            num_gpu_blocks_override=k * max_blocks + 1,
+            prompt_logprobs=False,
+        )
+        assert played.most_running == k
+        assert played.preemptions == 0
+        check(model, played)

@@ -1,0 +1,187 @@
+"""Break the code in one place at a time and see a named test go red.
+
+    python tests/mutations.py [NAME ...]
+
+Works on a copy of the package in a temporary folder. Exits 1 if a mutation survives, no longer
+applies, or if a named test is red without one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LAYER = "tests/unit/test_cpu_layer.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """One wrong edit.
+
+    Args:
+        name: What goes wrong, in words.
+        file: Where, in the package.
+        right: Text that occurs there exactly once.
+        wrong: What replaces it.
+        test: The pytest node that must go red.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    test: str
+
+
+MUTATIONS = [
+    Mutation(
+        "a place off by one",
+        "kernels/cpu_attention.py",
+        "rotary.cos[own],\n        rotary.sin[own],",
+        "rotary.cos[own].roll(1, 0),\n        rotary.sin[own].roll(1, 0),",
+        f"{LAYER}::test_layer_equals_oracle[1500-paper]",
+    ),
+    Mutation(
+        "a place off by one in decode",
+        "vllm_cascade/metadata.py",
+        "self.singles.append((first_row, int(places[0]), blocks,",
+        "self.singles.append((first_row, int(places[0]) - 1, blocks,",
+        f"{LAYER}::test_layer_equals_oracle[40-paper]",
+    ),
+    Mutation(
+        "a stale score kept in a new token's slot",
+        "kernels/cpu_attention.py",
+        "old.masked_fill_(new[:, None], 0) + gained",
+        "old.nan_to_num_(nan=1.0) + gained",
+        f"{LAYER}::test_layer_equals_oracle[40-paper]",
+    ),
+    Mutation(
+        "survivors in the wrong order",
+        "kernels/cpu_compaction.py",
+        "return best.sort(dim=-1).values",
+        "return best",
+        f"{LAYER}::test_every_boundary_is_seen",
+    ),
+    Mutation(
+        "a tie that goes to the older",
+        "kernels/cpu_compaction.py",
+        "worth.argsort(dim=-1, stable=True)[..., half:]",
+        "worth.argsort(dim=-1, stable=True, descending=True)[..., :half]",
+        f"{LAYER}::test_every_boundary_is_seen",
+    ),
+    Mutation(
+        "heads that share one selection",
+        "kernels/cpu_compaction.py",
+        "    # [num_groups, num_kv_heads, tokens / 2] positions within the group\n",
+        "    kept = kept[:, :1].expand_as(kept)\n",
+        f"{LAYER}::test_every_boundary_is_seen",
+    ),
+    Mutation(
+        "scores summed over queries before the heads are combined",
+        "kernels/cpu_attention.py",
+        "amounts = scoring.amounts(probs.view(num_kv_heads, shared, count, seen), dim=1)\n"
+        "            gained[:, :seen] += torch.matmul(segment.weights[first:last], amounts)",
+        "raised = scoring._raised(probs.view(num_kv_heads, shared, count, seen))\n"
+        "            gained[:, :seen] += torch.matmul(segment.weights[first:last], raised).amax(1)",
+        f"{LAYER}::test_every_boundary_is_seen",
+    ),
+    Mutation(
+        "distinctiveness against the mean of the leaving group",
+        "kernels/cpu_compaction.py",
+        "mean = unit_keys(torch.stack(means))[batch.group_request]",
+        "mean = unit_keys(unit_keys(kv[..., :head_size]).mean(2))",
+        f"{LAYER}::test_every_boundary_is_seen",
+    ),
+    Mutation(
+        "scores that do not decay between chunks",
+        "vllm_cascade/metadata.py",
+        "carry = config.score_decay ** (",
+        "carry = 1.0 ** (",
+        f"{LAYER}::test_layer_equals_oracle[40-paper-16-0.999]",
+    ),
+    Mutation(
+        "a last sub-cache that never drops",
+        "vllm_cascade/layout.py",
+        "del caches[-1][: max(0, len(caches[-1]) - size)]",
+        "pass",
+        f"{LAYER}::test_every_boundary_is_seen",
+    ),
+    Mutation(
+        "survivors in the second half of their group's blocks",
+        "vllm_cascade/layout.py",
+        "older += leaving[: blocks // 2]",
+        "older += leaving[blocks // 2 :]",
+        f"{LAYER}::test_every_boundary_is_seen",
+    ),
+    Mutation(
+        "a merge one stride late",
+        "vllm_cascade/layout.py",
+        "while len(cache) >= size + blocks:",
+        "while len(cache) > size + blocks:",
+        f"{LAYER}::test_every_boundary_is_seen",
+    ),
+]
+
+
+def copy_package(target: Path) -> None:
+    """Lay the package out under `target` as it is installed."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "vllm_cascade", target / "vllm_cascade", ignore=ignore)
+    for part in ("kernels", "patches"):
+        shutil.copytree(ROOT / part, target / "vllm_cascade" / part, ignore=ignore)
+
+
+def run(test: str, package: Path) -> bool:
+    """Whether `test` passes with the package at `package`."""
+    # Safe path: the working folder holds the package too, and must not come first.
+    environment = os.environ | {
+        "PYTHONPATH": str(package),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest could not run {test}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 0
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the mutation's test stays green."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder)
+        copy_package(package)
+        top = "vllm_cascade/" if mutation.file.startswith(("kernels/", "patches/")) else ""
+        file = package / f"{top}{mutation.file}"
+        text = file.read_text()
+        if text.count(mutation.right) != 1:
+            raise SystemExit(f"{mutation.name}: its text is not once in {mutation.file}")
+        file.write_text(text.replace(mutation.right, mutation.wrong))
+        return run(mutation.test, package)
+
+
+def main() -> None:
+    chosen = [m for m in MUTATIONS if len(sys.argv) == 1 or m.name in sys.argv[1:]]
+    with tempfile.TemporaryDirectory() as folder:
+        copy_package(Path(folder))
+        red = [test for test in dict.fromkeys(m.test for m in chosen) if not run(test, Path(folder))]
+    if red:
+        raise SystemExit(f"red without any mutation: {', '.join(red)}")
+    survivors = 0
+    for mutation in chosen:
+        alive = survives(mutation)
+        survivors += alive
+        verdict = "SURVIVES" if alive else "red"
+        print(f"{verdict:8}  {mutation.name}  ({mutation.test.partition('::')[2]})", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutations turn their test red")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()
