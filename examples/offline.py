@@ -3,6 +3,7 @@
 python examples/offline.py [MODEL]
 """
 
+import os
 import sys
 
 from vllm import LLM, SamplingParams
@@ -12,6 +13,8 @@ from texts import king_james
 
 
 def main() -> None:
+    # GiB; without it vLLM's CPU build wants nearly all of the machine's memory.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     model = sys.argv[1] if len(sys.argv) > 1 else str(prepare_model.prepare())
     llm = LLM(
         model,
