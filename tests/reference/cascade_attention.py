@@ -56,10 +56,16 @@ class CascadeRun:
 
         Returns:
             [num_kv_heads, group, tokens, head_size].
+
+        Raises:
+            ReplayError: If `forced` cannot come from the states that it is replayed on.
         """
         parameters = self.parameters
         decay = parameters.score_decay
         num_kv_heads, num_tokens, head_size = key.shape
+        late = [k for k in self.forced if parameters.boundary_token(k) > num_tokens]
+        if late:
+            raise ReplayError(f"boundaries {late} lie beyond the {num_tokens} tokens of the run")
         cascade = Cascade(parameters, num_kv_heads)
         score = torch.zeros(num_kv_heads, num_tokens, dtype=key.dtype)
         outputs = []

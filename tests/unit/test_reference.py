@@ -544,6 +544,12 @@ def test_impossible_decisions_are_errors(change, message, replayed, model, token
         model.run(tokens[:68], settings, forced={FIRST_MERGE: change(run.kept[FIRST_MERGE])})
 
 
+def test_decisions_beyond_the_run_are_errors(replayed, model, tokens):
+    settings, run = replayed
+    with pytest.raises(ReplayError, match="beyond the 67 tokens"):
+        model.run(tokens[:67], settings, forced={FIRST_MERGE: run.kept[FIRST_MERGE]})
+
+
 def judge(score, distinct, key_weight, replayed, rtol=1e-4):
     score = torch.tensor(score, dtype=torch.float64)
     distinct = None if distinct is None else torch.tensor(distinct, dtype=torch.float64)
