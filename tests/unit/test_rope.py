@@ -309,6 +309,18 @@ def test_a_model_that_was_taken_over_still_compiles():
     assert torch.equal(compiled(positions, q, k, k), q + k)
 
 
+def test_a_layer_that_changes_what_it_rotated_is_refused_and_left_as_it_is():
+    class ScaledBlock(Block):
+        def forward(self, positions, q, k, v):
+            q, k = self.rotary_emb(positions, q, k)
+            return self.attn(q * 2, k, v)
+
+    block = ScaledBlock("CASCADE", get_rope(PLAIN))
+    with pytest.raises(RotationError, match="changes the rotated"):
+        take_over(block)
+    assert not isinstance(block.rotary_emb, Unrotated)
+
+
 @pytest.mark.parametrize("rotary_emb", [None, nn.Identity(), Unrotated()])
 def test_a_layer_without_a_rope_of_its_own_is_refused(rotary_emb):
     with pytest.raises(RotationError, match=r"model\.layers\.0\.CASCADE has"):
