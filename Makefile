@@ -14,11 +14,11 @@ export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup model demo test test-unit test-e2e test-gpu check bench readme clean
+.PHONY: help setup model demo test test-unit test-mutations test-e2e test-gpu check bench readme clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## make .venv with vLLM and this package
 
@@ -38,12 +38,15 @@ $(MODEL): | $(SETUP)
 demo: $(SETUP) $(MODEL) ## a passkey in long texts: full attention, window and cascade side by side
 	$(BIN)/python examples/passkey.py
 
-test: test-unit test-e2e ## unit tests, then end to end with a real model
+test: test-unit test-mutations test-e2e ## unit tests, mutations, then end to end with a real model
 
 test-unit: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit
 
-test-e2e: $(SETUP) $(MODEL) | test-unit
+test-mutations: $(SETUP) | test-unit ## break the code in one place at a time: a named test goes red
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
+
+test-e2e: $(SETUP) $(MODEL) | test-mutations
 	$(BIN)/pytest tests/e2e
 
 test-gpu: $(SETUP) ## the tests that need a CUDA device
