@@ -38,18 +38,22 @@ $(MODEL): | $(SETUP)
 demo: $(SETUP) $(MODEL) ## a passkey in long texts: full attention, window and cascade side by side
 	$(BIN)/python examples/passkey.py
 
-test: test-unit test-mutations test-e2e ## unit tests, mutations, then end to end with a real model
+test: $(SETUP) ## unit tests, mutations, then end to end with a real model
+	$(MAKE) test-unit
+	$(MAKE) test-mutations
+	$(MAKE) test-e2e
 
-test-unit: $(SETUP)
+test-unit: $(SETUP) ## tests without an engine or a model
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit
 
-test-mutations: $(SETUP) | test-unit ## break the code in one place at a time: a named test goes red
+test-mutations: $(SETUP) ## break the code in one place at a time: a named test goes red
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
 
-test-e2e: $(SETUP) $(MODEL) | test-mutations
+test-e2e: $(SETUP) $(MODEL) ## end to end, real engines
 	$(BIN)/pytest tests/e2e
 
 test-gpu: $(SETUP) ## the tests that need a CUDA device
+	@$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no CUDA device'"
 	$(BIN)/pytest -m gpu tests
 
 check: $(SETUP) ## ruff and mypy
