@@ -1,0 +1,484 @@
+"""Options, the values they come to, and what is said of those that cannot work.
+
+Every value that a message offers is applied, and has to work.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from vllm_cascade.config import PRESETS, CascadeConfig, CascadeOptions, ConfigError
+from vllm_cascade.rules import Model
+
+quick = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+SHORT = {"block_size": 16, "max_model_len": 8192, "position_limit": 8192}
+
+
+def resolve(options: dict[str, Any], **model: int) -> CascadeConfig:
+    """Parse and resolve, for an 8192-position model unless told otherwise."""
+    return CascadeOptions.parse(options).resolve(**{**SHORT, **model})
+
+
+def refusal(options: dict[str, Any], **model: int) -> ConfigError:
+    """The error that `options` raise."""
+    with pytest.raises(ConfigError) as caught:
+        resolve(options, **model)
+    return caught.value
+
+
+def amended(options: dict[str, Any], error: ConfigError) -> dict[str, Any]:
+    """`options` with what the message of `error` offers."""
+    offer = re.search(r"Nearest: (\S+?)(?:;.*leave out (.+))?$", str(error))
+    assert offer, str(error)
+    dropped = (offer[2] or "").split(", ")
+    kept = {name: value for name, value in options.items() if name not in dropped}
+    return kept | {error.field: json.loads(offer[1])}
+
+
+def rules_hold(
+    *,
+    block: int,
+    sinks: int,
+    cache: int,
+    number: int,
+    stride: int,
+    window: int,
+    decay: float,
+    positions: int,
+) -> bool:
+    """The design's list of valid configurations, written down a second time."""
+    group = max(window, 2 * block)
+    size = cache // number // block * block
+    return (
+        size >= block
+        and sinks % block == 0
+        and window >= 2
+        and window & (window - 1) == 0
+        and stride >= 1
+        and stride % group == 0
+        and stride <= 2 * size
+        and stride * math.log(decay) >= math.log(1e-3)
+        and sinks + number * size + stride + (number - 1) * (group - block) <= positions
+    )
+
+
+def smallest_number(cache: int, sinks: int, block: int, longest: int) -> int | None:
+    """The fewest sub-caches whose reach covers `longest` tokens."""
+    for number in range(1, cache // block + 1):
+        if sinks + cache // number // block * block * (2**number - 1) >= longest:
+            return number
+    return None
+
+
+# What "not set" comes to.
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (
+            {"block_size": 16, "max_model_len": 8192, "position_limit": 8192},
+            {"cache_tokens": 8016, "num_sub_caches": 2, "num_sink_tokens": 64, "stride": 64},
+        ),
+        (
+            {"block_size": 128, "max_model_len": 8192, "position_limit": 8192},
+            {"cache_tokens": 7808, "num_sub_caches": 2, "num_sink_tokens": 128, "stride": 256},
+        ),
+        (
+            {"block_size": 16, "max_model_len": 131_072, "position_limit": 131_072},
+            {"cache_tokens": 16_384, "num_sub_caches": 6, "num_sink_tokens": 64, "stride": 1024},
+        ),
+        (
+            {"block_size": 16, "max_model_len": 1_048_576, "position_limit": 131_072},
+            {"cache_tokens": 16_384, "num_sub_caches": 10, "num_sink_tokens": 64, "stride": 1024},
+        ),
+        (
+            {"block_size": 128, "max_model_len": 1_048_576, "position_limit": 8192},
+            {"cache_tokens": 6912, "num_sub_caches": 12, "num_sink_tokens": 128, "stride": 512},
+        ),
+        (
+            {"block_size": 128, "max_model_len": 2048, "position_limit": 2048},
+            {"cache_tokens": 1664, "num_sub_caches": 2, "num_sink_tokens": 128, "stride": 256},
+        ),
+    ],
+)
+def test_defaults(model: dict[str, int], expected: dict[str, int]) -> None:
+    config = resolve({}, **model)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.reach >= config.max_model_len == model["max_model_len"]
+    assert config.max_places <= model["position_limit"]
+    assert config.policy == "blend"
+    assert config.block_size == model["block_size"]
+    assert (config.score_reduction, config.score_decay) == ("max", 0.9999999)
+    assert config.trace_tokens is False
+
+
+@given(
+    block=st.sampled_from([16, 32, 64, 128, 256]),
+    positions=st.integers(512, 20_000),
+    longest=st.integers(1, 2**20),
+    policy=st.sampled_from(["blend", "paper", "window"]),
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "num_sub_caches": st.integers(1, 12),
+            "num_sink_tokens": st.sampled_from([0, 256, 1024]),
+            "cache_tokens": st.integers(64, 20_000),
+            "stride": st.sampled_from([64, 256, 512, 2048]),
+            "selection_window": st.sampled_from([2, 16, 512]),
+            "score_decay": st.sampled_from([0.99, 0.9999]),
+        },
+    ),
+)
+@quick
+def test_defaults_are_the_largest_that_work(
+    block: int, positions: int, longest: int, policy: str, options: dict[str, Any]
+) -> None:
+    if policy == "window":
+        options = {k: v for k, v in options.items() if k not in PRESETS["paper"]}
+        options.pop("num_sub_caches", None)
+    sinks = options.get("num_sink_tokens", -(-64 // block) * block)
+    window = options.get("selection_window", PRESETS[policy]["selection_window"])
+    group = max(window, 2 * block)
+    budgets = [options["cache_tokens"]] if "cache_tokens" in options else range(16_384, 0, -block)
+    strides = (
+        [options["stride"]] if "stride" in options else range(1024 // group * group, 0, -group)
+    )
+
+    def best() -> tuple[int, int, int] | None:
+        for cache in budgets:
+            number = 1 if policy == "window" else options.get("num_sub_caches")
+            number = number or smallest_number(cache, sinks, block, longest)
+            for stride in strides if number else ():
+                if rules_hold(
+                    block=block, sinks=sinks, cache=cache, number=number, stride=stride,
+                    window=window, decay=options.get("score_decay", 0.9999999),
+                    positions=positions,
+                ):  # fmt: skip
+                    return cache, number, stride
+        return None
+
+    model = {"block_size": block, "max_model_len": longest, "position_limit": positions}
+    try:
+        config = resolve({"policy": policy, **options}, **model)
+    except ConfigError:
+        assert best() is None
+    else:
+        assert (config.cache_tokens, config.num_sub_caches, config.stride) == best()
+        assert config.num_sink_tokens == sinks
+        assert config.selection_window == window
+
+
+def test_a_group_larger_than_the_default_stride_sets_the_stride() -> None:
+    assert resolve({"selection_window": 2048}, position_limit=65_536).stride == 2048
+
+
+def test_auto_is_the_smallest_number_whose_reach_covers_the_longest_request() -> None:
+    given = {"cache_tokens": 2048, "stride": 256}
+    config = resolve(given | {"num_sub_caches": "auto"}, max_model_len=32_768)
+    assert config == resolve(given, max_model_len=32_768)
+    assert config.reach >= 32_768
+    fewer = replace(config, num_sub_caches=config.num_sub_caches - 1)
+    assert fewer.reach < 32_768
+
+
+def test_null_stands_for_not_set() -> None:
+    names = CascadeOptions.__slots__
+    assert CascadeOptions.parse(dict.fromkeys(names)) == CascadeOptions()
+
+
+@pytest.mark.parametrize("policy", ["blend", "paper"])
+def test_a_policy_presets_its_knobs_and_a_set_knob_wins(policy: str) -> None:
+    config = resolve({"policy": policy})
+    expected = {
+        "blend": {"score_power": 2.0, "key_weight": 1.0, "selection_window": 64},
+        "paper": {"score_power": 1.0, "key_weight": 0.0, "selection_window": 2},
+    }[policy]
+    assert {name: getattr(config, name) for name in expected} == expected
+    own = {"score_power": 1.5, "key_weight": 0.25, "selection_window": 16}
+    config = resolve({"policy": policy, **own})
+    assert {name: getattr(config, name) for name in own} == own
+
+
+def test_every_option_reaches_the_configuration() -> None:
+    given = {
+        "policy": "paper",
+        "cache_tokens": 1000,
+        "num_sub_caches": 3,
+        "num_sink_tokens": 32,
+        "stride": 128,
+        "selection_window": 8,
+        "score_power": 1,
+        "key_weight": 2,
+        "score_reduction": "mean",
+        "score_decay": 0.999,
+        "trace_tokens": True,
+    }
+    config = resolve(given)
+    assert {name: getattr(config, name) for name in given} == given
+    assert isinstance(config.score_power, float)
+    assert config.sub_cache_tokens == 320  # 1000 / 3 in whole blocks of 16
+    assert config.group_tokens == 32
+    assert config.max_places == 32 + 3 * 320 + 128 + 2 * (32 - 16)
+    assert config.reach == 32 + 320 * 7
+    assert "stride=128" in config.summary()
+    assert "\n" not in config.summary()
+
+
+def test_scores_are_needed_only_where_something_can_be_chosen() -> None:
+    assert resolve({}, max_model_len=100_000).needs_scores
+    assert not resolve({"policy": "window"}, max_model_len=100_000).needs_scores
+    assert not resolve({"num_sub_caches": 1}, max_model_len=100_000).needs_scores
+    fits = {"cache_tokens": 4096, "num_sub_caches": 4}
+    assert not resolve(fits, max_model_len=4096 + 64).needs_scores
+    assert resolve(fits, max_model_len=4096 + 64 + 1).needs_scores
+
+
+# What cannot work.
+
+
+@pytest.mark.parametrize(
+    ("options", "model"),
+    [
+        ({"num_sink_tokens": -1}, {}),
+        ({"num_sink_tokens": 10}, {}),
+        ({"num_sink_tokens": 10}, {"block_size": 128}),
+        ({"num_sink_tokens": 100_000}, {}),
+        ({"num_sink_tokens": 8192}, {}),
+        ({"cache_tokens": 0}, {}),
+        ({"cache_tokens": -5}, {}),
+        ({"cache_tokens": 100}, {}),
+        ({"cache_tokens": 50, "num_sub_caches": 4}, {}),
+        ({"cache_tokens": 8192}, {}),
+        ({"cache_tokens": 10**30}, {}),
+        ({"cache_tokens": 10**30}, {"block_size": 128, "position_limit": 131_072}),
+        ({"cache_tokens": 1024, "num_sub_caches": 8, "stride": 512}, {}),
+        ({"stride": 0}, {}),
+        ({"stride": -64}, {}),
+        ({"stride": 100}, {}),
+        ({"stride": 10**9}, {}),
+        ({"stride": 2048, "cache_tokens": 512, "num_sub_caches": 4}, {}),
+        ({"num_sub_caches": 0}, {}),
+        ({"num_sub_caches": 64}, {"block_size": 128}),
+        ({"num_sub_caches": 10**9}, {}),
+        ({"num_sub_caches": 10**9, "cache_tokens": 4096}, {}),
+        ({"num_sub_caches": 2, "policy": "window"}, {}),
+        ({"selection_window": 1}, {}),
+        ({"selection_window": 48}, {}),
+        ({"selection_window": 8192}, {}),
+        ({"selection_window": 3 * 10**9}, {}),
+        ({"selection_window": 256, "stride": 128}, {}),
+        ({"score_decay": 1.5}, {}),
+        ({"score_decay": 0.5}, {}),
+        ({"score_decay": 0.9, "stride": 1024}, {}),
+        ({"score_decay": 1e-300}, {"block_size": 128}),
+        ({"key_weight": -0.5}, {}),
+        ({"stride": 100, "num_sink_tokens": 10}, {}),
+        ({"cache_tokens": 16, "num_sub_caches": 5, "stride": 7, "score_decay": 0.1}, {}),
+    ],
+)
+def test_a_broken_rule_names_field_value_and_a_value_that_works(
+    options: dict[str, Any], model: dict[str, int]
+) -> None:
+    error = refusal(options, **model)
+    assert error.field in options
+    assert f"{error.field!r} = {options[error.field]!r}" in str(error)
+    resolve(amended(options, error), **model)
+
+
+def test_each_limit_is_exact() -> None:
+    given_options = {
+        "cache_tokens": 1024,  # sub-caches of 256 tokens
+        "num_sub_caches": 4,
+        "stride": 512,
+        "selection_window": 64,
+        "score_decay": math.exp(math.log(1e-3) / 512) + 1e-12,
+    }
+    places = 64 + 1024 + 512 + 3 * (64 - 16)
+    config = resolve(given_options, position_limit=places)
+    assert config.max_places == places
+    for model, changes, field in [
+        ({"position_limit": places - 1}, {}, "stride"),  # which forbids a smaller budget
+        ({}, {"cache_tokens": 1023}, "stride"),
+        ({}, {"stride": 576, "score_decay": 0.9999}, "stride"),
+        ({}, {"score_decay": given_options["score_decay"] - 1e-9}, "score_decay"),
+    ]:
+        error = refusal(given_options | changes, **{"position_limit": places} | model)
+        assert error.field == field
+
+
+@given(
+    block=st.sampled_from([16, 32, 64, 128]),
+    positions=st.integers(1024, 40_000),
+    longest=st.integers(1, 100_000),
+    options=st.fixed_dictionaries(
+        {"policy": st.sampled_from(["blend", "paper"])},
+        optional={
+            "num_sub_caches": st.integers(1, 100),
+            "num_sink_tokens": st.integers(0, 50_000),
+            "cache_tokens": st.integers(-10, 50_000),
+            "stride": st.one_of(st.integers(-10, 5000), st.integers(1, 80).map(lambda n: n * 64)),
+            "selection_window": st.one_of(st.integers(2, 9000), st.sampled_from([16, 1024, 4096])),
+            "score_decay": st.floats(0.01, 1.0),
+        },
+    ),
+)
+@quick
+def test_any_refusal_blames_what_was_set_and_offers_what_works(
+    block: int, positions: int, longest: int, options: dict[str, Any]
+) -> None:
+    model = {"block_size": block, "max_model_len": longest, "position_limit": positions}
+    try:
+        resolve(options, **model)
+        return
+    except ConfigError as caught:
+        error = caught
+    if error.field == "block_size":  # the defaults fail too: the model is to blame
+        with pytest.raises(ConfigError):
+            resolve({"policy": options["policy"]}, **model)
+        return
+    assert error.field in options
+    resolve(amended(options, error), **model)
+
+
+@given(
+    field=st.sampled_from(["num_sink_tokens", "cache_tokens", "num_sub_caches", "stride"]),
+    value=st.integers(1, 4000),
+    number=st.integers(1, 6),
+)
+@quick
+def test_the_value_offered_is_the_nearest(field: str, value: int, number: int) -> None:
+    given_options = {"num_sub_caches": number} | {field: value}
+    model = {"block_size": 32, "max_model_len": 2048, "position_limit": 2048}
+
+    def works(candidate: int) -> bool:
+        options = CascadeOptions.parse(given_options | {field: candidate})
+        return isinstance(options.search(Model(**model)), CascadeConfig)
+
+    assume(not works(value))
+    error = refusal(given_options, **model)
+    assert error.field == field
+    offered = amended(given_options, error)[field]
+    step = {"num_sub_caches": 1, "stride": 64}.get(field, 32)  # nothing between can be better
+    least = 0 if field == "num_sink_tokens" else step
+    grid = sorted(range(least, 2 * value + offered, step), key=lambda other: abs(other - value))
+    nearer = [other for other in grid if abs(other - value) < abs(offered - value)]
+    assert not any(map(works, nearer[:4] + nearer[-24:]))
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"num_sub_caches": 64, "score_decay": 0.9999}, "num_sub_caches"),
+        ({"num_sub_caches": 2, "score_decay": 0.5}, "score_decay"),
+        ({"selection_window": 16, "stride": 100}, "stride"),
+        ({"cache_tokens": 2048, "num_sink_tokens": 12_800}, "num_sink_tokens"),
+    ],
+)
+def test_the_innocent_are_not_blamed(options: dict[str, Any], field: str) -> None:
+    assert refusal(options, block_size=128).field == field
+
+
+def test_several_culprits_are_all_named() -> None:
+    error = refusal({"num_sink_tokens": 10, "stride": 100})
+    assert error.field == "num_sink_tokens"
+    assert str(error).endswith("Nearest: 16; and leave out stride")
+
+
+@pytest.mark.parametrize(
+    ("model", "fix"),
+    [
+        ({"block_size": 128, "max_model_len": 512, "position_limit": 512}, "block_size"),
+        ({"block_size": 4096}, "block_size"),
+        ({"block_size": 65_536}, "block_size"),
+        ({"block_size": 96}, "block_size"),
+        ({"block_size": 0}, "block_size"),
+        ({"max_model_len": 512, "position_limit": 256}, "max_model_len"),
+    ],
+)
+def test_a_model_that_no_options_fit_says_what_flag_would_help(
+    model: dict[str, int], fix: str
+) -> None:
+    error = refusal({}, **model)
+    offer = re.search(r"Start vLLM with --([a-z-]+) (\d+)$", str(error))
+    assert offer, str(error)
+    assert offer[1].replace("-", "_") == fix
+    resolve({}, **{**model, fix: int(offer[2])})
+
+
+def test_a_model_too_small_for_any_block_size_is_told_so() -> None:
+    assert "another attention backend" in str(refusal({}, position_limit=128))
+
+
+@pytest.mark.parametrize("name", ["cache_token", "sinks", "", "Policy", 7])
+def test_an_unknown_option_is_named_with_those_that_exist(name: object) -> None:
+    error = refusal({name: 1})
+    assert error.field == str(name)
+    for known in ("policy", "cache_tokens", "num_sub_caches", "trace_tokens"):
+        assert known in str(error)
+
+
+@pytest.mark.parametrize("given", [None, [], "blend", 5])
+def test_options_must_be_an_object(given: Any) -> None:
+    with pytest.raises(ConfigError, match="must be a JSON object"):
+        CascadeOptions.parse(given)
+
+
+INTEGERS = ("cache_tokens", "num_sub_caches", "num_sink_tokens", "stride", "selection_window")
+REALS = ("score_power", "key_weight", "score_decay")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(name, value) for name in INTEGERS for value in (True, False, 512.0, "512", [1], {}, math.nan)]
+    + [("num_sub_caches", "Auto"), ("cache_tokens", "auto")]
+    + [
+        (name, value)
+        for name in REALS
+        for value in (True, "1", [], math.nan, math.inf, -math.inf, 10**400)
+    ]
+    + [("score_power", 0), ("score_power", -1.0), ("score_decay", 0), ("score_decay", -0.5)]
+    + [("policy", value) for value in ("Blend", "", 1, True, [], {})]
+    + [("score_reduction", value) for value in ("sum", 1, False, [])]
+    + [("trace_tokens", value) for value in (0, 1, "true", [], 1.0)],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        CascadeOptions.parse({field: value})
+    assert caught.value.field == field
+    assert f"{field!r} = {value!r}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["selection_window", "score_power", "key_weight"])
+def test_the_window_policy_refuses_knobs_without_effect(name: str) -> None:
+    error = refusal({"policy": "window", name: PRESETS["window"][name]})
+    assert error.field == name
+    assert "no effect" in str(error)
+
+
+@pytest.mark.parametrize("given", [{}, {"num_sub_caches": 1}, {"num_sub_caches": "auto"}])
+def test_the_window_policy_has_one_sub_cache(given: dict[str, Any]) -> None:
+    config = resolve({"policy": "window", **given}, max_model_len=10**6)
+    assert config.num_sub_caches == 1
+    assert config.reach == config.num_sink_tokens + config.sub_cache_tokens
+
+
+def test_an_error_survives_a_pickle() -> None:
+    error = refusal({"stride": 100})
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.field) == (str(error), "stride")
+    assert isinstance(again, ValueError)

@@ -1,0 +1,144 @@
+"""What to say when no valid configuration is left: who is to blame, and what would be valid.
+
+Nothing is guessed: every value that a message names has been tried.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm_cascade.rules import (
+    MIN_DECAY_PER_STRIDE,
+    CascadeConfig,
+    ConfigError,
+    Fault,
+    Model,
+)
+
+if TYPE_CHECKING:
+    from vllm_cascade.config import CascadeOptions
+
+MIN_BLOCK_SIZE = 16  # vLLM's smallest
+
+# The options that the rules bind.
+BOUND = (
+    "num_sink_tokens",
+    "cache_tokens",
+    "num_sub_caches",
+    "stride",
+    "selection_window",
+    "score_decay",
+)
+
+
+def refusal(options: CascadeOptions, model: Model, faults: list[Fault]) -> ConfigError:
+    """Explain why `options` leave no valid configuration for `model`.
+
+    Args:
+        options: Options with which nothing valid was found.
+        model: The model they were to fit.
+        faults: What was wrong, the best configuration's first; at least one.
+
+    Returns:
+        An error that blames an option the user set, or the model if even the defaults fail.
+    """
+    is_set = options.names_set(BOUND)
+    bare = options.without(is_set)
+    if not _works(bare, model):
+        return _model_refusal(bare, model)
+    reasons = {fault.field: fault.why for fault in faults}
+    suspects = [name for name in reasons if name in is_set]
+    suspects += [name for name in is_set if name not in reasons]
+    # Usually one option is to blame. Where it takes several, the others have to go as well.
+    alone = (name for name in suspects if _works(options.without([name]), model))
+    culprit = next(alone, suspects[0])
+    others: list[str] = []
+    for name in suspects:
+        if _works(options.without([culprit, *others]), model):
+            break
+        if name != culprit:
+            others.append(name)
+    indirect = f"leaves no valid choice of the other options ({_told(faults[0])})"
+    instead = f"Nearest: {_nearest(options.without(others), culprit, model)}"
+    if others:
+        instead += f"; and leave out {', '.join(others)}"
+    return ConfigError(culprit, getattr(options, culprit), reasons.get(culprit, indirect), instead)
+
+
+def _model_refusal(options: CascadeOptions, model: Model) -> ConfigError:
+    """The refusal of a model for which not even the defaults work."""
+    found = options.search(model)
+    assert not isinstance(found, CascadeConfig)
+    why = (
+        f"no budget works for a model of {model.position_limit} positions and requests of up to "
+        f"{model.max_model_len} tokens ({_told(found[0])})"
+    )
+    instead = "This model is too small for CASCADE: serve it with another attention backend"
+    smaller = model.block_size // 2
+    while smaller >= MIN_BLOCK_SIZE:
+        if _works(options, model._replace(block_size=smaller)):
+            instead = f"Start vLLM with --block-size {smaller}"
+            break
+        smaller //= 2
+    else:
+        longest = bisect_left(
+            range(1, model.max_model_len),
+            True,
+            key=lambda length: not _works(options, model._replace(max_model_len=length)),
+        )
+        if longest:
+            instead = f"Start vLLM with --max-model-len {longest}"
+    return ConfigError("block_size", model.block_size, why, instead)
+
+
+def _nearest(options: CascadeOptions, field: str, model: Model) -> float:
+    """The valid value of `field` nearest to the given one, all being valid without `field`.
+
+    The search is by halves between the given value and the one that would be taken if it were
+    left out: the rules only get easier on the way.
+    """
+    config = options.without([field]).search(model)
+    assert isinstance(config, CascadeConfig)
+    if field == "score_decay":
+        shortest = options.strides(model)[0]
+        least: float = MIN_DECAY_PER_STRIDE ** (1 / shortest)
+        return math.ceil(least * 1e9) / 1e9
+    grid = _grid(field, config, model)
+    given: int = getattr(options, field)
+    good = grid.index(getattr(config, field))
+    bad = bisect_left(grid, given)
+    if bad == len(grid) or (bad > 0 and given - grid[bad - 1] < grid[bad] - given):
+        bad -= 1
+    if _works(options.replaced(field, grid[bad]), model):
+        return grid[bad]
+    while abs(good - bad) > 1:
+        middle = (good + bad) // 2
+        if _works(options.replaced(field, grid[middle]), model):
+            good = middle
+        else:
+            bad = middle
+    return grid[good]
+
+
+def _grid(field: str, config: CascadeConfig, model: Model) -> Sequence[int]:
+    """The values of `field` that could be valid, in ascending order."""
+    limit, block, group = model.position_limit, model.block_size, config.group_tokens
+    grids: dict[str, Sequence[int]] = {
+        "num_sink_tokens": range(0, limit + 1, block),
+        "cache_tokens": range(block, limit + 1, block),
+        "num_sub_caches": range(1, limit + 1),
+        "stride": range(group, limit + 1, group),
+        "selection_window": [1 << power for power in range(1, limit.bit_length())],
+    }
+    return grids[field]
+
+
+def _works(options: CascadeOptions, model: Model) -> bool:
+    return isinstance(options.search(model), CascadeConfig)
+
+
+def _told(fault: Fault) -> str:
+    return f"{fault.field} = {fault.value}: {fault.why}"

@@ -1,0 +1,180 @@
+"""A complete configuration of the cascade, and the rules that make it valid.
+
+Pure Python: imports neither torch nor vLLM, so that a configuration can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+MIN_DECAY_PER_STRIDE = 1e-3
+
+
+class ConfigError(ValueError):
+    """An option that cannot work: names the field, the value given, why not and what would."""
+
+    def __init__(self, field: str, value: object, why: str, instead: str) -> None:
+        super().__init__(field, value, why, instead)  # all four, so that it can be pickled
+        self.field = field
+
+    def __str__(self) -> str:
+        field, value, why, instead = self.args
+        return f"cascade option {field!r} = {value!r}: {why}. {instead}"
+
+
+class Fault(NamedTuple):
+    """A rule that a configuration breaks."""
+
+    field: str
+    value: object
+    why: str
+
+
+class Model(NamedTuple):
+    """What a configuration has to fit.
+
+    Args:
+        block_size: Tokens in a KV block.
+        max_model_len: Most tokens a request may have.
+        position_limit: Positions the model itself was made for.
+    """
+
+    block_size: int
+    max_model_len: int
+    position_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeConfig:
+    """A complete, valid configuration for one model.
+
+    Args:
+        policy: Name of the preset the knobs came from.
+        block_size: Tokens in a KV block.
+        cache_tokens: Budget of the sub-caches together, in tokens; sinks come on top.
+        num_sub_caches: Number of sub-caches.
+        num_sink_tokens: First tokens of a request, kept for ever.
+        stride: Tokens between two boundaries.
+        selection_window: Neighbours of which half survive a merge.
+        score_power: Exponent on the attention probability in a key's score.
+        key_weight: Weight of the rank of key distinctiveness beside the rank of the score.
+        score_reduction: How query heads that share a KV head are combined per query.
+        score_decay: Factor on a score per token.
+        trace_tokens: Whether the pages record each kept token's index.
+        max_model_len: Most tokens a request may have.
+    """
+
+    policy: str
+    block_size: int
+    cache_tokens: int
+    num_sub_caches: int
+    num_sink_tokens: int
+    stride: int
+    selection_window: int
+    score_power: float
+    key_weight: float
+    score_reduction: str
+    score_decay: float
+    trace_tokens: bool
+    max_model_len: int
+
+    @property
+    def sub_cache_tokens(self) -> int:
+        """Tokens in one sub-cache: an equal share of the budget, in whole blocks."""
+        return self.cache_tokens // self.num_sub_caches // self.block_size * self.block_size
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens that leave a sub-cache together."""
+        return max(self.selection_window, 2 * self.block_size)
+
+    @property
+    def max_places(self) -> int:
+        """Bound on the logical places in use, a stride's own included, in tokens."""
+        waiting = (self.num_sub_caches - 1) * (self.group_tokens - self.block_size)
+        return (
+            self.num_sink_tokens
+            + self.num_sub_caches * self.sub_cache_tokens
+            + self.stride
+            + waiting
+        )
+
+    @property
+    def reach(self) -> int:
+        """Context the cache can span, in tokens; older tokens are gone whatever their score."""
+        return self.num_sink_tokens + self.sub_cache_tokens * ((1 << self.num_sub_caches) - 1)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether any request can come to a choice between tokens.
+
+        One sub-cache drops its oldest tokens unseen, and a request that always fits drops none.
+        """
+        kept_whole = self.num_sink_tokens + self.num_sub_caches * self.sub_cache_tokens
+        return self.num_sub_caches > 1 and self.max_model_len > kept_whole
+
+    def summary(self) -> str:
+        """The configuration in one line, for a log."""
+        return (
+            f"policy={self.policy} cache_tokens={self.cache_tokens} "
+            f"num_sub_caches={self.num_sub_caches} num_sink_tokens={self.num_sink_tokens} "
+            f"stride={self.stride} selection_window={self.selection_window} "
+            f"score_power={self.score_power:g} key_weight={self.key_weight:g} "
+            f"score_reduction={self.score_reduction} score_decay={self.score_decay!r} "
+            f"block_size={self.block_size} reach={self.reach} tokens"
+        )
+
+
+def broken_rule(config: CascadeConfig, position_limit: int) -> Fault | None:
+    """The first rule of a valid configuration that `config` breaks, or None.
+
+    Args:
+        config: A complete configuration.
+        position_limit: Positions the model itself was made for.
+
+    Returns:
+        The field to blame, its value and the reason.
+    """
+    block, group = config.block_size, config.group_tokens
+    stride, size = config.stride, config.sub_cache_tokens
+    if config.num_sink_tokens % block:
+        return Fault(
+            "num_sink_tokens",
+            config.num_sink_tokens,
+            f"must be a multiple of the block size, {block}",
+        )
+    if config.selection_window < 2 or config.selection_window & (config.selection_window - 1):
+        return Fault(
+            "selection_window", config.selection_window, "must be a power of two, at least 2"
+        )
+    if size < block:
+        return Fault(
+            "cache_tokens",
+            config.cache_tokens,
+            f"leaves no whole block of {block} tokens for each of {config.num_sub_caches} "
+            "sub-caches",
+        )
+    if stride < group or stride % group:
+        return Fault(
+            "stride",
+            stride,
+            f"must be a multiple of {group}, the larger of selection_window and two blocks",
+        )
+    if stride > 2 * size:
+        return Fault("stride", stride, f"must not exceed two sub-caches of {size} tokens")
+    if stride * math.log(config.score_decay) < math.log(MIN_DECAY_PER_STRIDE):
+        return Fault(
+            "score_decay",
+            config.score_decay,
+            f"wears a score down to less than {MIN_DECAY_PER_STRIDE:g} within a stride of {stride}",
+        )
+    if config.max_places > position_limit:
+        return Fault(
+            "cache_tokens",
+            config.cache_tokens,
+            f"needs {config.max_places} positions (with {config.num_sink_tokens} sinks, a stride "
+            f"of {stride} and groups of {group}), but the model has {position_limit}",
+        )
+    return None
