@@ -7,6 +7,7 @@ query gives a key ``max`` (or ``mean``) over the query heads that share its KV h
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -47,9 +48,10 @@ class Scoring:
 
     def amounts(self, probs: torch.Tensor, dim: int) -> torch.Tensor:
         """What each query gives each key, the query heads of a KV head lying along `dim`."""
-        if self.reduction == "max":
-            return self._raised(probs.amax(dim))
-        return self._raised(probs).mean(dim)
+        if self.reduction == "mean":
+            return self._raised(probs).mean(dim)
+        # Pairwise: several times faster than amax over a dimension that is not the last.
+        return self._raised(functools.reduce(torch.maximum, probs.unbind(dim)))
 
     def _raised(self, probs: torch.Tensor) -> torch.Tensor:
         if self.power == 1.0:
@@ -157,7 +159,7 @@ def prefill(
             key[:, :, :seen],
             out=logits,
         )
-        future = torch.ones(count, count, dtype=torch.bool).triu_(1)
+        future = torch.arange(count)[:, None] < torch.arange(count)
         diagonal = logits.view(num_heads, count, seen)[..., seen - count :]
         diagonal.masked_fill_(future, float("-inf"))
         torch.softmax(logits, dim=-1, out=probs)
@@ -241,9 +243,9 @@ def decode(
     padded = padded.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv_heads, shared, -1).softmax(-1)
     padded = padded.view(num_rows, num_kv_heads, shared, longest, block_size)
     probs = padded.permute(0, 3, 1, 2, 4)[batch.block_row, batch.block_place]
-    attended = torch.zeros(num_rows, num_kv_heads, shared, value.shape[-1])
-    attended.index_add_(0, batch.block_row, torch.matmul(probs, value))
-    output[batch.rows] = attended.view(num_rows, num_heads, -1).to(output.dtype)
+    parts = torch.zeros(num_rows, longest, num_kv_heads, shared, value.shape[-1])
+    parts[batch.block_row, batch.block_place] = torch.matmul(probs, value)
+    output[batch.rows] = parts.sum(1).view(num_rows, num_heads, -1).to(output.dtype)
 
     if scoring is None:
         return

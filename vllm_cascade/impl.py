@@ -8,12 +8,12 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_cascade.config import CascadeConfig, CascadeOptions
+from vllm_cascade.config import CascadeConfig
 from vllm_cascade.kernels import cpu_attention, cpu_compaction
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.metadata import CascadeMetadata
 from vllm_cascade.rope import Rope
-from vllm_cascade.validation import check_layer, position_limit
+from vllm_cascade.validation import check_layer, resolve_options
 
 
 class CascadeImpl(AttentionImpl[CascadeMetadata]):
@@ -63,13 +63,7 @@ class CascadeImpl(AttentionImpl[CascadeMetadata]):
     @classmethod
     def resolve_config(cls, block_size: int) -> CascadeConfig:
         """The configuration of the model loaded last, for blocks of `block_size` tokens."""
-        model_config = cls._vllm_config.model_config
-        options = CascadeOptions.parse(cls._vllm_config.additional_config.get("cascade", {}))
-        return options.resolve(
-            block_size=block_size,
-            max_model_len=model_config.max_model_len,
-            position_limit=position_limit(model_config),
-        )
+        return resolve_options(cls._vllm_config, block_size)
 
     @property
     def num_positions(self) -> int:

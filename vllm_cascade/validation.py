@@ -44,8 +44,12 @@ def position_limit(model_config: Any) -> int:
     return limit
 
 
-def resolve_options(vllm_config: Any) -> CascadeConfig:
+def resolve_options(vllm_config: Any, block_size: int) -> CascadeConfig:
     """The cascade's configuration for the model that `vllm_config` serves.
+
+    Args:
+        vllm_config: vLLM's complete configuration.
+        block_size: Tokens in a KV block.
 
     Raises:
         UnsupportedError: The options are not where they belong.
@@ -59,7 +63,7 @@ def resolve_options(vllm_config: Any) -> CascadeConfig:
             "Give --additional-config '{\"cascade\": {...}}', or leave it out",
         )
     return CascadeOptions.parse(given.get("cascade", {})).resolve(
-        block_size=vllm_config.cache_config.block_size,
+        block_size=block_size,
         max_model_len=vllm_config.model_config.max_model_len,
         position_limit=position_limit(vllm_config.model_config),
     )
@@ -90,7 +94,7 @@ def validate(vllm_config: Any) -> None:
     check_kinds(vllm_config.attention_config)
     for check in (_device, _model, _sliding_window, _rope, _attention, _parallel, _features):
         check(vllm_config)
-    resolve_options(vllm_config)
+    resolve_options(vllm_config, vllm_config.cache_config.block_size)
     check_selection(CascadeBackend, layer_of(vllm_config))
     _log_prefix_caching(vllm_config)
 

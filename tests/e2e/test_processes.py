@@ -1,0 +1,187 @@
+"""Engines as users start them: spawned workers, two ranks, the OpenAI server."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from e2e.support import model_folder
+from e2e.tiny import random_prompt, save_llama
+
+pytestmark = pytest.mark.model
+
+BUDGET = {"cache_tokens": 1024, "num_sub_caches": 4, "stride": 256}
+MAX_MODEL_LEN = 20_000  # SmolLM2 has 8,192 positions
+START_SECONDS = 240
+
+GENERATE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    model, prompts, options = (json.loads(argument) for argument in sys.argv[1:])
+    llm = LLM(model, attention_backend="CASCADE", skip_tokenizer_init=True, **options)
+    sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
+    answers = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, sampling)]
+    print("ANSWERS", json.dumps(answers))
+"""
+
+
+def generate(folder: Path, model: str, prompts: list[list[int]], **options: object) -> list:
+    """Answers of a script that a user could have written, run in a process of its own."""
+    script = folder / "generate.py"
+    script.write_text(GENERATE)
+    arguments = [json.dumps(argument) for argument in (model, prompts, options)]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    )
+    found = re.search(r"^ANSWERS (.*)$", done.stdout, re.MULTILINE)
+    assert found, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(found[1])
+
+
+def test_two_ranks_answer_like_one(tmp_path: Path) -> None:
+    """Each rank keeps its own heads' tokens; nothing is exchanged but attention's output."""
+    model = save_llama(tmp_path / "llama", num_attention_heads=8, num_key_value_heads=4)
+    prompts = [random_prompt(n, seed=n) for n in (1500, 40, 700)]
+    options = {
+        "dtype": "float32",
+        "block_size": 16,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 512,
+        "additional_config": {
+            "cascade": {"cache_tokens": 128, "num_sub_caches": 4, "num_sink_tokens": 16}
+        },
+    }
+    one = generate(tmp_path, model, prompts, **options, enforce_eager=True)
+    two = generate(
+        tmp_path,
+        model,
+        prompts,
+        **options,
+        enforce_eager=True,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+    )
+    assert one == two
+
+
+def test_no_other_option_is_needed(tmp_path: Path) -> None:
+    """Default block size, default options, compiled, on a model shorter than the default budget."""
+    answers = generate(tmp_path, model_folder(), [random_prompt(300, seed=1)])
+    assert len(answers[0]) == 16
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of `vllm serve` with SmolLM2 beyond its own length."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [
+        str(Path(sys.executable).parent / "vllm"),
+        "serve",
+        model_folder(),
+        "--served-model-name=smollm2",
+        "--attention-backend=CASCADE",
+        f"--max-model-len={MAX_MODEL_LEN}",
+        f"--additional-config={json.dumps({'cascade': BUDGET})}",
+        "--enforce-eager",
+        "--host=127.0.0.1",
+        f"--port={port}",
+    ]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + START_SECONDS
+            while not _answers(f"{address}/health"):
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.5)
+            assert "CASCADE: policy=blend cache_tokens=1024" in log.read_text()
+            yield address
+            assert process.poll() is None, log.read_text()[-3000:]
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", timeout=300)
+
+
+def test_completion(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="smollm2", prompt="The capital of France is", max_tokens=8, temperature=0
+    )
+    assert "Paris" in answer.choices[0].text
+
+
+def test_chat_beyond_budget(client: openai.OpenAI) -> None:
+    filler = "The grass is green. The sky is blue. The sun is yellow. " * 100
+    answer = client.chat.completions.create(
+        model="smollm2",
+        messages=[{"role": "user", "content": f"{filler}What is the capital of France?"}],
+        max_tokens=24,
+        temperature=0,
+    )
+    assert answer.usage.prompt_tokens > BUDGET["cache_tokens"]
+    assert answer.choices[0].message.content.strip()
+
+
+def test_streaming_equals_not_streaming(client: openai.OpenAI) -> None:
+    request = {"model": "smollm2", "prompt": "Once upon a time", "max_tokens": 32, "temperature": 0}
+    parts = [chunk.choices[0].text for chunk in client.completions.create(**request, stream=True)]
+    assert len(parts) > 8
+    assert "".join(parts) == client.completions.create(**request).choices[0].text
+
+
+def test_twenty_requests_at_once(client: openai.OpenAI) -> None:
+    """Mixed lengths, some many times the budget, one past the model's own positions."""
+    lengths = [3, 20, 150, 1300, 9000, *[40 * i + 7 for i in range(15)]]
+    prompts = [" ".join(f"word{j % 97}" for j in range(n // 3 + 1)) for n in lengths]
+
+    def ask(prompt: str) -> openai.types.Completion:
+        return client.completions.create(
+            model="smollm2", prompt=prompt, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(ask, prompts))
+    assert len(answers) == 20
+    assert max(answer.usage.prompt_tokens for answer in answers) > 8192
+    for answer in answers:
+        assert answer.usage.completion_tokens == 12
+        assert answer.choices[0].text
+
+
+def test_too_long_a_request_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="20000"):
+        client.completions.create(model="smollm2", prompt=[7] * (MAX_MODEL_LEN + 1), max_tokens=1)
+    assert client.models.list().data
