@@ -40,6 +40,7 @@ class Played:
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[torch.Tensor] = field(default_factory=list)
     kept: list[dict[int, torch.Tensor]] = field(default_factory=list)
+    concurrency: float = 0.0
     preemptions: int = 0
     most_running: int = 0
 
@@ -74,6 +75,7 @@ def play(
         log = KeptLog(llm)
         poison(llm)
         scheduler, played = core_of(llm).scheduler, Played(log.config)
+        played.concurrency = core_of(llm).vllm_config.cache_config.kv_cache_max_concurrency
         with log.recording(), pytest.MonkeyPatch.context() as patch:
             original = scheduler._preempt_request
 
@@ -181,6 +183,48 @@ def test_preempted_in_the_middle_of_prefill_and_decode(model: str) -> None:
     check(model, played)
 
 
+def test_kept_tokens_is_what_the_pages_hold(model: str) -> None:
+    """The documented way to read kept tokens, after generation, against the log of merges."""
+    with engine(
+        CASCADE,
+        model,
+        block_size=16,
+        max_model_len=4096,
+        skip_tokenizer_init=True,
+        worker_extension_cls="vllm_cascade.trace.WorkerExtension",
+    ) as llm:
+        log = KeptLog(llm)
+        with log.recording():
+            output = llm.generate(
+                {"prompt_token_ids": random_prompt(1000, seed=5)},
+                SamplingParams(temperature=0, max_tokens=2, detokenize=False),
+                use_tqdm=False,
+            )[0]
+        (found,) = llm.collective_rpc("kept_tokens")[0]
+        boundary, kept = max(log.of(output.request_id).items())
+    assert found["num_tokens"] == 1001
+    since = list(range(CASCADE["num_sink_tokens"] + boundary * CASCADE["stride"], 1001))
+    assert len(found["layers"]) == len(kept) == 3
+    for layer, heads in enumerate(found["layers"].values()):
+        assert heads == [[*head, *since] for head in kept[layer].tolist()]
+
+
+def test_kept_tokens_needs_the_trace(model: str) -> None:
+    with (
+        engine(
+            {**CASCADE, "trace_tokens": False},
+            model,
+            block_size=16,
+            max_model_len=512,
+            skip_tokenizer_init=True,
+            worker_extension_cls="vllm_cascade.trace.WorkerExtension",
+        ) as llm,
+        pytest.raises(ValueError, match="trace_tokens"),
+    ):
+        llm.generate({"prompt_token_ids": [5, 6]}, SamplingParams(max_tokens=2, detokenize=False))
+        llm.collective_rpc("kept_tokens")
+
+
 def test_pool_with_room_for_k_budgets_runs_k(model: str) -> None:
     from vllm_cascade.layout import build_layout
 
@@ -196,5 +240,6 @@ def test_pool_with_room_for_k_budgets_runs_k(model: str) -> None:
             prompt_logprobs=False,
         )
         assert played.most_running == k
+        assert k <= played.concurrency < k + 1 / max_blocks + 1e-6
         assert played.preemptions == 0
         check(model, played)
