@@ -1,8 +1,9 @@
 """Find a passkey that stands early in a text longer than the KV budget, in three caches.
 
 Full attention keeps every token. `window` keeps the first tokens and the newest ones, in a budget
-of 2,048 tokens. The cascade has the same budget in four sub-caches. Each engine runs in a process
-of its own, one after the other; blocks and bytes are read from the engine's pool while it works.
+of 2,048 tokens. The cascade has the same budget: by plain attention scores in four sub-caches, and
+by the default policy `blend`. Each engine runs in a process of its own, one after the other; blocks
+and bytes are read from the engine's pool while it works.
 
     python examples/passkey.py                  the demo: three prompts
     python examples/passkey.py --count 20       how often each cache answers right, five depths
@@ -22,11 +23,11 @@ PLAIN_SCORES = {"selection_window": 64, "score_power": 1, "key_weight": 0}
 CACHES: dict[str, dict[str, Any] | None] = {
     "full attention": None,
     "window": BUDGET | {"policy": "window"},
-    "cascade": BUDGET | PLAIN_SCORES | {"num_sub_caches": 4},
-    "blend": BUDGET | {"policy": "blend", "num_sub_caches": "auto"},
-    "paper": BUDGET | {"policy": "paper", "num_sub_caches": 4},
+    "cascade, plain scores": BUDGET | PLAIN_SCORES | {"num_sub_caches": 4},
+    "cascade, blend": BUDGET | {"policy": "blend", "num_sub_caches": "auto"},
+    "cascade, paper": BUDGET | {"policy": "paper", "num_sub_caches": 4},
 }
-SHOWN = ["full attention", "window", "cascade"]
+SHOWN = ["full attention", "window", "cascade, plain scores", "cascade, blend"]
 ANSWER_TOKENS = 8
 
 
@@ -55,8 +56,8 @@ class Status:
             print(line, flush=True)
 
 
-def make_passkeys(tokenizer: Any, count: int) -> list[Passkey]:
-    """The demo's three prompts, or `count` prompts of each filler, at five depths."""
+def make_passkeys(tokenizer: Any, count: int, prompt_tokens: int) -> list[Passkey]:
+    """The demo's three prompts, or `count` of each filler and of that length, at five depths."""
 
     def num_tokens(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
@@ -68,7 +69,7 @@ def make_passkeys(tokenizer: Any, count: int) -> list[Passkey]:
             passkey("sentences", num_tokens, 8000, 0.2, seed=3),
         ]
     return [
-        passkey(filler, num_tokens, 4096, 0.1 + 0.2 * (seed % 5), seed)
+        passkey(filler, num_tokens, prompt_tokens, 0.1 + 0.2 * (seed % 5), seed)
         for filler in ("sentences", "bible")
         for seed in range(count)
     ]
@@ -148,6 +149,7 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=0, help="prompts of each filler; 0: the demo")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of those prompts")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=SHOWN)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
@@ -157,7 +159,7 @@ def main() -> int:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(prepare_model.FOLDER)
-    passkeys, status = make_passkeys(tokenizer, arguments.count), Status()
+    passkeys, status = make_passkeys(tokenizer, arguments.count, arguments.tokens), Status()
     answers = {
         cache: answer(cache, arguments.dtype, tokenizer, passkeys, status)
         for cache in arguments.caches
