@@ -33,6 +33,10 @@ class Rotary:
     sin: torch.Tensor
     is_neox: bool
 
+    def rotate(self, x: torch.Tensor, places: slice | torch.Tensor) -> torch.Tensor:
+        """Rotate `x` [num_heads, *places.shape, head_size] at `places`; float32, a new tensor."""
+        return rotate(x, self.cos[places], self.sin[places], self.is_neox)
+
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
@@ -129,18 +133,12 @@ def prefill(
     shared = num_heads // num_kv_heads
 
     # [num_kv_heads, num_keys, head_size + head_size_v]
-    held = pages.kv[segment.block_ids].transpose(0, 1).reshape(num_kv_heads, -1, pages.kv.shape[3])
-    held = held[:, :num_keys]
-    key = rotate(held[..., :head_size], rotary.cos[:num_keys], rotary.sin[:num_keys], rotary.is_neox)
+    held = pages.kv[segment.block_ids].transpose(0, 1).flatten(1, 2)[:, :num_keys]
+    key = rotary.rotate(held[..., :head_size], slice(num_keys))
     value = held[..., head_size:].float().contiguous()
     own = slice(segment.first_place, num_keys)
     # [num_heads, num_queries, head_size]
-    rotated = rotate(
-        query[segment.start : segment.end].transpose(0, 1),
-        rotary.cos[own],
-        rotary.sin[own],
-        rotary.is_neox,
-    ).mul_(scale)
+    rotated = rotary.rotate(query[segment.start : segment.end].transpose(0, 1), own).mul_(scale)
     rotated = rotated.view(num_kv_heads, shared, num_queries, head_size)
     key = key.transpose(1, 2)
 
@@ -211,7 +209,7 @@ def decode(
         scoring: How to score, or None for none.
     """
     num_rows, num_heads = len(batch.rows), query.shape[1]
-    head_size, num_blocks = query.shape[2], len(batch.block_ids)
+    head_size = query.shape[2]
     _, num_kv_heads, block_size, _ = pages.kv.shape
     shared = num_heads // num_kv_heads
 
@@ -222,17 +220,11 @@ def decode(
     held.masked_fill_(past_end[:, None, :, None], 0)
     spot = slot_place.clamp_(max=len(rotary.cos) - 1)
     # [num_blocks, num_kv_heads, block_size, head_size]
-    key = rotate(
-        held[..., :head_size], rotary.cos[spot][:, None], rotary.sin[spot][:, None], rotary.is_neox
-    )
+    key = rotary.rotate(held[..., :head_size].transpose(0, 1), spot).transpose(0, 1)
     value = held[..., head_size:].float()
-    rotated = rotate(
-        query[batch.rows],
-        rotary.cos[batch.places][:, None],
-        rotary.sin[batch.places][:, None],
-        rotary.is_neox,
-    ).mul_(scale)
-    rotated = rotated.view(num_rows, num_kv_heads, shared, head_size)
+    rotated = rotary.rotate(query[batch.rows].transpose(0, 1), batch.places).mul_(scale)
+    rotated = rotated.transpose(0, 1)
+    rotated = rotated.reshape(num_rows, num_kv_heads, shared, head_size)
 
     # [num_blocks, num_kv_heads, shared, block_size]
     logits = torch.matmul(rotated[batch.block_row], key.transpose(2, 3))

@@ -85,8 +85,8 @@ def merge_groups(
         key_weight: Weight of key distinctiveness; 0 leaves it out.
     """
     assert pages.score is not None
-    num_groups, blocks = batch.groups.shape
-    _, num_kv_heads, block_size, channels = pages.kv.shape
+    blocks = batch.groups.shape[1]
+    block_size, channels = pages.kv.shape[2:]
     tokens = blocks * block_size
 
     def lined_up(pool: torch.Tensor) -> torch.Tensor:

@@ -43,8 +43,8 @@ MUTATIONS = [
     Mutation(
         "a place off by one",
         "kernels/cpu_attention.py",
-        "rotary.cos[own],\n        rotary.sin[own],",
-        "rotary.cos[own].roll(1, 0),\n        rotary.sin[own].roll(1, 0),",
+        "own = slice(segment.first_place, num_keys)",
+        "own = slice(max(segment.first_place - 1, 0), num_keys - (segment.first_place > 0))",
         f"{LAYER}::test_layer_equals_oracle[1500-paper]",
     ),
     Mutation(
@@ -148,7 +148,8 @@ def run(test: str, package: Path) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
-        raise SystemExit(f"pytest could not run {test}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        said = done.stdout[-2000:] + done.stderr[-2000:]
+        raise SystemExit(f"pytest could not run {test}:\n{said}")
     return done.returncode == 0
 
 
@@ -170,7 +171,8 @@ def main() -> None:
     chosen = [m for m in MUTATIONS if len(sys.argv) == 1 or m.name in sys.argv[1:]]
     with tempfile.TemporaryDirectory() as folder:
         copy_package(Path(folder))
-        red = [test for test in dict.fromkeys(m.test for m in chosen) if not run(test, Path(folder))]
+        tests = dict.fromkeys(mutation.test for mutation in chosen)
+        red = [test for test in tests if not run(test, Path(folder))]
     if red:
         raise SystemExit(f"red without any mutation: {', '.join(red)}")
     survivors = 0

@@ -115,9 +115,7 @@ class CascadeImpl(AttentionImpl[CascadeMetadata]):
         if config.needs_scores:
             scoring = cpu_attention.Scoring(config.score_power, config.score_reduction)
         for wave in attn_metadata.waves:
-            pages.write(
-                key[wave.rows], value[wave.rows], wave.block_ids, wave.offsets, wave.tokens
-            )
+            pages.write(key[wave.rows], value[wave.rows], wave.block_ids, wave.offsets, wave.tokens)
             for segment in wave.prefills:
                 cpu_attention.prefill(
                     output, query, pages, segment, self.rotary, self.scale, scoring
@@ -132,7 +130,5 @@ class CascadeImpl(AttentionImpl[CascadeMetadata]):
 
     def _pages_of(self, kv_cache: torch.Tensor) -> Pages:
         if self.pages is None or self.pages.kv.data_ptr() != kv_cache.data_ptr():
-            self.pages = Pages.view(
-                kv_cache, self.config.needs_scores, self.config.trace_tokens
-            )
+            self.pages = Pages.view(kv_cache, self.config.needs_scores, self.config.trace_tokens)
         return self.pages

@@ -37,7 +37,9 @@ def remember(
             _requests[int(blocks[0])] = (layout, blocks, num_tokens)
 
 
-def kept_in(pages: Pages, layout: Layout, row: npt.NDArray[np.int32], num_tokens: int) -> torch.Tensor:
+def kept_in(
+    pages: Pages, layout: Layout, row: npt.NDArray[np.int32], num_tokens: int
+) -> torch.Tensor:
     """Token indices that one request holds in one layer.
 
     Args:

@@ -73,11 +73,28 @@ def cascade_manager_of(llm: Any) -> Any:
     return core_of(llm).scheduler.kv_cache_manager.coordinator.single_type_managers[0]
 
 
-def poison(llm: Any) -> None:
-    """Fill every page with NaN, scores included."""
+@contextlib.contextmanager
+def poisoned(llm: Any) -> Iterator[None]:
+    """Fill every page with NaN, scores included, and every block again when it is handed out."""
+    pools = []
     for cache in runner_of(llm).kv_caches:
         flat = torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage())
         flat.fill_(255)
+        stride = cache.stride(0) * cache.element_size()
+        start = cache.storage_offset() * cache.element_size()
+        pools.append(flat.as_strided((cache.shape[0], stride), (stride, 1), start))
+    manager = cascade_manager_of(llm)
+    original = manager.allocate_new_blocks
+
+    def allocate_new_blocks(*args: Any) -> Any:
+        blocks = original(*args)
+        for pool in pools:
+            pool[[block.block_id for block in blocks]] = 255
+        return blocks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager, "allocate_new_blocks", allocate_new_blocks)
+        yield
 
 
 class KeptLog:
@@ -142,8 +159,9 @@ class KeptLog:
 
 def book_tokens(count: int, start: int = 0) -> list[int]:
     """Consecutive tokens of the King James Bible, from its `start`-th."""
-    from texts import king_james
     from transformers import AutoTokenizer
+
+    from texts import king_james
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     # English has fewer than 8 characters a token.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from e2e.support import KeptLog, book_tokens, engine, model_folder, poison
+from vllm import SamplingParams
+
+from e2e.support import KeptLog, book_tokens, engine, model_folder, poisoned
 from reference.cascade import CascadeParameters
 from reference.llama import Llama
-from vllm import SamplingParams
 
 pytestmark = pytest.mark.model
 
@@ -48,8 +49,7 @@ def test_beyond_budget_equals_oracle(policy: str) -> None:
     ) as llm:
         log = KeptLog(llm)
         prompt = book_tokens(4 * log.config.reach + 40)
-        poison(llm)
-        with log.recording():
+        with log.recording(), poisoned(llm):
             output = llm.generate(
                 {"prompt_token_ids": prompt},
                 SamplingParams(temperature=0, max_tokens=40, logprobs=0, prompt_logprobs=0),
@@ -65,9 +65,11 @@ def test_beyond_budget_equals_oracle(policy: str) -> None:
     model = Llama.from_folder(model_folder(), torch.float64)
     run = model.run(tokens, CascadeParameters.like(config), forced=kept)
     assert len(kept) > 25
+    assert run.comparison.windows > 1000
     assert not run.comparison.unexplained
     assert len(run.comparison.differing) <= SHARE_OF_NEAR_TIES * run.comparison.windows
     torch.testing.assert_close(
         torch.tensor(logprobs, dtype=torch.float64), run.logprobs, rtol=0, atol=1e-3
     )
-    print(f"{policy}: {len(run.comparison.differing)} near-ties in {run.comparison.windows} windows")
+    near_ties = len(run.comparison.differing)
+    print(f"{policy}: {near_ties} near-ties in {run.comparison.windows} windows")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import openai
 import pytest
+
 from e2e.support import model_folder
 from e2e.tiny import random_prompt, save_llama
 
@@ -169,7 +170,11 @@ def test_twenty_requests_at_once(client: openai.OpenAI) -> None:
 
     def ask(prompt: str) -> openai.types.Completion:
         return client.completions.create(
-            model="smollm2", prompt=prompt, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
+            model="smollm2",
+            prompt=prompt,
+            max_tokens=12,
+            temperature=0,
+            extra_body={"ignore_eos": True},
         )
 
     with concurrent.futures.ThreadPoolExecutor(20) as pool:

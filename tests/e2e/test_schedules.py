@@ -1,6 +1,7 @@
 """However a request is cut, batched, ordered or preempted, it keeps the oracle's tokens.
 
-A random model of three layers; every request of every schedule is replayed by the float64 oracle.
+A random model of three layers. Every block is full of NaN when it is handed out, and every request
+of every schedule is replayed by the float64 oracle.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from e2e.support import KeptLog, cascade_manager_of, core_of, engine, poison
+from vllm import SamplingParams
+
+from e2e.support import KeptLog, cascade_manager_of, core_of, engine, poisoned
 from e2e.tiny import random_prompt, save_llama
 from reference.cascade import CascadeParameters
 from reference.llama import Llama
-from vllm import SamplingParams
 
 CASCADE = {
     "cache_tokens": 128,
@@ -73,10 +75,9 @@ def play(
         **options,
     ) as llm:
         log = KeptLog(llm)
-        poison(llm)
         scheduler, played = core_of(llm).scheduler, Played(log.config)
         played.concurrency = core_of(llm).vllm_config.cache_config.kv_cache_max_concurrency
-        with log.recording(), pytest.MonkeyPatch.context() as patch:
+        with log.recording(), poisoned(llm), pytest.MonkeyPatch.context() as patch:
             original = scheduler._preempt_request
 
             def counted(*args: Any, **kwargs: Any) -> Any:

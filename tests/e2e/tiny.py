@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference.llama import random_tensors
 from safetensors.torch import save_file
+
+from reference.llama import random_tensors
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

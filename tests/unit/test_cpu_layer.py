@@ -10,9 +10,9 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from reference.attention import rope_table, rotate, scored_attention
 from reference.cascade import Cascade, CascadeParameters, Values
-
 from vllm_cascade.config import CascadeConfig, CascadeOptions
 from vllm_cascade.kernels import cpu_attention, cpu_compaction
 from vllm_cascade.kernels.pages import Pages

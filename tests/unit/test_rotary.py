@@ -21,7 +21,10 @@ def test_rotate_is_multiplication_by_a_unit_complex_number(
     found = rotate(x, angle.cos(), angle.sin(), is_neox)
 
     turned, rest = x[..., :rotary_dim].double(), x[..., rotary_dim:]
-    pairs = turned.unflatten(-1, (2, -1)).transpose(-1, -2) if is_neox else turned.unflatten(-1, (-1, 2))
+    if is_neox:
+        pairs = turned.unflatten(-1, (2, -1)).transpose(-1, -2)
+    else:
+        pairs = turned.unflatten(-1, (-1, 2))
     number = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones(()), angle)
     pairs = torch.view_as_real(number)
     turned = (pairs.transpose(-1, -2) if is_neox else pairs).flatten(-2)
