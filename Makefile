@@ -13,6 +13,8 @@ MODEL := .models/SmolLM2-135M-Instruct/config.json
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export PYTHONUNBUFFERED := 1
+# Threads that wait by spinning slow everything down tenfold where another program is running.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help setup model demo test test-unit test-mutations test-e2e test-gpu check bench readme clean
 .DELETE_ON_ERROR:
