@@ -144,25 +144,24 @@ def prefill(
 
     gained = torch.zeros(num_kv_heads, num_keys) if scoring else None
     rows_per_tile = max(16, TILE_ELEMENTS // (num_heads * num_keys) // 16 * 16)
-    tiles = torch.empty(num_heads * min(rows_per_tile, num_queries) * num_keys * 2)
+    tile = torch.empty(num_heads * min(rows_per_tile, num_queries) * num_keys)
     for first in range(0, num_queries, rows_per_tile):
         last = min(first + rows_per_tile, num_queries)
         count, seen = last - first, segment.first_place + last
-        area = num_heads * count * seen
         # [num_kv_heads, shared * count, seen]
-        logits = tiles[:area].view(num_kv_heads, shared * count, seen)
-        probs = tiles[area : 2 * area].view_as(logits)
-        torch.bmm(
-            rotated[:, :, first:last].reshape(num_kv_heads, -1, head_size),
-            key[:, :, :seen],
-            out=logits,
-        )
-        future = torch.arange(count)[:, None] < torch.arange(count)
-        diagonal = logits.view(num_heads, count, seen)[..., seen - count :]
-        diagonal.masked_fill_(future, float("-inf"))
-        torch.softmax(logits, dim=-1, out=probs)
-        attended = torch.bmm(probs, value[:, :seen]).view(num_heads, count, -1)
-        output[segment.start + first : segment.start + last] = attended.transpose(0, 1)
+        probs = tile[: num_heads * count * seen].view(num_kv_heads, shared * count, seen)
+        rows = rotated[:, :, first:last].reshape(num_kv_heads, shared * count, head_size)
+        attended = torch.empty(num_kv_heads, shared * count, value.shape[2])
+        # One product per head: both threads share it, where a batch of three leaves one idle.
+        for head in range(num_kv_heads):
+            torch.mm(rows[head], key[head, :, :seen], out=probs[head])
+        diagonal = probs.view(num_heads, count, seen)[..., seen - count :]
+        diagonal.masked_fill_(torch.arange(count)[:, None] < torch.arange(count), float("-inf"))
+        torch.softmax(probs, dim=-1, out=probs)
+        for head in range(num_kv_heads):
+            torch.mm(probs[head], value[head, :seen], out=attended[head])
+        rows_out = output[segment.start + first : segment.start + last]
+        rows_out.copy_(attended.view(num_heads, count, -1).transpose(0, 1))
         if gained is not None and scoring is not None:
             amounts = scoring.amounts(probs.view(num_kv_heads, shared, count, seen), dim=1)
             gained[:, :seen] += torch.matmul(segment.weights[first:last], amounts)
