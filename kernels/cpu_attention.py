@@ -135,7 +135,9 @@ def prefill(
     # [num_kv_heads, num_keys, head_size + head_size_v]
     held = pages.kv[segment.block_ids].transpose(0, 1).flatten(1, 2)[:, :num_keys]
     key = rotary.rotate(held[..., :head_size], slice(num_keys))
-    value = held[..., head_size:].float().contiguous()
+    # As GPU kernels do, bfloat16 values are summed with bfloat16 weights into float32.
+    summed_in = torch.bfloat16 if held.dtype == torch.bfloat16 else torch.float32
+    value = held[..., head_size:].to(summed_in).contiguous()
     own = slice(segment.first_place, num_keys)
     # [num_heads, num_queries, head_size]
     rotated = rotary.rotate(query[segment.start : segment.end].transpose(0, 1), own).mul_(scale)
@@ -151,7 +153,7 @@ def prefill(
         # [num_kv_heads, shared * count, seen]
         probs = tile[: num_heads * count * seen].view(num_kv_heads, shared * count, seen)
         rows = rotated[:, :, first:last].reshape(num_kv_heads, shared * count, head_size)
-        attended = torch.empty(num_kv_heads, shared * count, value.shape[2])
+        attended = torch.empty(num_kv_heads, shared * count, value.shape[2], dtype=summed_in)
         # One product per head: both threads share it, where a batch of three leaves one idle.
         for head in range(num_kv_heads):
             torch.mm(rows[head], key[head, :, :seen], out=probs[head])
@@ -159,7 +161,7 @@ def prefill(
         diagonal.masked_fill_(torch.arange(count)[:, None] < torch.arange(count), float("-inf"))
         torch.softmax(probs, dim=-1, out=probs)
         for head in range(num_kv_heads):
-            torch.mm(probs[head], value[head, :seen], out=attended[head])
+            torch.mm(probs[head].to(summed_in), value[head, :seen], out=attended[head])
         rows_out = output[segment.start + first : segment.start + last]
         rows_out.copy_(attended.view(num_heads, count, -1).transpose(0, 1))
         if gained is not None and scoring is not None:

@@ -177,15 +177,16 @@ def test_layer_equals_oracle(options: dict, longest_cut: int) -> None:
                 assert torch.equal(kept[r][end].long(), boundaries[end]), (r, end)
 
 
-def test_bfloat16_rounds_only_its_output() -> None:
-    """Pages hold what the model computed, and the arithmetic is float32: same choices."""
+def test_bfloat16_rounds_only_weights_and_output() -> None:
+    """Pages hold what the model computed and scores are float32: same choices."""
     config = config_of(900)
     outputs, kept, (q, k, v) = play(config, [900, 300], 200, seed=7, dtype=torch.bfloat16)
     for r in range(2):
         expected, boundaries = oracle(config, q[r], k[r], v[r])
-        # Half a unit in the last of bfloat16's 8 bits, and what float32 adds.
+        # The output rounds twice, to half a unit in the last of bfloat16's 8 bits each; so does
+        # each weight, which shifts a mean of values by at most that of the largest value.
         error = (outputs[r].double() - expected).abs()
-        assert (error <= expected.abs() * 2**-8 + 2e-5).all()
+        assert (error <= expected.abs() * 2**-8 + v[r].abs().max().double() * 2**-9 + 2e-5).all()
         for end in kept[r].keys() & boundaries.keys():
             assert torch.equal(kept[r][end].long(), boundaries[end]), (r, end)
 
