@@ -98,8 +98,10 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[CascadeMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.layout = build_layout(kv_cache_spec.config)
+        self.seen = trace.Seen(self.layout) if self.layout.config.trace_tokens else None
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
+            layers[name].impl.seen = self.seen
             if layers[name].impl.rotary is None:
                 raise RuntimeError(
                     f"CASCADE did not get the rotary embedding of layer {name}: the model was "
@@ -116,8 +118,8 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[CascadeMetadata]):
         num_reqs = common_attn_metadata.num_reqs
         seq_lens = common_attn_metadata.seq_lens[:num_reqs].numpy()
         block_table = common_attn_metadata.block_table_tensor[:num_reqs].numpy()
-        if self.layout.config.trace_tokens:
-            trace.remember(self.layout, block_table, seq_lens)
+        if self.seen is not None:
+            self.seen.note(block_table, seq_lens)
         return plan_step(
             self.layout,
             common_attn_metadata.query_start_loc_cpu[: num_reqs + 1].numpy(),

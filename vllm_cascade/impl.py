@@ -13,6 +13,7 @@ from vllm_cascade.kernels import cpu_attention, cpu_compaction
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.metadata import CascadeMetadata
 from vllm_cascade.rope import Rope
+from vllm_cascade.trace import Seen
 from vllm_cascade.validation import check_layer, resolve_options
 
 
@@ -59,6 +60,7 @@ class CascadeImpl(AttentionImpl[CascadeMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.rotary: cpu_attention.Rotary | None = None
         self.pages: Pages | None = None
+        self.seen: Seen | None = None
 
     @classmethod
     def resolve_config(cls, block_size: int) -> CascadeConfig:

@@ -16,25 +16,31 @@ import torch
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.layout import Layout
 
-# First block of a request -> its layout, its blocks and its tokens when last seen, newest last.
-_requests: dict[int, tuple[Layout, npt.NDArray[np.int32], int]] = {}
 
-
-def remember(
-    layout: Layout, block_table: npt.NDArray[np.int32], seq_lens: npt.NDArray[np.int64]
-) -> None:
-    """Note the rows of a step's requests, so that their pages can be read later.
+class Seen:
+    """The rows that an engine's steps were given, so that their pages can be read later.
 
     Args:
         layout: The cascade's structure.
-        block_table: [num_requests, width] block ids.
-        seq_lens: [num_requests] tokens of each request once the step is done.
     """
-    for row, num_tokens in zip(block_table, seq_lens.tolist(), strict=True):
-        if num_tokens:
-            blocks = row[: layout.need(num_tokens)].copy()
-            _requests.pop(int(blocks[0]), None)
-            _requests[int(blocks[0])] = (layout, blocks, num_tokens)
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        # First block of a request -> its blocks and its tokens when last seen, newest last.
+        self.requests: dict[int, tuple[npt.NDArray[np.int32], int]] = {}
+
+    def note(self, block_table: npt.NDArray[np.int32], seq_lens: npt.NDArray[np.int64]) -> None:
+        """Take in one step.
+
+        Args:
+            block_table: [num_requests, width] block ids.
+            seq_lens: [num_requests] tokens of each request once the step is done.
+        """
+        for row, num_tokens in zip(block_table, seq_lens.tolist(), strict=True):
+            if num_tokens:
+                blocks = row[: self.layout.need(num_tokens)].copy()
+                self.requests.pop(int(blocks[0]), None)
+                self.requests[int(blocks[0])] = (blocks, num_tokens)
 
 
 def kept_in(
@@ -73,22 +79,23 @@ class WorkerExtension:
             ValueError: The engine runs without ``trace_tokens``.
         """
         layers = self.model_runner.compilation_config.static_forward_context
-        pages = {
-            name: layer.impl.pages
+        impls = {
+            name: layer.impl
             for name, layer in layers.items()
-            if getattr(getattr(layer, "impl", None), "pages", None) is not None
+            if getattr(getattr(layer, "impl", None), "seen", None) is not None
         }
-        if not all(layer_pages.token is not None for layer_pages in pages.values()):
+        if not impls:
             raise ValueError(
                 "the pages hold no token indices: start the engine with the cascade option "
                 '"trace_tokens": true'
             )
+        seen = next(iter(impls.values())).seen
         found, overwritten = [], set[int]()
-        for layout, row, num_tokens in reversed(_requests.values()):
+        for row, num_tokens in reversed(seen.requests.values()):
             if overwritten.isdisjoint(row.tolist()):
                 kept = {
-                    name: kept_in(layer_pages, layout, row, num_tokens).tolist()
-                    for name, layer_pages in pages.items()
+                    name: kept_in(impl.pages, seen.layout, row, num_tokens).tolist()
+                    for name, impl in impls.items()
                 }
                 found.append({"num_tokens": num_tokens, "layers": kept})
             overwritten.update(row.tolist())
