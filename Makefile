@@ -63,7 +63,7 @@ check: $(SETUP) ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(SETUP) $(MODEL) ## time of prefill against vLLM's own attention
-	$(BIN)/python benchmarks/cpu_prefill.py
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/cpu_prefill.py
 
 readme: $(SETUP) ## write README's patch table from the patches' records
 	$(BIN)/python -m vllm_cascade.patches > .venv/patches.md

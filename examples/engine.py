@@ -86,8 +86,6 @@ def serve(options: dict[str, Any], log: str, pipe: Any) -> None:
         os.dup2(file.fileno(), sys.stderr.fileno())
     # The engine core stays in this process so that its block pool can be read between steps.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # Threads that wait by spinning slow everything down tenfold where another program is running.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
