@@ -199,7 +199,8 @@ def decode(
 ) -> None:
     """Attend one query of each row to all it holds, and score the keys.
 
-    Blocks of all rows are worked through as one ragged batch, without padding to the longest.
+    Blocks of all rows are worked through as one ragged batch: keys and values are never padded to
+    the longest row, only attention weights and partial outputs are.
 
     Args:
         output: [num_tokens, num_heads, head_size_v]; the batch's rows are written.
