@@ -1,0 +1,452 @@
+"""Merge groups: the survivors, where they go, and that nothing else changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from reference import compaction as reference
+from reference.selection import rank
+from vllm_cascade.kernels import compaction, cpu_compaction
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.segments import Merges
+
+
+@dataclass
+class Case:
+    """Rows of which some merge, over pages whose unused places hold NaN."""
+
+    pages: Pages
+    merges: Merges
+    head_size: int
+    window: int
+
+    def run(self, key_weight: float, max_rows: int | None = None, **options: object) -> Pages:
+        """The pages after merging a copy of them."""
+        pages = copy(self.pages)
+        num_rows = len(self.merges.num_groups)
+        group = self.merges.groups.shape[2] * pages.kv.shape[2]
+        scratch = compaction.make_scratch(
+            max_rows or num_rows,
+            pages.kv.shape[1],
+            self.head_size,
+            4096,
+            pages.kv.device,
+            max_group=group,
+        )
+        # What is left from before must not matter.
+        scratch.sums.fill_(-(2**63))
+        scratch.values.fill_(torch.nan)
+        scratch.sources.fill_(2**30)
+        compaction.merge_groups(
+            pages, self.merges, self.head_size, self.window, key_weight, scratch, **options
+        )
+        return pages
+
+    def expected(self, key_weight: float, counters: torch.Tensor | None = None) -> Pages:
+        pages = copy(self.pages)
+        reference.merge_groups(
+            pages, self.merges, self.head_size, self.window, key_weight, counters=counters
+        )
+        return pages
+
+
+def copy(pages: Pages) -> Pages:
+    kv = pages.kv
+    flat = torch.empty(0, dtype=kv.dtype, device=kv.device).set_(kv.untyped_storage()).clone()
+    kv = flat.as_strided(kv.shape, kv.stride(), kv.storage_offset())
+    return Pages.view(kv, True, pages.token is not None)
+
+
+def bits(pages: Pages) -> torch.Tensor:
+    storage = pages.kv.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=pages.kv.device).set_(storage).cpu()
+
+
+def make_case(
+    device: torch.device,
+    num_groups: list[int],
+    *,
+    block_size: int = 16,
+    head_size: int = 16,
+    num_kv_heads: int = 2,
+    window: int = 16,
+    dtype: torch.dtype = torch.float32,
+    has_token: bool = True,
+    structured: bool = False,
+    seed: int = 0,
+) -> Case:
+    """Rows with some groups each, a sink block before and a partly filled block after them.
+
+    Structured keys are one channel each, and how often a channel occurs decides the order, so
+    distinctiveness is far from a tie or exactly equal in any arithmetic.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    group_blocks = max(window, 2 * block_size) // block_size
+    num_rows, max_groups = len(num_groups), max([*num_groups, 1]) + 1
+    row_blocks = 1 + max_groups * group_blocks + 1
+    num_blocks = num_rows * row_blocks + 3
+    slots = num_kv_heads * block_size
+    page_bytes = slots * (2 * head_size * dtype.itemsize + 8)
+    pool = torch.full((num_blocks, page_bytes // dtype.itemsize), torch.nan, dtype=dtype)
+    kv = pool.as_strided(
+        (num_blocks, num_kv_heads, block_size, 2 * head_size),
+        (pool.shape[1], block_size * 2 * head_size, 2 * head_size, 1),
+    )
+    pages = Pages.view(kv, True, True)
+    assert pages.score is not None and pages.token is not None
+    order = torch.randperm(num_blocks, generator=generator)[: num_rows * row_blocks]
+    order = order.view(num_rows, row_blocks).int()
+    counts = torch.tensor(num_groups, dtype=torch.int32)
+    full = 1 + counts * group_blocks
+    num_keys = full * block_size + torch.randint(block_size, (num_rows,), generator=generator)
+    for row in range(num_rows):
+        keys = int(num_keys[row])
+        blocks = order[row, torch.arange(keys) // block_size].long()
+        offsets = torch.arange(keys) % block_size
+        kv[blocks, :, offsets] = randn(keys, num_kv_heads, 2 * head_size).to(dtype)
+        # A mean away from zero, and several scores alike.
+        kv[blocks, :, offsets, :head_size] += randn(head_size).to(dtype)
+        if structured:
+            likely = torch.arange(1, head_size + 1).float().square()
+            channel = likely.multinomial(keys * num_kv_heads, True, generator=generator)
+            key = torch.nn.functional.one_hot(channel, head_size).float()
+            key *= torch.randint(0, 4, (len(channel), 1), generator=generator)
+            kv[blocks, :, offsets, :head_size] = key.view(keys, num_kv_heads, -1).to(dtype)
+        score = randn(keys, num_kv_heads)
+        pages.score[blocks, :, offsets] = (score * 8).round() / 8
+        pages.token[blocks, :, offsets] = torch.arange(keys, dtype=torch.int32)[:, None]
+    groups = order[:, 1:-1].reshape(num_rows, max_groups, group_blocks).clone()
+    groups[torch.arange(max_groups) >= counts[:, None]] = 2**30
+    table = order.clone()
+    table[torch.arange(row_blocks) * block_size >= num_keys[:, None]] = 2**30
+    pool = pool.to(device)
+    kv = pool.as_strided(kv.shape, kv.stride())
+    merges = Merges(groups, counts, table, num_keys.int())
+    merges = Merges(*(getattr(merges, name).to(device) for name in Merges.__slots__))
+    return Case(Pages.view(kv, True, has_token), merges, head_size, window)
+
+
+def assert_same(got: Pages, expected: Pages) -> None:
+    """The whole pool, poison, slack and all, to the bit."""
+    assert torch.equal(bits(got), bits(expected))
+
+
+@pytest.mark.parametrize("key_weight", [0.0, 1.0, 0.1, -0.7])
+@pytest.mark.parametrize(
+    ("window", "block_size", "options"),
+    [
+        (2, 16, {}),
+        (16, 16, {"dtype": torch.bfloat16, "num_kv_heads": 3, "head_size": 64}),
+        (32, 32, {"dtype": torch.float16, "has_token": False}),
+        (64, 16, {"dtype": torch.bfloat16, "head_size": 80}),
+        (128, 16, {"num_kv_heads": 1, "head_size": 96}),
+        (4, 128, {"num_kv_heads": 1}),
+        (512, 128, {"num_kv_heads": 1}),
+    ],
+)
+def test_structured_keys_merge_as_the_reference(
+    device: torch.device, window: int, block_size: int, key_weight: float, options: dict
+) -> None:
+    case = make_case(
+        device, [2, 0, 1], window=window, block_size=block_size, structured=True, **options
+    )
+    assert_same(case.run(key_weight), case.expected(key_weight))
+
+
+@pytest.mark.parametrize("key_weight", [0.0, 0.1, 1.0])
+def test_merges_as_on_a_cpu(device: torch.device, key_weight: float) -> None:
+    case = make_case(device, [1, 3], window=64, structured=True)
+    # The CPU's rows hold full blocks alone.
+    num_keys = case.merges.num_keys // 16 * 16
+    case = replace(case, merges=replace(case.merges, num_keys=num_keys))
+    expected = copy(case.pages)
+    host = Pages.view(
+        expected.kv.cpu()
+        .new_empty(0)
+        .set_(expected.kv.untyped_storage().cpu())
+        .as_strided(expected.kv.shape, expected.kv.stride()),
+        True,
+        True,
+    )
+    groups = case.merges.groups.cpu().long()
+    table = case.merges.block_table.cpu().long()
+    batch = cpu_compaction.MergeBatch(
+        torch.cat([groups[0, :1], groups[1, :3]]),
+        torch.tensor([0, 1, 1, 1]),
+        [table[row, : int(num_keys[row]) // 16] for row in range(2)],
+    )
+    cpu_compaction.merge_groups(host, batch, case.head_size, case.window, key_weight)
+    assert_same(case.run(key_weight), host)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "window"),
+    [
+        (torch.float32, 64, 64),
+        (torch.bfloat16, 128, 64),
+        (torch.float16, 80, 32),
+        (torch.bfloat16, 256, 128),
+    ],
+)
+def test_random_keys_survive_up_to_near_ties(
+    device: torch.device, dtype: torch.dtype, head_size: int, window: int
+) -> None:
+    case = make_case(device, [2, 1], window=window, head_size=head_size, dtype=dtype)
+    got = case.run(1.0)
+    windows = exact = 0
+    for row, count in enumerate(case.merges.num_groups.tolist()):
+        for group in range(count):
+            for head in range(case.pages.kv.shape[1]):
+                near = check_survivors(case, got, row, group, head)
+                windows += len(near)
+                exact += int((~near).sum())
+    assert exact >= windows / 2
+
+
+def check_survivors(case: Case, got: Pages, row: int, group: int, head: int) -> torch.Tensor:
+    """Survivors of one group against float64; returns which windows have a near tie.
+
+    Where two values are closer than twice the error of the same computation by eager float32, and
+    at most 1e-5, either may be called the smaller.
+    """
+    assert case.pages.token is not None and got.token is not None and case.pages.score is not None
+    at = (case.pages, case.merges, row, group, head, case.head_size)
+    exact = reference.group_distinctiveness(*at)
+    single = reference.group_distinctiveness(*at, dtype=torch.float32)
+    tolerance = 2 * float((exact - single).abs().max()) + 2**-24
+    assert tolerance < 1e-5
+    blocks = case.merges.groups[row, group].long()
+    tokens = case.pages.token[blocks, head].flatten()
+    kept = got.token[blocks[: len(blocks) // 2], head].flatten()
+    survives = torch.isin(tokens, kept).view(-1, case.window)
+    assert (survives.sum(1) == case.window // 2).all()
+    score = case.pages.score[blocks, head].flatten()
+    plain = reference.survivors(score, exact, case.window, 1.0).view(-1, case.window)
+    exact = exact.view(-1, case.window)
+    gap = exact[:, None, :] - exact[:, :, None]
+    itself = torch.eye(case.window, dtype=torch.bool, device=gap.device)
+    close = (gap.abs() <= tolerance) & ~itself
+    near = close.flatten(1).any(1)
+    assert torch.equal(survives[~near], plain[~near])
+    least = (gap < -tolerance).sum(-1)
+    score_rank = rank(score.view(-1, case.window))
+    low, high = score_rank + least, score_rank + least + close.sum(-1)
+    best_dropped = low.masked_fill(survives, -1).max(1).values
+    worst_kept = high.masked_fill(~survives, 10**6).min(1).values
+    assert (worst_kept >= best_dropped).all()
+    return near
+
+
+def test_awkward_scores(device: torch.device) -> None:
+    case = make_case(device, [2], window=32, structured=True)
+    score = case.pages.score
+    assert score is not None
+    extremes = [torch.nan, -torch.inf, torch.inf, torch.finfo(torch.float32).min, -0.0, 0.0, 1e-45]
+    values = torch.tensor(extremes, device=device).repeat(10)
+    for group in case.merges.groups[0, :2].long():
+        for head in range(score.shape[1]):
+            pick = torch.randperm(len(values), generator=torch.Generator().manual_seed(head))
+            score[group, head] = values[pick[:32].to(device)].view(2, 16)
+    assert_same(case.run(0.0), case.expected(0.0))
+    assert_same(case.run(1.0), case.expected(1.0))
+    score[case.merges.groups[0, 0].long()] = torch.nan
+    assert_same(case.run(0.0), case.expected(0.0))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_key_stays_with_its_row_and_head(device: torch.device, bad: float) -> None:
+    case = make_case(device, [1, 1], structured=True)
+    block = int(case.merges.block_table[0, 0])
+    case.pages.kv[block, 0, 3, 5] = bad
+    case.pages.kv[block, :, :, case.head_size + 1] = bad  # A value, which nothing reads.
+    assert_same(case.run(1.0), case.expected(1.0))
+
+
+def test_zero_keys_and_a_zero_mean(device: torch.device) -> None:
+    case = make_case(device, [1, 1], structured=True)
+    keys = case.pages.kv[..., : case.head_size]
+    blocks = case.merges.block_table[0]
+    keys[blocks[blocks < 2**30].long()] = 0
+    blocks = case.merges.block_table[1]
+    held = blocks[blocks < 2**30].long()
+    keys[held] = 1
+    keys[held, :, 1::2] = -1
+    num_keys = case.merges.num_keys // 16 * 16
+    case = replace(case, merges=replace(case.merges, num_keys=num_keys))
+    assert_same(case.run(1.0), case.expected(1.0))
+
+
+def test_nothing_to_merge_touches_nothing(device: torch.device) -> None:
+    case = make_case(device, [0, 0, 0])
+    counters = torch.zeros(2, dtype=torch.int64, device=device)
+    for key_weight in (0.0, 1.0):
+        assert_same(case.run(key_weight, counters=counters), case.pages)
+    assert counters.tolist() == [0, 0]
+
+
+def test_counters(device: torch.device) -> None:
+    case = make_case(device, [2, 0, 3], window=32, num_kv_heads=3)
+    counters = torch.tensor([100, 1000], device=device)
+    case.run(1.0, counters=counters)
+    assert counters.tolist() == [100 + 5 * 3, 1000 + 5 * 3 * 16]
+
+
+def test_rows_far_apart(device: torch.device) -> None:
+    """Rows with work on both sides of the number of rows that are looked at together."""
+    num_groups = [0] * 1100
+    few = make_case(device, [1, 2, 1, 1], num_kv_heads=1, structured=True)
+    places = [0, 1023, 1024, 1099]
+    merges = Merges(
+        *(
+            torch.full((len(num_groups), *tensor.shape[1:]), fill, dtype=tensor.dtype).to(device)
+            for tensor, fill in (
+                (few.merges.groups, 2**30),
+                (few.merges.num_groups, 0),
+                (few.merges.block_table, 2**30),
+                (few.merges.num_keys, 2**30),
+            )
+        )
+    )
+    for name in Merges.__slots__:
+        getattr(merges, name)[places] = getattr(few.merges, name)
+    many = replace(few, merges=merges)
+    assert_same(many.run(1.0), few.expected(1.0))
+
+
+def test_what_a_row_keeps_does_not_depend_on_the_others(device: torch.device) -> None:
+    """However many parts its keys are summed in: the sums are the same to the bit."""
+    case = make_case(device, [1] * 12, num_kv_heads=1, head_size=64, window=32, seed=3)
+    together = case.run(1.0)
+    for row in (0, 5, 11):
+        alone = torch.zeros_like(case.merges.num_groups)
+        alone[row] = 1
+        single = replace(case, merges=replace(case.merges, num_groups=alone)).run(1.0)
+        blocks = case.merges.block_table[row]
+        held = blocks[blocks < 2**30].long()
+        assert torch.equal(single.kv[held].nan_to_num(), together.kv[held].nan_to_num())
+
+
+def test_sums_do_not_depend_on_the_number_of_parts(device: torch.device) -> None:
+    case = make_case(device, [9], num_kv_heads=2, head_size=16, window=32)
+    totals = []
+    for num_sums in (1, 3, 64):
+        scratch = compaction.make_scratch(1, 2, 16, 4096, device, max_group=32)
+        scratch = replace(scratch, sums=scratch.sums[:num_sums].clone())
+        config = replace(compaction.launch_config(16, 4, 32), sum_keys=16)
+        compaction.merge_groups(copy(case.pages), case.merges, 16, 32, 1.0, scratch, config=config)
+        totals.append(scratch.sums.sum(0))
+    assert totals[0].ne(0).any()
+    assert torch.equal(totals[0], totals[1]) and torch.equal(totals[0], totals[2])
+    keys = reference.held_keys(case.pages, case.merges, 0, 1, 16).double()
+    exact = torch.nn.functional.normalize(keys, dim=-1).sum(0)
+    error = (totals[0][1].double() / 2**40 - exact).abs().max()
+    assert error < 1e-7 * len(keys)
+
+
+def test_as_many_rows_as_scratch_has_sums(device: torch.device) -> None:
+    case = make_case(device, [1] * 300, num_kv_heads=1, structured=True, window=2)
+    assert_same(case.run(1.0, max_rows=300), case.expected(1.0))
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("group", [32, 64, 256, 1024])
+def test_launch_config_fits(head_size: int, element_size: int, group: int) -> None:
+    config = compaction.launch_config(head_size, element_size, group)
+    assert group % config.group_keys == 0
+    assert group % config.tokens == 0
+    assert (group // 2) % config.move == 0
+    assert config.move * head_size * 2 * element_size <= 2**14
+
+
+def test_refusals(device: torch.device) -> None:
+    case = make_case(device, [1], window=32)
+    scratch = compaction.make_scratch(1, 2, 16, 4096, device, max_group=32)
+    small = replace(scratch, sums=scratch.sums[:0])
+    narrow = replace(scratch, sources=scratch.sources[:, :16])
+    wide = replace(case.merges, groups=torch.zeros(1, 1, 128, dtype=torch.int32, device=device))
+    plain = Pages.view(case.pages.kv, False, False)
+
+    def refuse(match: str, **changes: object) -> None:
+        arguments = {
+            "pages": case.pages,
+            "merges": case.merges,
+            "head_size": 16,
+            "window": 32,
+            "key_weight": 1.0,
+            "scratch": scratch,
+        }
+        with pytest.raises(ValueError, match=match):
+            compaction.merge_groups(**(arguments | changes))
+
+    refuse("MAX_WINDOW = 1024", merges=wide, window=2048)
+    refuse("power of two", window=24)
+    refuse("divides 32", window=64)
+    refuse("with scores", pages=plain)
+    refuse("channels", head_size=8)
+    refuse("for 0 rows", scratch=small)
+    refuse("16 tokens a group", scratch=narrow)
+    with pytest.raises(ValueError, match="keys at most"):
+        compaction.make_scratch(1, 2, 16, 2**23, device)
+
+
+@pytest.mark.gpu
+def test_in_a_graph_and_beyond_two_gib(device: torch.device) -> None:
+    """Replays see new numbers of groups; the last blocks lie past 2**31 bytes."""
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    few = make_case(device, [2, 1, 3], structured=True, dtype=torch.bfloat16, head_size=128)
+    stride = 2**25
+    blocks = few.pages.kv.shape[0]
+    pool = torch.full((blocks * stride,), torch.nan, dtype=torch.bfloat16, device=device)
+    flat = few.pages.kv.as_strided((blocks, few.pages.kv.stride(0)), (few.pages.kv.stride(0), 1))
+    pool.view(blocks, stride)[:, : flat.shape[1]] = flat
+    kv = pool.as_strided(few.pages.kv.shape, (stride, *few.pages.kv.stride()[1:]))
+    assert blocks * stride * 2 > 2**31
+    pages = Pages.view(kv, True, True)
+    merges = replace(few.merges, num_groups=torch.zeros_like(few.merges.num_groups))
+    scratch = compaction.make_scratch(3, 2, 128, 4096, device)
+
+    def step() -> None:
+        compaction.merge_groups(pages, merges, 128, 16, 1.0, scratch)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    assert torch.equal(pages.kv.nan_to_num(), few.pages.kv.nan_to_num())
+    merges.num_groups.copy_(few.merges.num_groups)
+    graph.replay()
+    expected = few.expected(1.0)
+    for name in ("kv", "score", "token"):
+        got, right = getattr(pages, name), getattr(expected, name)
+        assert torch.equal(got.nan_to_num(), right.nan_to_num())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [64, 1024])
+def test_many_groups(device: torch.device, window: int) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    case = make_case(
+        device,
+        [20, 0, 7, 33],
+        structured=True,
+        dtype=torch.bfloat16,
+        head_size=128,
+        num_kv_heads=8,
+        window=window,
+    )
+    first = case.run(1.0)
+    assert_same(first, case.expected(1.0))
+    for _ in range(3):
+        assert_same(case.run(1.0), first)
