@@ -45,8 +45,8 @@ test: $(SETUP) ## unit tests, mutations, then end to end with a real model
 	$(MAKE) test-mutations
 	$(MAKE) test-e2e
 
-test-unit: $(SETUP) ## tests without an engine or a model
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit
+test-unit: $(SETUP) ## tests without an engine or a model; kernels through Triton's interpreter
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit tests/kernels
 
 test-mutations: $(SETUP) ## break the code in one place at a time: a named test goes red
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
