@@ -1,0 +1,121 @@
+"""Writes new keys (before RoPE) and values into their pages."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_cascade.kernels.pages import Pages
+
+
+@triton.jit
+def _write_kernel(
+    kv_ptr,
+    token_ptr,
+    key_ptr,
+    value_ptr,
+    rows_ptr,
+    slots_ptr,
+    tokens_ptr,
+    kv_stride_block,
+    token_stride_block,
+    key_stride_token,
+    key_stride_head,
+    value_stride_token,
+    value_stride_head,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HAS_TOKEN: tl.constexpr,
+):
+    entry = tl.program_id(0)
+    slot = tl.load(slots_ptr + entry)
+    if slot < 0:
+        return
+    row = tl.load(rows_ptr + entry).to(tl.int64)
+    block = slot // BLOCK_SIZE
+    offset = slot % BLOCK_SIZE
+
+    heads = tl.arange(0, HEADS)
+    channels = tl.arange(0, CHANNELS)
+    # [HEADS, CHANNELS]
+    keep = (heads[:, None] < NUM_KV_HEADS) & (channels[None, :] < HEAD_SIZE)
+    key_at = key_ptr + row * key_stride_token + heads[:, None] * key_stride_head
+    key = tl.load(key_at + channels[None, :], mask=keep)
+    value_at = value_ptr + row * value_stride_token + heads[:, None] * value_stride_head
+    value = tl.load(value_at + channels[None, :], mask=keep)
+
+    head_slots = heads * BLOCK_SIZE + offset
+    page_at = kv_ptr + block * kv_stride_block + head_slots[:, None] * (2 * HEAD_SIZE)
+    page_at += channels[None, :]
+    tl.store(page_at, key.to(kv_ptr.dtype.element_ty), mask=keep)
+    tl.store(page_at + HEAD_SIZE, value.to(kv_ptr.dtype.element_ty), mask=keep)
+    if HAS_TOKEN:
+        token = tl.load(tokens_ptr + entry)
+        token_at = token_ptr + block * token_stride_block + head_slots
+        tl.store(token_at, token + tl.zeros_like(heads), mask=heads < NUM_KV_HEADS)
+
+
+def write(
+    pages: Pages,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    tokens: torch.Tensor | None,
+) -> None:
+    """Store some rows of a batch's keys and values in their page slots, for every KV head.
+
+    Args:
+        pages: The layer's pages.
+        key: [num_tokens, num_kv_heads, head_size] before RoPE, channels dense; rows and heads may
+            be strided, as slices of a fused projection are.
+        value: As `key`.
+        rows: [num_entries] int32 row of `key` and `value`.
+        slots: [num_entries] int64 ``block * block_size + offset``, -1 to skip the entry.
+        tokens: [num_entries] int32 index of each token in its request; read if traced.
+
+    Raises:
+        ValueError: If a shape or stride does not fit.
+    """
+    _, num_kv_heads, block_size, channels = pages.kv.shape
+    head_size = channels // 2
+    if key.shape[1:] != (num_kv_heads, head_size) or value.shape != key.shape:
+        raise ValueError(
+            f"key and value must be [num_tokens, {num_kv_heads}, {head_size}], "
+            f"got {list(key.shape)} and {list(value.shape)}"
+        )
+    if key.stride(2) != 1 or value.stride(2) != 1:
+        raise ValueError("the channels of key and value must be dense")
+    if pages.kv.stride()[1:] != (block_size * channels, channels, 1):
+        raise ValueError("pages must be dense within a block")
+    if pages.token is not None and tokens is None:
+        raise ValueError("traced pages need the tokens' indices")
+    if len(rows) == 0:
+        return
+    traced = pages.token if pages.token is not None else slots
+    _write_kernel[(len(rows),)](
+        pages.kv,
+        traced,
+        key,
+        value,
+        rows,
+        slots,
+        tokens if pages.token is not None else slots,
+        pages.kv.stride(0),
+        traced.stride(0),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_SIZE=head_size,
+        BLOCK_SIZE=block_size,
+        HEADS=triton.next_power_of_2(num_kv_heads),
+        CHANNELS=triton.next_power_of_2(head_size),
+        HAS_TOKEN=pages.token is not None,
+        num_warps=4,
+    )

@@ -1,0 +1,323 @@
+"""Decode over paged keys, with scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from reference import paged_decode as reference
+from vllm_cascade.kernels import paged_decode
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.segments import DecodeRows
+
+MAX_PLACES = 300
+
+# Triton's interpreter multiplies the bits of bfloat16 as integers.
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    rotary_dim: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    is_neox: bool = True
+    power: float = 2.0
+    reduction: str = "max"
+    places: tuple[int, ...] = (0, 15, -1, 16, 130, 257)
+    sharpness: float = 1.0
+
+
+class Case:
+    """Pages, rows and queries; everything that must not be read or written is NaN."""
+
+    def __init__(self, shape: Shape, device: torch.device, num_blocks: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.shape, self.device = shape, device
+        num_rows, block_size = len(shape.places), shape.block_size
+        max_blocks = max(shape.places) // block_size + 2
+        num_blocks = num_blocks or num_rows * max_blocks + 2
+        slots = shape.num_kv_heads * block_size
+        size = torch.empty(0, dtype=shape.dtype).element_size()
+        page = slots * 2 * shape.head_size + slots * 4 // size
+        pool = torch.full((num_blocks, page), float("nan"), dtype=shape.dtype, device=device)
+        view = (num_blocks, shape.num_kv_heads, block_size, 2 * shape.head_size)
+        strides = (page, block_size * 2 * shape.head_size, 2 * shape.head_size, 1)
+        self.pages = Pages.view(pool.as_strided(view, strides), has_score=True, has_token=False)
+        self.pool = pool
+
+        # Spread over the whole pool, so that far blocks are used where there are any.
+        order = torch.randperm(num_rows * max_blocks, generator=generator)
+        order = (
+            order * (num_blocks // (num_rows * max_blocks))
+            + num_blocks
+            - 1
+            - int(order.max()) * (num_blocks // (num_rows * max_blocks))
+        )
+        table = order.view(num_rows, max_blocks).int()
+        num_tokens = num_rows + 3
+        for r, place in enumerate(shape.places):
+            at = torch.arange(place + 1)
+            block, slot = table[r].long()[at // block_size].to(device), (at % block_size).to(device)
+            kv = torch.randn(
+                place + 1, shape.num_kv_heads, 2 * shape.head_size, generator=generator
+            )
+            kv[..., : shape.head_size] *= shape.sharpness
+            self.pages.kv[block, :, slot] = kv.to(device, shape.dtype)
+            score = torch.rand(place + 1, shape.num_kv_heads, generator=generator).to(device)
+            assert self.pages.score is not None
+            if place > 0:
+                self.pages.score[block[:-1], :, slot[:-1]] = score[:-1]
+        # Entries past a row's last block may be anything, -1 and what is not there included.
+        for r, place in enumerate(shape.places):
+            table[r, place // block_size + 1 :] = torch.tensor([-1, 1 << 30])[r % 2]
+        query = torch.randn(num_tokens, shape.num_heads, shape.head_size, generator=generator)
+        query = query.to(device, shape.dtype)
+        rows = torch.randperm(num_tokens, generator=generator)[:num_rows]
+        unused = torch.ones(num_tokens, dtype=torch.bool)
+        unused[rows[torch.tensor(shape.places) >= 0]] = False
+        query[unused.to(device)] = float("nan")
+        self.query, self.unused = query, unused.to(device)
+        self.batch = DecodeRows(
+            rows=rows.int().to(device),
+            places=torch.tensor(shape.places, dtype=torch.int32, device=device),
+            block_table=table.to(device),
+            carry=torch.rand(num_rows, generator=generator).to(device),
+            weights=torch.rand(num_rows, generator=generator).to(device) + 0.5,
+        )
+        half = shape.rotary_dim // 2
+        # Rotations compose as exactly as their angles add up.
+        speed = 10_000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+        angle = torch.arange(max(shape.places) + 1)[:, None] * speed
+        self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)
+        self.scale = shape.head_size**-0.5
+
+    def scratch(self, max_rows: int = 8, max_splits: int = 8) -> paged_decode.Scratch:
+        scratch = paged_decode.make_scratch(
+            max_rows,
+            self.shape.num_heads,
+            self.shape.head_size,
+            max(MAX_PLACES, max(self.shape.places) + 1),
+            max_splits,
+            self.device,
+        )
+        for part in (scratch.partial, scratch.lse, scratch.logits):
+            part.fill_(float("nan"))
+        return scratch
+
+    def run(self, module: object, pages: Pages, query: torch.Tensor, **options: object):
+        """Decode with a module; its output and counter."""
+        output = torch.full_like(query, float("nan"))
+        counter = torch.tensor([7], device=self.device)
+        arguments = [output, query, pages, self.batch]
+        arguments += [options.pop("cos", self.cos), options.pop("sin", self.sin)]
+        arguments += [self.shape.is_neox, self.scale, self.shape.power, self.shape.reduction]
+        if module is paged_decode:
+            options.setdefault("scratch", self.scratch())
+        module.decode(*arguments, counter=counter, **options)
+        return output, counter
+
+    def copied(self) -> Pages:
+        pool = self.pool.clone()
+        kv = pool.as_strided(self.pages.kv.shape, self.pages.kv.stride())
+        return Pages.view(kv, has_score=True, has_token=False)
+
+    def in_dtype(self, dtype: torch.dtype) -> SimpleNamespace:
+        """The pages with K and V in another dtype, for the oracle."""
+        assert self.pages.score is not None
+        return SimpleNamespace(kv=self.pages.kv.to(dtype), score=self.pages.score.to(dtype))
+
+
+def worst(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest error; NaN in both is none, NaN in one is infinite."""
+    error = (found.double() - exact.double()).abs()
+    error[found.isnan() & exact.isnan()] = 0
+    return float(error.nan_to_num(float("inf")).max())
+
+
+def check(case: Case, **options: object) -> None:
+    """The kernel is about as exact as eager PyTorch in the same dtype."""
+    exact_pages = case.in_dtype(torch.float64)
+    exact, expected_count = case.run(reference, exact_pages, case.query.double())
+    eager_pages = case.copied()
+    eager, _ = case.run(reference, eager_pages, case.query, dtype=case.shape.dtype)
+    pages = case.copied()
+    output, count = case.run(paged_decode, pages, case.query, **options)
+
+    eps = torch.finfo(case.shape.dtype).eps
+    rounding = eps / 2 * float(exact.nan_to_num(0).abs().max())
+    assert worst(output, exact) <= 2 * worst(eager, exact) + rounding
+    assert pages.score is not None and eager_pages.score is not None
+    rounding = 2.0**-23 * float(exact_pages.score.nan_to_num(0).abs().max())
+    allowed = 2 * worst(eager_pages.score, exact_pages.score) + rounding
+    assert worst(pages.score, exact_pages.score) <= allowed
+    assert torch.equal(count, expected_count)
+    assert output[case.unused].isnan().all()
+    assert torch.equal(pages.kv.isnan(), case.pages.kv.isnan())
+
+
+SHAPES = [
+    Shape(),
+    Shape(power=1.0, reduction="mean", num_heads=9, num_kv_heads=3),
+    Shape(num_heads=16, num_kv_heads=1, head_size=96, rotary_dim=96, block_size=32),
+    Shape(num_heads=2, num_kv_heads=2, head_size=80, rotary_dim=80, power=1.0),
+    Shape(head_size=80, rotary_dim=32, is_neox=False),
+    Shape(head_size=64, rotary_dim=24, reduction="mean", block_size=128),
+    Shape(is_neox=False, dtype=torch.float16),
+    Shape(head_size=128, rotary_dim=128, dtype=torch.float16, num_heads=8, sharpness=3.0),
+    Shape(head_size=256, rotary_dim=64, dtype=torch.float16, num_heads=5, num_kv_heads=1),
+    *(
+        pytest.param(Shape(head_size=size, rotary_dim=size, dtype=torch.bfloat16), marks=on_gpu)
+        for size in (64, 80, 96, 128, 256)
+    ),
+    pytest.param(Shape(is_neox=False, dtype=torch.bfloat16), marks=on_gpu),
+]
+
+
+@pytest.mark.parametrize("by_place", [False, True], ids=["composed", "by_place"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_is_as_exact_as_eager_pytorch(shape: Shape, by_place: bool, device: torch.device) -> None:
+    case = Case(shape, device)
+    config = launch(case, by_place=by_place)
+    check(case, config=config)
+
+
+def launch(case: Case, **changes: object) -> paged_decode.Config:
+    """Small tiles, so that short rows have several splits of several tiles."""
+    config = paged_decode.Config(
+        keys=32,
+        splits=3,
+        min_keys=64,
+        by_place=False,
+        num_warps=4,
+        num_stages=2,
+        score_tile=64,
+        score_pieces=2,
+        score_warps=4,
+    )
+    return replace(config, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"splits": 1},
+        {"splits": 8, "min_keys": 32},
+        {"keys": 16, "score_pieces": 7},
+        {"keys": 128, "score_tile": 1024},
+    ],
+    ids=str,
+)
+def test_launches_agree(changes: dict[str, object], device: torch.device) -> None:
+    case = Case(Shape(places=(31, 32, 33, 63, 64, 191, 256)), device)
+    check(case, config=launch(case, **changes))
+
+
+def test_chosen_launch(device: torch.device) -> None:
+    check(Case(Shape(places=(270,), dtype=torch.float16), device))
+
+
+def test_more_rows_than_scratch(device: torch.device) -> None:
+    case = Case(Shape(), device)
+    check(case, scratch=case.scratch(max_rows=4), config=launch(case))
+
+
+def test_without_scores_nothing_is_written_to_pages(device: torch.device) -> None:
+    case = Case(Shape(), device)
+    exact, _ = case.run(reference, case.in_dtype(torch.float64), case.query.double(), scored=False)
+    eager, _ = case.run(reference, case.copied(), case.query, scored=False, dtype=torch.float32)
+    scratch = paged_decode.make_scratch(8, 4, 64, MAX_PLACES, 4, device, scored=False)
+    pages = replace(case.copied(), score=None)
+    output, _ = case.run(
+        paged_decode, pages, case.query, scored=False, scratch=scratch, config=launch(case)
+    )
+    assert worst(output, exact) <= 2 * worst(eager, exact) + 1e-7
+    again = case.copied()
+    case.run(paged_decode, again, case.query, scored=False, config=launch(case))
+    assert torch.equal(again.score.isnan(), case.pages.score.isnan())
+    held = ~case.pages.score.isnan()
+    assert torch.equal(again.score[held], case.pages.score[held])
+
+
+def test_nan_stays_in_its_row(device: torch.device) -> None:
+    case = Case(Shape(places=(40, 70, 90)), device)
+    expected_pages = case.copied()
+    expected, _ = case.run(paged_decode, expected_pages, case.query, config=launch(case))
+    block = case.batch.block_table[1, 0].long()
+    case.pages.kv[block, :, 3] = float("nan")
+    pages = case.copied()
+    output, _ = case.run(paged_decode, pages, case.query, config=launch(case))
+    row = case.batch.rows[1].long()
+    assert output[row].isnan().all()
+    output[row] = expected[row]
+    assert torch.equal(output.nan_to_num(9.0), expected.nan_to_num(9.0))
+    mine = case.batch.block_table[1, : 70 // 16 + 1].long()
+    pages.score[mine] = expected_pages.score[mine]
+    assert torch.equal(pages.score.nan_to_num(9.0), expected_pages.score.nan_to_num(9.0))
+
+
+def test_is_deterministic(device: torch.device) -> None:
+    case = Case(Shape(), device)
+    first, second = case.copied(), case.copied()
+    a, _ = case.run(paged_decode, first, case.query, config=launch(case))
+    b, _ = case.run(paged_decode, second, case.query, config=launch(case))
+    assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+    assert torch.equal(first.score.nan_to_num(9.0), second.score.nan_to_num(9.0))
+
+
+def test_table_in_the_models_dtype(device: torch.device) -> None:
+    """A coarse table is read at every place, as the models do that ship with one."""
+    case = Case(Shape(dtype=torch.float16), device)
+    case.cos, case.sin = case.cos.half(), case.sin.half()
+    check(case)
+    with pytest.raises(ValueError, match="float32 table"):
+        check(case, config=launch(case, by_place=False))
+
+
+def test_refuses_what_does_not_fit(device: torch.device) -> None:
+    case = Case(Shape(), device)
+    with pytest.raises(ValueError, match="do not fit"):
+        case.run(paged_decode, case.copied(), case.query[..., :32].contiguous())
+    with pytest.raises(ValueError, match="keep scores"):
+        case.run(paged_decode, replace(case.copied(), score=None), case.query)
+    other = paged_decode.make_scratch(8, 8, 64, MAX_PLACES, 4, device)
+    with pytest.raises(ValueError, match="scratch"):
+        case.run(paged_decode, case.copied(), case.query, scratch=other)
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 64, 256])
+@pytest.mark.parametrize("max_places", [64, 1_100, 17_408])
+def test_launch_config_covers_any_row(num_rows: int, max_places: int) -> None:
+    config = paged_decode.launch_config(num_rows, 8, 128, max_places, 2, True)
+    assert 1 <= config.splits <= 64 and config.splits * config.min_keys <= max(
+        max_places, config.min_keys
+    )
+    assert config.min_keys % config.keys == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("by_place", [False, True])
+def test_long_rows_in_far_blocks(by_place: bool, device: torch.device) -> None:
+    shape = Shape(
+        num_heads=32,
+        num_kv_heads=8,
+        head_size=128,
+        rotary_dim=128,
+        dtype=torch.bfloat16,
+        places=(16_383, 5_000, -1, 1_100, 0),
+        sharpness=2.0,
+    )
+    case = Case(shape, device, num_blocks=70_000)
+    assert case.batch.block_table[0, 0] >= 0
+    exact = paged_decode.launch_config(5, 8, 128, 16_384, 2, True)
+    check(case, config=replace(exact, by_place=by_place))
