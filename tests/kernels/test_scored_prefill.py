@@ -1,0 +1,401 @@
+"""Scored prefill against plain PyTorch in float64.
+
+The bound on an error is that of the same computation by eager PyTorch in the kernel's dtype, times
+1.5 for another order of additions, plus the rounding of the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference import scored_prefill as reference
+from vllm_cascade.kernels import scored_prefill
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.segments import Segments
+
+NAN = float("nan")
+# Triton's interpreter multiplies the bit patterns of bfloat16 operands as integers.
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+# Queries and keys of each segment: nothing before it, a long prefix, one query, whole blocks.
+LENGTHS = ((37, 37), (19, 83), (1, 50), (32, 64))
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model's attention, and how its pages are laid out."""
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    lengths: tuple[tuple[int, int], ...] = LENGTHS
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A wave: its segments, the pages, and rotated queries and keys."""
+
+    segments: Segments
+    pages: Pages
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.query.shape[-1] ** -0.5
+
+
+def starts(lengths: list[int], device: torch.device) -> Tensor:
+    total = torch.tensor([0, *lengths]).cumsum(0)
+    return total.to(device=device, dtype=torch.int32)
+
+
+def make_case(shape: Shape, device: torch.device, seed: int = 0) -> Case:
+    """Random contents; NaN in every slot that no segment holds, and past the workspaces' ends."""
+    generator = torch.Generator().manual_seed(seed)
+    query_lens = [q for q, _ in shape.lengths]
+    key_lens = [k for _, k in shape.lengths]
+    most = max(-(-k // shape.block_size) for k in key_lens) + 1
+    needed = most * len(key_lens)
+    num_blocks = needed + 3
+    table = torch.randperm(num_blocks, generator=generator)[:needed].view(len(key_lens), most)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(shape.dtype)
+
+    channels = 2 * shape.head_size
+    slots = shape.num_kv_heads * shape.block_size
+    per_word = 4 // shape.dtype.itemsize
+    # K and V, then a score per slot, then padding.
+    stride = slots * channels + slots * per_word + 16
+    storage = torch.full((num_blocks * stride,), NAN, dtype=shape.dtype)
+    kv = storage.as_strided(
+        (num_blocks, shape.num_kv_heads, shape.block_size, channels),
+        (stride, shape.block_size * channels, channels, 1),
+    )
+    pages = Pages.view(kv, has_score=True, has_token=False)
+    assert pages.score is not None
+    pages.score.fill_(NAN)
+    for index, (q, k) in enumerate(shape.lengths):
+        place = torch.arange(k)
+        blocks = table[index][place // shape.block_size]
+        kv[blocks, :, place % shape.block_size] = random(k, shape.num_kv_heads, channels)
+        # The segment's own keys have no score yet: NaN stays there.
+        old = torch.rand(k - q, shape.num_kv_heads, generator=generator)
+        pages.score[blocks[: k - q], :, place[: k - q] % shape.block_size] = old
+    pages = Pages.view(
+        storage.to(device).as_strided(kv.shape, kv.stride()), has_score=True, has_token=False
+    )
+
+    num_queries, num_keys = sum(query_lens), sum(key_lens)
+    query = torch.full((num_queries + 9, shape.num_heads, shape.head_size), NAN, dtype=shape.dtype)
+    key = torch.full((num_keys + 9, shape.num_kv_heads, shape.head_size), NAN, dtype=shape.dtype)
+    value = key.clone()
+    query[:num_queries] = 2 * random(num_queries, shape.num_heads, shape.head_size)
+    key[:num_keys] = random(num_keys, shape.num_kv_heads, shape.head_size)
+    value[:num_keys] = random(num_keys, shape.num_kv_heads, shape.head_size)
+    segments = Segments(
+        query_starts=starts(query_lens, device),
+        key_starts=starts(key_lens, device),
+        block_table=table.to(device=device, dtype=torch.int32),
+        carry=torch.tensor([0.5 + 0.1 * s for s in range(len(key_lens))], device=device),
+        exponents=torch.tensor([float(3 * s - 4) for s in range(len(key_lens))], device=device),
+        num_queries=num_queries,
+        num_keys=num_keys,
+        max_query_len=max(query_lens),
+        max_key_len=max(key_lens),
+    )
+    return Case(segments, pages, query.to(device), key.to(device), value.to(device))
+
+
+def table_of(rotary_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(200.0)[:, None] * 1e4 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
+    return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
+
+
+def assert_close(
+    got: Tensor, exact: Tensor, eager: Tensor, slack: float = 1.5, condition: float = 0
+) -> None:
+    """Compare two errors against float64; roundings of the result come on top.
+
+    Args:
+        got: What the kernel gives.
+        exact: The same in float64.
+        eager: The same by PyTorch in the kernel's dtype.
+        slack: Factor on the error of `eager`.
+        condition: Relative error of the result per relative error of a constant that the kernel
+            has rounded.
+    """
+    assert not exact.isnan().any()
+    rounding = (1 + condition) * torch.finfo(got.dtype).eps * exact.abs().max()
+    allowed = slack * (eager.double() - exact).abs().max() + rounding
+    error = (got.double() - exact).abs()
+    assert error.max() <= allowed, f"error {error.max():.3g}, allowed {allowed:.3g}"
+
+
+ROTATIONS = [
+    pytest.param(64, 64, True, torch.bfloat16, id="neox"),
+    pytest.param(64, 32, True, torch.float32, id="partial"),
+    pytest.param(80, 80, False, torch.float16, id="interleaved-80"),
+    pytest.param(96, 20, False, torch.float32, id="partial-interleaved"),
+    pytest.param(128, 128, True, torch.bfloat16, id="neox-128"),
+    pytest.param(256, 64, True, torch.float32, id="partial-256"),
+]
+
+
+@pytest.mark.parametrize("head_size, rotary_dim, is_neox, dtype", ROTATIONS)
+def test_queries_are_packed_and_rotated(head_size, rotary_dim, is_neox, dtype, device):
+    num_tokens, num_heads = 40, 9
+    wide = torch.randn(num_tokens, num_heads + 2, head_size, device=device).to(dtype)
+    query = wide[:, :num_heads]
+    rows = torch.randperm(num_tokens, device=device)[:21].int()
+    places = torch.randint(0, 200, (21,), device=device).int()
+    cos, sin = table_of(rotary_dim, dtype, device)
+    out = torch.full((25, num_heads, head_size), NAN, dtype=dtype, device=device)
+    scored_prefill.rotate_queries(query, rows, places, cos, sin, is_neox, out)
+
+    exact = torch.empty(21, num_heads, head_size, dtype=torch.float64, device=device)
+    reference.rotate_queries(query, rows, places, cos, sin, is_neox, exact)
+    eager = torch.empty_like(exact, dtype=torch.float32)
+    reference.rotate_queries(query, rows, places, cos, sin, is_neox, eager)
+    assert_close(out[:21], exact, eager)
+    assert out[21:].isnan().all()
+
+
+@pytest.mark.parametrize("head_size, rotary_dim, is_neox, dtype", ROTATIONS)
+def test_keys_are_gathered_and_rotated(head_size, rotary_dim, is_neox, dtype, device):
+    shape = Shape(head_size=head_size, dtype=dtype, block_size=32)
+    case = make_case(shape, device)
+    cos, sin = table_of(rotary_dim, dtype, device)
+    key, value = torch.full_like(case.key, NAN), torch.full_like(case.value, NAN)
+    scored_prefill.gather_keys(case.pages, case.segments, cos, sin, is_neox, key, value)
+
+    held = case.segments.num_keys
+    exact, exact_value = key.double(), value.double()
+    reference.gather_keys(case.pages, case.segments, cos, sin, is_neox, exact, exact_value)
+    eager, eager_value = key.float(), value.float()
+    reference.gather_keys(case.pages, case.segments, cos, sin, is_neox, eager, eager_value)
+    assert_close(key[:held], exact[:held], eager[:held])
+    assert torch.equal(value[:held].double(), exact_value[:held])
+    assert key[held:].isnan().all() and value[held:].isnan().all()
+
+
+SHAPES = [
+    pytest.param(Shape(), id="float32"),
+    pytest.param(Shape(9, 3, 64, dtype=HALF), id="group-3"),
+    pytest.param(Shape(2, 2, 80, dtype=HALF, block_size=64), id="head-80"),
+    pytest.param(Shape(5, 1, 96, dtype=torch.float32, block_size=32), id="head-96"),
+    pytest.param(Shape(8, 2, 128, dtype=HALF), id="head-128"),
+    pytest.param(Shape(16, 1, 64, dtype=HALF, block_size=128), id="group-16"),
+    pytest.param(Shape(2, 1, 256, dtype=HALF), id="head-256"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention(shape, device):
+    case = make_case(shape, device)
+    num_queries = case.segments.num_queries
+    out = torch.full_like(case.query, NAN)
+    lse = torch.full((shape.num_heads, num_queries + 9), NAN, device=device)
+    scored_prefill.attend(out, lse, case.query, case.key, case.value, case.segments, case.scale)
+
+    def expected(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out_at = torch.empty_like(case.query, dtype=dtype)
+        lse_at = torch.empty_like(lse, dtype=dtype)
+        query, key, value = (x.to(dtype) for x in (case.query, case.key, case.value))
+        reference.attend(out_at, lse_at, query, key, value, case.segments, case.scale)
+        return out_at[:num_queries], lse_at[:, :num_queries]
+
+    exact, exact_lse = expected(torch.float64)
+    assert_close(out[:num_queries], exact, expected(shape.dtype)[0])
+    assert_close(lse[:, :num_queries], exact_lse, expected(torch.float32)[1], slack=2)
+    assert out[num_queries:].isnan().all() and lse[:, num_queries:].isnan().all()
+
+
+def normalizers(case: Case, dtype: torch.dtype) -> Tensor:
+    """[num_heads, num_queries] exact log-sum-exps, rounded to `dtype`."""
+    query, key = case.query.double(), case.key.double()
+    lse = torch.zeros(query.shape[1], case.segments.num_queries, dtype=torch.float64)
+    lse = lse.to(query.device)
+    reference.attend(torch.empty_like(query), lse, query, key, key, case.segments, case.scale)
+    return lse.to(dtype)
+
+
+def scored(case: Case, dtype: torch.dtype, lse: Tensor, **how: Any) -> Tensor:
+    """Scores [num_blocks, num_kv_heads, block_size] by the reference, computed in `dtype`."""
+    assert case.pages.score is not None
+    pages = replace(case.pages, score=case.pages.score.to(dtype, copy=True))
+    reference.score_keys(
+        pages, case.segments, case.query, case.key, lse.to(dtype), case.scale, counter=None, **how
+    )
+    assert pages.score is not None
+    return pages.score
+
+
+def check_scores(
+    case: Case, config: scored_prefill.ScoreConfig | str | None, **how: object
+) -> None:
+    score = case.pages.score
+    assert score is not None
+    lse = normalizers(case, torch.float32)
+    exact = scored(case, torch.float64, lse, **how)
+    eager = scored(case, torch.float32, lse, **how)
+    counter = torch.tensor([7], device=score.device)
+    counted = counter.clone()
+    # Past the end of the workspace: NaN.
+    padded = torch.full((lse.shape[0], lse.shape[1] + 5), NAN, device=lse.device)
+    padded[:, : lse.shape[1]] = lse
+    scored_prefill.score_keys(
+        case.pages,
+        case.segments,
+        case.query,
+        case.key,
+        padded,
+        case.scale,
+        counter=counter,
+        config=config,
+        **how,
+    )
+    held = ~exact.isnan()
+    assert torch.equal(score.isnan(), ~held), "a slot was written that no segment holds"
+    assert held.sum() == case.segments.num_keys * score.shape[1]
+    # The kernel scales logits and log-sum-exps by rounded constants before it subtracts them.
+    condition = float(how["power"] * lse.abs().max())
+    assert_close(score[held], exact[held], eager[held], 1.5, condition)
+    for first, last, start, end in reference._segments(case.segments):
+        queries, prefix = last - first, end - start - (last - first)
+        counted += score.shape[1] * sum(prefix + 1 + i for i in range(queries))
+    assert torch.equal(counter, counted)
+
+
+DEFAULT = {"decay": 0.97, "power": 2.0, "reduction": "max"}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scores(shape, device):
+    check_scores(make_case(shape, device), None, **DEFAULT)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+def test_powers_and_reductions(power, reduction, device):
+    shape = Shape(9, 3, 64, dtype=HALF)
+    check_scores(make_case(shape, device), None, decay=0.99, power=power, reduction=reduction)
+
+
+@pytest.mark.parametrize("name", sorted(scored_prefill.SCORE_CONFIGS))
+def test_every_configuration(name, device):
+    shape = Shape(8, 2, 128, dtype=HALF, lengths=((70, 301), (33, 40)))
+    check_scores(make_case(shape, device), name, **DEFAULT)
+
+
+@pytest.mark.parametrize("key_len", [31, 32, 33, 63, 64, 65])
+@pytest.mark.parametrize("query_len", [1, 15, 16, 17])
+def test_boundaries_of_tiles(query_len, key_len, device):
+    shape = Shape(2, 1, 16, lengths=((query_len, key_len), (5, 5)))
+    config = scored_prefill.ScoreConfig(32, 32, 4, 1, key_in_registers=False)
+    check_scores(make_case(shape, device), config, **DEFAULT)
+
+
+@pytest.mark.parametrize("config", [None, "k128_c64_w4_tma"])
+def test_nan_stays_in_its_request(config, device):
+    shape = Shape(8, 2, 128, dtype=HALF, lengths=((5, 20), (7, 7), (20, 40)))
+    clean = make_case(shape, device)
+    lse = normalizers(clean, torch.float32)
+    spoilt = make_case(shape, device)
+    spoilt.query[5:12] = NAN
+    spoilt.key[20:27] = NAN
+    bad_lse = lse.clone()
+    bad_lse[:, 5:12] = NAN
+    for case, normal in ((clean, lse), (spoilt, bad_lse)):
+        scored_prefill.score_keys(
+            case.pages,
+            case.segments,
+            case.query,
+            case.key,
+            normal,
+            case.scale,
+            counter=None,
+            config=config,
+            **DEFAULT,
+        )
+    own = clean.segments.block_table[1].long()
+    others = torch.ones(len(clean.pages.kv), dtype=torch.bool, device=device)
+    others[own] = False
+    assert clean.pages.score is not None and spoilt.pages.score is not None
+    got, want = spoilt.pages.score[others], clean.pages.score[others]
+    assert torch.equal(got.nan_to_num(nan=-1.0), want.nan_to_num(nan=-1.0))
+
+    out, lse_out = torch.empty_like(clean.query), torch.empty_like(lse)
+    bad_out, bad_lse_out = torch.empty_like(clean.query), torch.empty_like(lse)
+    value, bad_value = clean.value, clean.value.clone()
+    bad_value[20:27] = NAN
+    scored_prefill.attend(out, lse_out, clean.query, clean.key, value, clean.segments, clean.scale)
+    scored_prefill.attend(
+        bad_out, bad_lse_out, spoilt.query, spoilt.key, bad_value, spoilt.segments, clean.scale
+    )
+    rest = torch.cat((torch.arange(5), torch.arange(12, 32))).to(device)
+    assert torch.equal(out[rest], bad_out[rest])
+    assert torch.equal(lse_out[:, rest], bad_lse_out[:, rest])
+
+
+def test_scratch_suffices(device):
+    shape = Shape(9, 3, 64, dtype=HALF)
+    case = make_case(shape, device)
+    size = scored_prefill.shifts_elements(case.segments.num_queries, len(LENGTHS), 9, 3)
+    lse = normalizers(case, torch.float32)
+    for config in scored_prefill.SCORE_CONFIGS.values():
+        if config.descriptors:
+            continue
+        needed = case.segments.num_queries // (config.columns // 4) + len(LENGTHS)
+        assert 3 * needed * config.columns <= size
+    shifts = torch.full((size,), NAN, device=device)
+    scored_prefill.score_keys(
+        case.pages,
+        case.segments,
+        case.query,
+        case.key,
+        lse,
+        case.scale,
+        counter=None,
+        shifts=shifts,
+        **DEFAULT,
+    )
+
+
+def test_unknown_reduction_is_refused(device):
+    case = make_case(Shape(), device)
+    lse = torch.zeros(4, case.segments.num_queries, device=device)
+    with pytest.raises(ValueError, match="'sum'"):
+        scored_prefill.score_keys(
+            case.pages, case.segments, case.query, case.key, lse, case.scale, 1.0, 1.0, "sum", None
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(scored_prefill.SCORE_CONFIGS))
+@pytest.mark.parametrize("lengths", [((1024, 3000),), ((700, 700), (513, 1027), (1, 2048))])
+def test_long_segments(name, lengths):
+    device = torch.device("cuda")
+    shape = Shape(32, 8, 128, dtype=HALF, lengths=lengths)
+    check_scores(make_case(shape, device), name, **DEFAULT)
+
+
+@pytest.mark.gpu
+def test_scores_are_deterministic():
+    device = torch.device("cuda")
+    shape = Shape(32, 8, 128, dtype=HALF, lengths=((1024, 3000),))
+    results = []
+    for _ in range(2):
+        case = make_case(shape, device)
+        check_scores(case, None, **DEFAULT)
+        assert case.pages.score is not None
+        results.append(case.pages.score.nan_to_num(nan=-1.0))
+    assert torch.equal(*results)

@@ -1,0 +1,132 @@
+"""What the kernels of scored prefill compute, in plain PyTorch and in the dtype of their inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reference.attention import reduce_heads
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, is_neox: bool) -> Tensor:
+    """Rotate the first ``2 * cos.shape[-1]`` channels.
+
+    Args:
+        x: [n, heads, head_size].
+        cos: [n, rotary_dim / 2].
+        sin: As `cos`.
+        is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
+
+    Returns:
+        [n, heads, head_size] in the dtype of `x`.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    if is_neox:
+        first, second = x[..., :half], x[..., half : 2 * half]
+    else:
+        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    turned = first * cos - second * sin, second * cos + first * sin
+    joined = torch.cat(turned, -1) if is_neox else torch.stack(turned, -1).flatten(-2)
+    return torch.cat((joined, x[..., 2 * half :]), -1)
+
+
+def rotate_queries(
+    query: Tensor,
+    rows: Tensor,
+    places: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    is_neox: bool,
+    out: Tensor,
+) -> None:
+    """As the kernel's wrapper of this name; computes in the dtype of `out`."""
+    picked = query[rows.long()].to(out.dtype)
+    out[: len(rows)] = rotate(picked, cos[places.long()], sin[places.long()], is_neox)
+
+
+def _held(pool: Tensor, table: Tensor, num_keys: int) -> Tensor:
+    """[num_keys, num_kv_heads, ...] what the first places of a block table hold."""
+    block_size = pool.shape[2]
+    blocks = table[: -(-num_keys // block_size)].long()
+    return pool[blocks].transpose(1, 2).flatten(0, 1)[:num_keys]
+
+
+def _segments(segments: Any) -> list[tuple[int, int, int, int]]:
+    """First and last (exclusive) query and key of every segment."""
+    query, key = segments.query_starts.tolist(), segments.key_starts.tolist()
+    return list(zip(query, query[1:], key, key[1:], strict=False))
+
+
+def gather_keys(
+    pages: Any,
+    segments: Any,
+    cos: Tensor,
+    sin: Tensor,
+    is_neox: bool,
+    key_out: Tensor,
+    value_out: Tensor,
+) -> None:
+    """As the kernel's wrapper of this name; computes in the dtype of `key_out`."""
+    head_size = key_out.shape[-1]
+    for index, (_, _, start, end) in enumerate(_segments(segments)):
+        held = _held(pages.kv, segments.block_table[index], end - start).to(key_out.dtype)
+        places = torch.arange(end - start, device=cos.device)
+        key_out[start:end] = rotate(held[..., :head_size], cos[places], sin[places], is_neox)
+        value_out[start:end] = held[..., head_size:]
+
+
+def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """[num_kv_heads, group, queries, keys] in the dtype of `query`, -inf where not seen."""
+    (num_queries, num_heads, _), (num_keys, num_kv_heads, _) = query.shape, key.shape
+    split = query.transpose(0, 1).unflatten(0, (num_kv_heads, num_heads // num_kv_heads))
+    logits = split @ key.permute(1, 2, 0)[:, None] * scale
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+    return logits.masked_fill(~seen.tril(num_keys - num_queries), float("-inf"))
+
+
+def attend(
+    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Any, scale: float
+) -> None:
+    """As the kernel's wrapper of this name; computes in the dtype of `query`."""
+    for first, last, start, end in _segments(segments):
+        logits = _logits(query[first:last], key[start:end], scale)
+        attended = logits.softmax(-1) @ value[start:end].transpose(0, 1)[:, None]
+        out[first:last] = attended.flatten(0, 1).transpose(0, 1)
+        lse[:, first:last] = logits.logsumexp(-1).flatten(0, 1)
+
+
+def score_keys(
+    pages: Any,
+    segments: Any,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    scale: float,
+    decay: float,
+    power: float,
+    reduction: str,
+    counter: Tensor | None,
+) -> None:
+    """As the kernel's wrapper of this name; computes in the dtype of `lse`, its inputs' too."""
+    num_kv_heads, block_size = pages.score.shape[1:]
+    for index, (first, last, start, end) in enumerate(_segments(segments)):
+        num_queries, prefix = last - first, end - start - (last - first)
+        logits = _logits(query[first:last].to(lse.dtype), key[start:end].to(lse.dtype), scale)
+        normal = lse[:, first:last].unflatten(0, (num_kv_heads, -1))
+        probability = (logits - normal[..., None]).exp()
+        age = segments.exponents[index].double() - torch.arange(num_queries, device=lse.device)
+        weight = (decay**age).to(lse.dtype)
+        given = reduce_heads(probability**power, reduction)
+        # [num_keys, num_kv_heads]
+        gained = torch.einsum("i,hij->jh", weight, given)
+        places = torch.arange(end - start, device=lse.device)
+        blocks = segments.block_table[index].long()[places // block_size]
+        old = pages.score[blocks, :, places % block_size].to(lse.dtype)
+        kept = old[:prefix] * segments.carry[index].to(lse.dtype)
+        gained[:prefix] += kept
+        pages.score[blocks, :, places % block_size] = gained.to(pages.score.dtype)
+        if counter is not None:
+            counter += num_kv_heads * (num_queries * prefix + num_queries * (num_queries + 1) // 2)
