@@ -136,16 +136,21 @@ def _split_kernel(
     logits_at = logits_ptr + (row * tl.num_programs(0) + kv_head) * GROUP * logits_stride_head
     logits_at += (group * logits_stride_head)[:, None]
 
+    # Block ids are carried from tile to tile: were they loaded where they are used, the compiler
+    # would copy them asynchronously, and to wait for them is to wait for all keys on their way.
+    TILE_BLOCKS: tl.constexpr = (KEYS + BLOCK_SIZE - 1) // BLOCK_SIZE
+    tile_block = tl.arange(0, TILE_BLOCKS)
+    begin = start + tile_block * BLOCK_SIZE
+    blocks = tl.load(table_at_row + begin // BLOCK_SIZE, mask=begin < stop, other=0)
     for base in range(start, stop, KEYS):
         key_place = base + offset
         valid = key_place < stop
-        # One scalar per block: a tensor of block ids would be pipelined like the keys, and waiting
-        # for it would mean waiting for them.
         block = tl.zeros([KEYS], tl.int32)
-        for i in tl.static_range((KEYS + BLOCK_SIZE - 1) // BLOCK_SIZE):
-            begin = base + i * BLOCK_SIZE
-            found = tl.load(table_at_row + begin // BLOCK_SIZE, mask=begin < stop, other=0)
+        for i in tl.static_range(TILE_BLOCKS):
+            found = tl.sum(tl.where(tile_block == i, blocks, 0), axis=0)
             block = tl.where(offset // BLOCK_SIZE == i, found, block)
+        begin = base + KEYS + tile_block * BLOCK_SIZE
+        blocks = tl.load(table_at_row + begin // BLOCK_SIZE, mask=begin < stop, other=0)
         slot = kv_head * BLOCK_SIZE + key_place % BLOCK_SIZE
         # [KEYS]
         key_at = kv_ptr + block.to(tl.int64) * kv_stride_block + slot * (2 * HEAD_SIZE)
@@ -358,6 +363,8 @@ class Config:
         by_place: Turn each key by the angles of its own place instead of composing rotations.
         num_warps: Warps of a split program.
         num_stages: Depth of its loads.
+        max_registers: Registers of its threads, or None for as many as it wants. Composed rotations
+            keep a table in registers: fewer cost a few spills, and more programs fit at a time.
         score_tile: Keys of a tile of the second launch.
         score_pieces: Programs per row and KV head of the second launch, where scores are kept.
         score_warps: Warps of such a program.
@@ -369,6 +376,7 @@ class Config:
     by_place: bool
     num_warps: int
     num_stages: int
+    max_registers: int | None
     score_tile: int
     score_pieces: int
     score_warps: int
@@ -409,6 +417,7 @@ def launch_config(
         by_place=not exact_table,
         num_warps=4,
         num_stages=3 if element_size == 2 else 2,
+        max_registers=168 if exact_table and element_size == 2 and head_size <= 128 else None,
         score_tile=1024,
         score_pieces=max(1, min(64, triton.cdiv(max_places, 2048))),
         score_warps=8,
@@ -527,6 +536,7 @@ def decode(
             PRECISION="ieee" if pages.kv.dtype == torch.float32 else "tf32",
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
+            maxnreg=chosen.max_registers,
         )
         pieces = max(group, chosen.score_pieces) if scored else group
         _combine_kernel[(num_kv_heads, pieces, len(rows))](

@@ -200,6 +200,7 @@ def launch(case: Case, **changes: object) -> paged_decode.Config:
         by_place=False,
         num_warps=4,
         num_stages=2,
+        max_registers=None,
         score_tile=64,
         score_pieces=2,
         score_warps=4,
