@@ -62,6 +62,7 @@ def _sum_of_unit_keys(
     BLOCK_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Sum of one part of a row's unit keys: [CHANNELS] int64, `_POISON` where one is NaN.
 
@@ -74,7 +75,8 @@ def _sum_of_unit_keys(
     share = tl.cdiv(num_tiles, parts)
     total = tl.zeros([CHANNELS], tl.int64)
     poisoned = tl.zeros([CHANNELS], tl.int32)
-    for tile in range(part * share, tl.minimum(part * share + share, num_tiles)):
+    last = tl.minimum(part * share + share, num_tiles)
+    for tile in tl.range(part * share, last, num_stages=STAGES):
         places = tile * KEYS + tl.arange(0, KEYS)
         held = places < num_keys
         blocks = tl.load(block_table_at + places // BLOCK_SIZE, mask=held, other=0).to(tl.int64)
@@ -308,6 +310,7 @@ def _unit_key_sums_kernel(
     BLOCK_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
@@ -342,6 +345,7 @@ def _unit_key_sums_kernel(
                 BLOCK_SIZE,
                 CHANNELS,
                 KEYS,
+                STAGES,
             )
             at = ((rows_before + index) * parts + part).to(tl.int64) * NUM_KV_HEADS + head
             tl.store(sums_ptr + at * HEAD_SIZE + channels, total, mask=channels < HEAD_SIZE)
@@ -503,18 +507,22 @@ class LaunchConfig:
     Args:
         sum_keys: Keys of a tile of the mean; another value may change its last bits.
         sum_warps: Warps of a program of the first launch.
+        sum_stages: Tiles of the mean in flight in a program.
         group_keys: Keys of a tile whose cosine to the mean is taken.
         tokens: Tokens compared with as many at a time.
         move: Survivors moved at a time.
         merge_warps: Warps of a program of the second launch.
+        max_registers: Bound on a thread's registers, for all programs to be resident at once.
     """
 
     sum_keys: int
     sum_warps: int
+    sum_stages: int
     group_keys: int
     tokens: int
     move: int
     merge_warps: int
+    max_registers: int
 
 
 def launch_config(head_size: int, element_size: int, group: int) -> LaunchConfig:
@@ -531,10 +539,12 @@ def launch_config(head_size: int, element_size: int, group: int) -> LaunchConfig
     return LaunchConfig(
         sum_keys=keys,
         sum_warps=4,
-        group_keys=min(keys, group),
-        tokens=min(64, group),
+        sum_stages=1,
+        group_keys=min(keys, 64, group),
+        tokens=min(32, group),
         move=min(max(16384 // row_bytes, 8), group // 2),
         merge_warps=4,
+        max_registers=65536 // (4 * 32 * PROGRAMS_PER_SM),
     )
 
 
@@ -666,10 +676,12 @@ def merge_groups(
             BLOCK_SIZE=block_size,
             CHANNELS=channels,
             KEYS=config.sum_keys,
+            STAGES=config.sum_stages,
             ROWS=_ROWS,
             MAX_PARTS=_MAX_PARTS,
             num_warps=config.sum_warps,
             num_stages=1,
+            maxnreg=config.max_registers,
         )
     token = pages.token if pages.token is not None else pages.score
     _merge_kernel[(num_programs,)](
@@ -710,6 +722,7 @@ def merge_groups(
         HAS_COUNTERS=counters is not None,
         num_warps=config.merge_warps,
         num_stages=1,
+        maxnreg=config.max_registers,
         # As on a CPU, the weighted rank is rounded before it is added: ties stay ties.
         enable_fp_fusion=False,
     )
