@@ -26,6 +26,8 @@ from vllm_cascade.kernels.segments import DecodeRows
 LOG2_E = 1.4426950408889634
 # What tl.dot asks of every dimension.
 MIN_DOT = 16
+# Rows of logits end on a whole block, and on a whole tile, of any size up to this.
+MAX_BLOCK_SIZE = 128
 
 
 @triton.jit
@@ -183,7 +185,8 @@ def _split_kernel(
             logits = tl.dot(query_rest, key_rest, logits, input_precision=PRECISION)
         logits *= scale_log2
         if SCORED:
-            tl.store(logits_at + key_place[None, :], logits, mask=in_group & valid[None, :])
+            # Past the end too, in wide words: rows of logits have room for whole tiles.
+            tl.store(logits_at + key_place[None, :], logits, mask=in_group)
         logits = tl.where(valid[None, :], logits, float("-inf"))
 
         new_top = tl.maximum(top, tl.max(logits, axis=1))
@@ -280,13 +283,15 @@ def _combine_kernel(
             slot = tl.arange(0, BLOCK_SIZE)
             # [BLOCKS, BLOCK_SIZE]
             key_place = first[:, None] + slot[None, :]
-            valid = key_place < length
+            # Whole blocks are loaded and stored, in wide words; what lies past the end keeps its
+            # bits.
+            held = (first < length)[:, None]
             logits_at = logits_ptr + head * logits_stride_head + key_place
             best = tl.full([BLOCKS, BLOCK_SIZE], float("-inf"), tl.float32)
             total = tl.zeros([BLOCKS, BLOCK_SIZE], tl.float32)
             for member in tl.static_range(GROUP):
                 norm, _ = _join(lse_ptr + (head + member) * max_splits, active, SPLITS)
-                logit = tl.load(logits_at + member * logits_stride_head, mask=valid, other=0.0)
+                logit = tl.load(logits_at + member * logits_stride_head, mask=held, other=0.0)
                 if MEAN:
                     total += tl.exp2((logit - norm) * power)
                 else:
@@ -296,9 +301,11 @@ def _combine_kernel(
             block = tl.load(table_at, mask=first < length, other=0).to(tl.int64)
             score_at = score_ptr + (block * score_stride_block + kv_head * BLOCK_SIZE)[:, None]
             score_at += slot[None, :]
-            # The query's own key has no score yet: whatever its slot holds is not read.
-            score = tl.load(score_at, mask=key_place < place, other=0.0)
-            tl.store(score_at, score * carry + gained * weight, mask=valid)
+            score = tl.load(score_at, mask=held, other=0.0)
+            # The query's own key has no score yet: whatever its slot holds is dropped.
+            kept = tl.where(key_place < place, score * carry, 0.0)
+            score = tl.where(key_place < length, kept + gained * weight, score)
+            tl.store(score_at, score, mask=held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +349,7 @@ def make_scratch(
     Returns:
         Uninitialised tensors.
     """
-    padded = triton.cdiv(max_places, 64) * 64 if scored else 0
+    padded = triton.cdiv(max_places, MAX_BLOCK_SIZE) * MAX_BLOCK_SIZE if scored else 0
     kinds = {"dtype": torch.float32, "device": device}
     return Scratch(
         partial=torch.empty(max_rows, num_heads, max_splits, head_size, **kinds),
@@ -477,6 +484,8 @@ def decode(
         raise ValueError("the last dimension of query, output and block table must be dense")
     if not cos.is_contiguous() or not sin.is_contiguous():
         raise ValueError("the rotary table must be contiguous")
+    if block_size > MAX_BLOCK_SIZE or block_size & (block_size - 1):
+        raise ValueError(f"block_size is a power of two up to {MAX_BLOCK_SIZE}, got {block_size}")
     if reduction not in ("max", "mean"):
         raise ValueError(f"reduction is 'max' or 'mean', got {reduction!r}")
     if scratch.partial.shape[1] != num_heads or scratch.partial.shape[3] != head_size:
