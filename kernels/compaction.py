@@ -45,8 +45,10 @@ def _rows_with_groups(num_groups_ptr, num_rows, ROWS: tl.constexpr):
 @triton.jit
 def _unit(x):
     """Rows of `x` [M, N] float32 scaled to length one; a zero row stays zero, NaN stays NaN."""
-    length = tl.sqrt(tl.sum(x * x, 1))
-    return x / tl.where(length < 1e-30, 1e-30, length)[:, None]
+    # Correctly rounded: keys alike but for their length should stay alike.
+    length = tl.sqrt_rn(tl.sum(x * x, 1))
+    length = tl.where(length < 1e-30, 1e-30, length)
+    return x * tl.div_rn(tl.zeros_like(length) + 1.0, length)[:, None]
 
 
 @triton.jit

@@ -433,13 +433,13 @@ def test_in_a_graph_and_beyond_two_gib(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [64, 1024])
-def test_many_groups(device: torch.device, window: int) -> None:
+@pytest.mark.parametrize(("window", "num_groups"), [(64, [20, 0, 7, 33]), (1024, [3, 0, 1, 5])])
+def test_many_groups(device: torch.device, window: int, num_groups: list[int]) -> None:
     if device.type != "cuda":
         pytest.skip("needs a CUDA device")
     case = make_case(
         device,
-        [20, 0, 7, 33],
+        num_groups,
         structured=True,
         dtype=torch.bfloat16,
         head_size=128,
