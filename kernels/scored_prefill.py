@@ -26,11 +26,13 @@ from vllm_cascade.kernels.segments import Segments
 
 LOG2_E = math.log2(math.e)
 
+# Arguments that change from step to step are not specialized: each would be compiled anew.
+
 
 # Rotation of packed queries.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_packed"])
 def _rotate_queries_kernel(
     out_ptr,
     query_ptr,
@@ -259,7 +261,7 @@ def gather_keys(
 # Attention where FlashAttention-3 is not available.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_stride"])
 def _attend_kernel(
     out_ptr,
     lse_ptr,
@@ -437,9 +439,10 @@ class ScoreConfig:
 SCORE_CONFIGS = {
     "k128_c64_w4": ScoreConfig(128, 64, 4, 4),
     "k128_c64_w4_tma": ScoreConfig(128, 64, 4, 4, descriptors=True),
+    "k128_c64_w4_tma_3": ScoreConfig(128, 64, 4, 4, descriptors=True, max_registers=168),
     "k128_c64_w8": ScoreConfig(128, 64, 8, 4, max_registers=128),
     "k128_c64_w8_tma": ScoreConfig(128, 64, 8, 4, descriptors=True, max_registers=128),
-    "k128_c128_w8": ScoreConfig(128, 128, 8, 3, max_registers=128),
+    "k128_c128_w8": ScoreConfig(128, 128, 8, 3),
     "k128_c128_w8_tma": ScoreConfig(128, 128, 8, 3, descriptors=True, max_registers=128),
     "k256_c64_w8": ScoreConfig(256, 64, 8, 4),
     "k256_c64_w8_tma": ScoreConfig(256, 64, 8, 4, descriptors=True),
@@ -467,10 +470,14 @@ def launch_config(dtype: torch.dtype, head_size: int, group: int) -> ScoreConfig
         return ScoreConfig(32, max(32, heads), 4, 1, key_in_registers=False)
     if head_size > 128:
         return ScoreConfig(128, 64, 8, 3)
-    return SCORE_CONFIGS["k128_c64_w4"]
+    if heads > 8:
+        # With fewer than eight queries a step, their heads would lie in several threads.
+        return ScoreConfig(128, 128, 8, 3)
+    # Sums are kept per query of a step: the fewer heads, the more registers they take.
+    return ScoreConfig(128, 64, 8, 4) if heads == 1 else SCORE_CONFIGS["k128_c64_w4"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_stride", "num_slots"])
 def _shifts_kernel(
     shift_ptr,
     lse_ptr,
@@ -576,7 +583,7 @@ def _gain(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _score_keys_kernel(
     score_ptr,
     query_source,
