@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_cascade.config import CascadeConfig
-from vllm_cascade.kernels import cpu_attention, cpu_compaction
+from vllm_cascade.cpu_layer import CpuLayer
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.metadata import CascadeMetadata
 from vllm_cascade.rope import Rope
 from vllm_cascade.trace import Seen
 from vllm_cascade.validation import check_layer, resolve_options
 
+if TYPE_CHECKING:
+    from vllm_cascade.gpu_layer import GpuLayer
+    from vllm_cascade.gpu_metadata import GpuMetadata
 
-class CascadeImpl(AttentionImpl[CascadeMetadata]):
+
+class CascadeImpl(AttentionImpl[Any]):
     """Writes, attends, scores and merges, wave by wave.
 
     Keys arrive and are kept before RoPE: the loader hands each layer its rotary embedding
@@ -58,7 +62,8 @@ class CascadeImpl(AttentionImpl[CascadeMetadata]):
         self.scale = scale
         self.num_kv_heads = num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.rotary: cpu_attention.Rotary | None = None
+        # Made once the layer's rotary embedding is known.
+        self.worker: CpuLayer | GpuLayer | None = None
         self.pages: Pages | None = None
         self.seen: Seen | None = None
 
@@ -78,8 +83,27 @@ class CascadeImpl(AttentionImpl[CascadeMetadata]):
         Args:
             rope: Its table, at least `num_positions` long.
         """
-        cos, sin = rope.cos_sin_cache[: self.num_positions].float().chunk(2, dim=-1)
-        self.rotary = cpu_attention.Rotary(cos.contiguous(), sin.contiguous(), rope.is_neox_style)
+        cos, sin = rope.tables
+        if cos.device.type == "cpu":
+            self.worker = CpuLayer(self.config, self.scale, cos, sin, rope.is_neox_style)
+            return
+        from vllm_cascade.gpu_layer import GpuLayer, Shape, make_workspace
+
+        vllm_config = self._vllm_config
+        shape = Shape(
+            self.num_heads, self.num_kv_heads, self.head_size, vllm_config.model_config.dtype
+        )
+        scheduler = vllm_config.scheduler_config
+        workspace = make_workspace(
+            self.config,
+            shape,
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+            cos.device,
+        )
+        self.worker = GpuLayer(
+            self.config, shape, self.scale, cos, sin, rope.is_neox_style, workspace
+        )
 
     def forward(
         self,
@@ -88,7 +112,7 @@ class CascadeImpl(AttentionImpl[CascadeMetadata]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: CascadeMetadata | None,
+        attn_metadata: CascadeMetadata | GpuMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -101,7 +125,7 @@ class CascadeImpl(AttentionImpl[CascadeMetadata]):
             key: [num_tokens, num_kv_heads, head_size] before RoPE.
             value: [num_tokens, num_kv_heads, head_size_v].
             kv_cache: [num_blocks, num_kv_heads, block_size, head_size + head_size_v].
-            attn_metadata: The step's waves; None in a profiling run.
+            attn_metadata: The step, for the layer's device; None in a profiling run.
             output: [num_tokens, num_heads, head_size_v], written in place.
             output_scale: Not supported.
             output_block_scale: Not supported.
@@ -111,23 +135,9 @@ class CascadeImpl(AttentionImpl[CascadeMetadata]):
         """
         if attn_metadata is None or kv_cache.numel() == 0:
             return output.zero_()
-        assert self.rotary is not None
-        config, pages = self.config, self._pages_of(kv_cache)
-        scoring = None
-        if config.needs_scores:
-            scoring = cpu_attention.Scoring(config.score_power, config.score_reduction)
-        for wave in attn_metadata.waves:
-            pages.write(key[wave.rows], value[wave.rows], wave.block_ids, wave.offsets, wave.tokens)
-            for segment in wave.prefills:
-                cpu_attention.prefill(
-                    output, query, pages, segment, self.rotary, self.scale, scoring
-                )
-            for batch in wave.decodes:
-                cpu_attention.decode(output, query, pages, batch, self.rotary, self.scale, scoring)
-            if wave.merge is not None:
-                cpu_compaction.merge_groups(
-                    pages, wave.merge, self.head_size, config.selection_window, config.key_weight
-                )
+        assert self.worker is not None
+        pages = self._pages_of(kv_cache)
+        self.worker.forward(query, key, value, pages, attn_metadata, output)
         return output
 
     def _pages_of(self, kv_cache: torch.Tensor) -> Pages:

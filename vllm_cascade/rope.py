@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -10,13 +11,14 @@ from torch import nn
 from vllm_cascade.rotation import RotationError, check_rotation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Rope:
     """What it takes to rotate a head: a table by position, and how its rows are laid out.
 
     Args:
-        cos_sin_cache: [num_positions or more, rotary_dim], the model's dtype; a row is the cosines,
-            then the sines.
+        cos_sin_cache: [num_positions, rotary_dim]; a row is the cosines, then the sines. On
+            a CPU in the model's dtype, as vLLM rotates there; on a GPU in float32, because decode
+            composes rotations, which a rounded table does not allow.
         is_neox_style: Whether element i is paired with i + rotary_dim / 2, or 2i with 2i + 1.
         rotary_dim: Leading elements of a head that are rotated.
     """
@@ -24,6 +26,12 @@ class Rope:
     cos_sin_cache: torch.Tensor
     is_neox_style: bool
     rotary_dim: int
+
+    @cached_property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [num_positions, rotary_dim / 2], float32; made once for all layers."""
+        cos, sin = self.cos_sin_cache.float().chunk(2, dim=-1)
+        return cos.contiguous(), sin.contiguous()
 
     @classmethod
     def from_vllm(cls, module: nn.Module, layer_name: str, num_positions: int) -> Rope:
@@ -52,7 +60,9 @@ class Rope:
                 f"has a rotary table of {table.shape[0]} positions, but this configuration needs "
                 f"{num_positions}; lower cache_tokens",
             )
-        return cls(table, module.is_neox_style, module.rotary_dim)
+        if table.device.type != "cpu":
+            table = module._compute_cos_sin_cache().to(table.device, torch.float32)
+        return cls(table[:num_positions], module.is_neox_style, module.rotary_dim)
 
 
 class Unrotated(nn.Module):
@@ -83,15 +93,19 @@ def take_over(model: nn.Module) -> None:
         for name, child in parent.named_children()
         if isinstance(child, Attention) and child.attn_backend.get_name() == "CASCADE"
     ]
+    # Layers that share a module share its tables.
+    ropes: dict[tuple[nn.Module, int], Rope] = {}
     for parent, name, attention in layers:
         layer_name = attention.layer_name
         rotary_emb = getattr(parent, "rotary_emb", None)
         if not isinstance(rotary_emb, nn.Module):
             raise RotationError(layer_name, "has no rotary embedding of its own")
         check_rotation(parent, name, layer_name)
-        rope = Rope.from_vllm(rotary_emb, layer_name, attention.impl.num_positions)
+        shared = (rotary_emb, attention.impl.num_positions)
+        if shared not in ropes:
+            ropes[shared] = Rope.from_vllm(rotary_emb, layer_name, shared[1])
         parent.rotary_emb = Unrotated()
-        attention.impl.bind_rope(rope)
+        attention.impl.bind_rope(ropes[shared])
 
 
 def _position_tables() -> tuple[type, ...]:

@@ -15,6 +15,10 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 UNSCALED_ROPE_TYPES = ("dynamic",)
 POSITION_EMBEDDING_TYPES = (None, "rope", "rotary")
 ATTENTION_SCALES = ("llama_4_scaling", "attn_temperature_tuning", "use_logn_attn")
+MIN_CAPABILITY = (8, 0)
+GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
+GPU_BLOCK_SIZES = (16, 32, 64, 128)
+GPU_MAX_WINDOW = 1024
 SHARED_KV = ("num_kv_shared_layers", "use_cla")
 
 
@@ -140,9 +144,40 @@ def check_layer(
 
 def _device(vllm_config: Any) -> None:
     device = vllm_config.device_config.device_type
-    if device != "cpu":
+    if device not in ("cpu", "cuda"):
+        raise UnsupportedError(f"a model on {device!r}", "it has kernels for CPUs and NVIDIA GPUs")
+    if device == "cuda":
+        _gpu(vllm_config)
+
+
+def _gpu(vllm_config: Any) -> None:
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    if capability is None or tuple(capability) < MIN_CAPABILITY:
         raise UnsupportedError(
-            f"a model on {device!r}", "this version has kernels for the CPU only"
+            f"a GPU of compute capability {capability}",
+            "its kernels are written for compute capability 8.0 (Ampere) and up",
+        )
+    head_size = vllm_config.model_config.get_head_size()
+    if head_size not in GPU_HEAD_SIZES:
+        raise UnsupportedError(
+            f"head size {head_size} on a GPU",
+            f"its kernels are tested with head sizes {', '.join(map(str, GPU_HEAD_SIZES))}",
+        )
+    block_size = vllm_config.cache_config.block_size
+    if block_size not in GPU_BLOCK_SIZES:
+        raise UnsupportedError(
+            f"block size {block_size} on a GPU",
+            f"its kernels take block sizes {', '.join(map(str, GPU_BLOCK_SIZES))}",
+            "Give one of them with --block-size, or leave it out",
+        )
+    window = resolve_options(vllm_config, block_size).selection_window
+    if window > GPU_MAX_WINDOW:
+        raise UnsupportedError(
+            f"selection_window {window} on a GPU",
+            f"its kernels compare up to {GPU_MAX_WINDOW} neighbours",
+            f"Give a selection_window of {GPU_MAX_WINDOW} or less",
         )
 
 

@@ -38,7 +38,7 @@ class FakeModel(SimpleNamespace):
         return 2
 
     def get_head_size(self):
-        return 16
+        return self.head_size
 
     def using_transformers_backend(self):
         return self.model_impl == "transformers"
@@ -53,6 +53,7 @@ def served(monkeypatch):
     model = FakeModel(
         runner_type="generate",
         attn_type="decoder",
+        head_size=64,
         use_mla=False,
         model_impl="vllm",
         sliding_window=None,
@@ -98,7 +99,7 @@ def rope(**parameters):
 
 # What is spoilt (a path in the configuration, or in the model's) -> words of the message.
 SPOILT = [
-    ({"device_config.device_type": "cuda"}, "a model on 'cuda'.*CPU only"),
+    ({"device_config.device_type": "xpu"}, "a model on 'xpu'.*NVIDIA"),
     ({"runner_type": "pooling"}, "runner 'pooling'"),
     ({"attn_type": "encoder_decoder"}, "type 'encoder_decoder'"),
     ({"attn_type": "encoder_only"}, "type 'encoder_only'"),
@@ -162,7 +163,47 @@ def spoil(vllm_config, path, value):
         owner = getattr(owner, parent)
     if name == "backend_per_kind":
         value = {kind: SimpleNamespace(name=backend) for kind, backend in value.items()}
-    setattr(owner, name, value)
+    if isinstance(owner, dict):
+        owner[name] = value
+    else:
+        setattr(owner, name, value)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "capability", "words"),
+    [
+        ({}, (7, 5), "compute capability .7, 5.: .*8.0"),
+        ({}, None, "compute capability None"),
+        ({"head_size": 72}, (9, 0), "head size 72 on a GPU.*64, 80, 96, 128, 256"),
+        ({"cache_config.block_size": 256}, (9, 0), "block size 256 .*--block-size"),
+        (
+            {
+                "additional_config.cascade": {
+                    "policy": "window",
+                    "cache_tokens": 1968,
+                    "stride": 2048,
+                    "selection_window": 2048,
+                }
+            },
+            (9, 0),
+            "selection_window 2048 on a GPU.*1024",
+        ),
+    ],
+)
+def test_refused_on_a_gpu(served, monkeypatch, spoilt, capability, words):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(
+        type(current_platform),
+        "get_device_capability",
+        classmethod(lambda cls, device_id=0: capability),
+    )
+    served.device_config.device_type = "cuda"
+    served.cache_config.block_size = 16
+    for path, value in spoilt.items():
+        spoil(served, path, value)
+    with pytest.raises((UnsupportedError, ConfigError), match=words):
+        validate(served)
 
 
 def test_what_the_fixture_describes_is_served(served):

@@ -1,0 +1,312 @@
+"""The cascade table applied to block-table rows, on the device.
+
+Which block holds which place follows from how many tokens a request has computed, so a step's
+block tables are made from token counts alone: no score is read and nothing is sent back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_cascade.kernels.segments import DecodeRows, Merges
+
+CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeTable:
+    """The structure of all epochs of a request, on the device.
+
+    Args:
+        entries: [num_epochs, max_blocks] int16 or int32 row entry at each logical place, in blocks.
+        groups: [num_epochs, max_groups, blocks_per_group] as `entries`; row entries of the groups
+            that merge at the epoch's end.
+        num_groups: [num_epochs] int32.
+        starts: [num_epochs] int32 first token of each epoch.
+        prefixes: [num_epochs] int32 tokens held from earlier epochs.
+        first_end: One past the last token of epoch 0.
+        stride: Tokens of every later epoch.
+        num_sink_tokens: Where the stride grid starts.
+        block_size: Tokens of a block.
+        decay: Weight that a query loses per token.
+    """
+
+    entries: torch.Tensor
+    groups: torch.Tensor
+    num_groups: torch.Tensor
+    starts: torch.Tensor
+    prefixes: torch.Tensor
+    first_end: int
+    stride: int
+    num_sink_tokens: int
+    block_size: int
+    decay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What `resolve` writes for each of up to n segments; allocated once.
+
+    Args:
+        block_table: [n, max_blocks] int32 physical blocks in logical order.
+        groups: [n, max_groups, blocks_per_group] int32 physical blocks of the groups.
+        num_groups: [n] int32 groups that merge at the segment's end.
+        places: [n] int32 logical place of the first token; -1 where there is no segment.
+        num_keys: [n] int32 keys held at the segment's end.
+        rows: [n] int32 row of the first token in the batch.
+        slots: [n] int64 ``block * block_size + offset`` of the last token; -1 for no segment.
+        tokens: [n] int32 index of the last token in its request.
+        carry: [n] float32 factor on the scores kept so far.
+        exponents: [n] float32; the first query weighs ``decay ** exponent``.
+        weights: [n] float32 that weight.
+    """
+
+    block_table: torch.Tensor
+    groups: torch.Tensor
+    num_groups: torch.Tensor
+    places: torch.Tensor
+    num_keys: torch.Tensor
+    rows: torch.Tensor
+    slots: torch.Tensor
+    tokens: torch.Tensor
+    carry: torch.Tensor
+    exponents: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def empty(cls, table: CascadeTable, num_segments: int) -> Resolved:
+        """Room for `num_segments` segments, on the table's device."""
+
+        def make(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(num_segments, *shape, dtype=dtype, device=table.entries.device)
+
+        return cls(
+            block_table=make(torch.int32, table.entries.shape[1]),
+            groups=make(torch.int32, *table.groups.shape[1:]),
+            num_groups=make(torch.int32),
+            places=make(torch.int32),
+            num_keys=make(torch.int32),
+            rows=make(torch.int32),
+            slots=make(torch.int64),
+            tokens=make(torch.int32),
+            carry=make(torch.float32),
+            exponents=make(torch.float32),
+            weights=make(torch.float32),
+        )
+
+    def decode_rows(self, start: int, end: int) -> DecodeRows:
+        """Segments ``start .. end - 1`` as single tokens."""
+        part = slice(start, end)
+        return DecodeRows(
+            rows=self.rows[part],
+            places=self.places[part],
+            block_table=self.block_table[part],
+            carry=self.carry[part],
+            weights=self.weights[part],
+        )
+
+    def merges(self, start: int, end: int) -> Merges:
+        """The merge groups of segments ``start .. end - 1``."""
+        part = slice(start, end)
+        return Merges(
+            groups=self.groups[part],
+            num_groups=self.num_groups[part],
+            block_table=self.block_table[part],
+            num_keys=self.num_keys[part],
+        )
+
+
+@triton.jit
+def _resolve_kernel(
+    requests_ptr,
+    ends_ptr,
+    query_start_loc_ptr,
+    lengths_ptr,
+    row_ptr,
+    rows_ptr,
+    table_ptr,
+    entries_ptr,
+    epoch_groups_ptr,
+    epoch_num_groups_ptr,
+    epoch_starts_ptr,
+    epoch_prefixes_ptr,
+    block_table_ptr,
+    groups_ptr,
+    num_groups_ptr,
+    places_ptr,
+    num_keys_ptr,
+    slots_ptr,
+    tokens_ptr,
+    carry_ptr,
+    exponents_ptr,
+    weights_ptr,
+    table_stride,
+    num_epochs,
+    first_end,
+    stride,
+    num_sinks,
+    log2_decay,
+    max_blocks,
+    group_entries,
+    BLOCK_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SINGLE: tl.constexpr,
+):
+    segment = tl.program_id(0)
+    end = tl.load(ends_ptr + segment)
+    if SINGLE:
+        # One segment per request; only requests with one token in this step count.
+        request = segment
+        row = tl.load(query_start_loc_ptr + segment)
+        length = tl.load(query_start_loc_ptr + segment + 1) - row
+        length = tl.where((length == 1) & (end > 0), 1, 0)
+    else:
+        request = tl.load(requests_ptr + segment)
+        row = tl.load(row_ptr + segment)
+        length = tl.load(lengths_ptr + segment)
+    tl.store(rows_ptr + segment, row)
+    if length == 0:
+        tl.store(places_ptr + segment, -1)
+        tl.store(slots_ptr + segment, tl.full((), -1, tl.int64))
+        tl.store(num_groups_ptr + segment, 0)
+        tl.store(num_keys_ptr + segment, 0)
+        return
+    start = end - length
+    epoch = tl.where(start < first_end, 0, (start - first_end) // stride + 1)
+    epoch = tl.minimum(epoch, num_epochs - 1)
+    epoch_start = tl.load(epoch_starts_ptr + epoch)
+    place = tl.load(epoch_prefixes_ptr + epoch) + start - epoch_start
+    last = place + length - 1
+    tl.store(places_ptr + segment, place)
+    tl.store(num_keys_ptr + segment, last + 1)
+    tl.store(tokens_ptr + segment, end - 1)
+
+    # Grid points passed, filling included, before and after the segment.
+    passed = tl.maximum(end - num_sinks, 0) // stride
+    before = tl.maximum(start - num_sinks, 0) // stride
+    exponent = (passed * stride - (start - num_sinks) - 1).to(tl.float32)
+    tl.store(exponents_ptr + segment, exponent)
+    tl.store(weights_ptr + segment, tl.exp2(exponent * log2_decay))
+    tl.store(carry_ptr + segment, tl.exp2(((passed - before) * stride).to(tl.float32) * log2_decay))
+
+    entries_row = entries_ptr + epoch.to(tl.int64) * max_blocks
+    table_row = table_ptr + request.to(tl.int64) * table_stride
+    out_row = block_table_ptr + segment.to(tl.int64) * max_blocks
+    num_blocks = last // BLOCK_SIZE + 1
+    for first in range(0, num_blocks, CHUNK):
+        # [CHUNK]
+        at = first + tl.arange(0, CHUNK)
+        inside = at < num_blocks
+        entry = tl.load(entries_row + at, mask=inside, other=0).to(tl.int32)
+        tl.store(out_row + at, tl.load(table_row + entry, mask=inside, other=0), mask=inside)
+    block = tl.load(table_row + tl.load(entries_row + last // BLOCK_SIZE).to(tl.int32))
+    tl.store(slots_ptr + segment, block.to(tl.int64) * BLOCK_SIZE + last % BLOCK_SIZE)
+
+    # The boundary runs if the segment ends its epoch and another follows.
+    ends_epoch = (end == first_end + epoch * stride) & (epoch + 1 < num_epochs)
+    num_groups = tl.where(ends_epoch, tl.load(epoch_num_groups_ptr + epoch), 0)
+    tl.store(num_groups_ptr + segment, num_groups)
+    if num_groups > 0:
+        groups_row = epoch_groups_ptr + epoch.to(tl.int64) * group_entries
+        out_groups = groups_ptr + segment.to(tl.int64) * group_entries
+        for first in range(0, group_entries, CHUNK):
+            # [CHUNK]; entries past num_groups are zero and unread
+            at = first + tl.arange(0, CHUNK)
+            inside = at < group_entries
+            entry = tl.load(groups_row + at, mask=inside, other=0).to(tl.int32)
+            tl.store(out_groups + at, tl.load(table_row + entry, mask=inside, other=0), mask=inside)
+
+
+def resolve_decodes(
+    out: Resolved,
+    table: CascadeTable,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+) -> None:
+    """Resolve the single tokens of a batch; requests with none or several are marked as skipped.
+
+    Args:
+        out: Written for the batch's requests.
+        table: The structure.
+        query_start_loc: [num_requests + 1] int32 first row of each request in the batch.
+        seq_lens: [num_requests] int32 tokens of each request once the step is done.
+        block_table: [num_requests or more, width] int32 blocks of each request's row.
+    """
+    num_requests = len(seq_lens)
+    if num_requests:
+        _launch(out, table, num_requests, block_table, seq_lens, query_start_loc, None)
+
+
+def resolve_segments(
+    out: Resolved,
+    table: CascadeTable,
+    segments: torch.Tensor,
+    block_table: torch.Tensor,
+) -> None:
+    """Resolve segments that the host cut.
+
+    Args:
+        out: Written for each segment.
+        table: The structure.
+        segments: [4, num_segments] int32: request, tokens of the request at the segment's end,
+            tokens of the segment, row of its first token.
+        block_table: [num_requests or more, width] int32 blocks of each request's row.
+    """
+    if segments.shape[1]:
+        _launch(out, table, segments.shape[1], block_table, segments[1], None, segments)
+
+
+def _launch(
+    out: Resolved,
+    table: CascadeTable,
+    num_segments: int,
+    block_table: torch.Tensor,
+    ends: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    segments: torch.Tensor | None,
+) -> None:
+    if num_segments > len(out.places):
+        raise ValueError(f"{num_segments} segments, room for {len(out.places)}")
+    if block_table.stride(1) != 1 or block_table.dtype != torch.int32:
+        raise ValueError("block_table must be int32 with dense rows")
+    _resolve_kernel[(num_segments,)](
+        ends if segments is None else segments[0],
+        ends,
+        ends if query_start_loc is None else query_start_loc,
+        ends if segments is None else segments[2],
+        ends if segments is None else segments[3],
+        out.rows,
+        block_table,
+        table.entries,
+        table.groups,
+        table.num_groups,
+        table.starts,
+        table.prefixes,
+        out.block_table,
+        out.groups,
+        out.num_groups,
+        out.places,
+        out.num_keys,
+        out.slots,
+        out.tokens,
+        out.carry,
+        out.exponents,
+        out.weights,
+        block_table.stride(0),
+        table.entries.shape[0],
+        table.first_end,
+        table.stride,
+        table.num_sink_tokens,
+        math.log2(table.decay),
+        table.entries.shape[1],
+        table.groups.shape[1] * table.groups.shape[2],
+        BLOCK_SIZE=table.block_size,
+        CHUNK=min(CHUNK, triton.next_power_of_2(max(16, table.entries.shape[1]))),
+        SINGLE=segments is None,
+    )

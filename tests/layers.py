@@ -1,0 +1,143 @@
+"""Drives one layer through random schedules and says what the oracle makes of the same tokens.
+
+Requests come in random cuts, mixed in batches, with permuted blocks in a pool full of NaN.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from reference.attention import rope_table, rotate, scored_attention
+from reference.cascade import Cascade, CascadeParameters, Values
+from vllm_cascade.config import CascadeConfig, CascadeOptions
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.layout import build_layout
+from vllm_cascade.trace import kept_in
+
+KV_HEADS, SHARED, HEAD = 2, 3, 16
+THETA = 10_000.0
+SMALL = {"cache_tokens": 256, "num_sub_caches": 4, "num_sink_tokens": 32, "stride": 64}
+
+
+def config_of(max_model_len: int, **options: object) -> CascadeConfig:
+    given = {**SMALL, "trace_tokens": True, **options}
+    return CascadeOptions.parse(given).resolve(
+        block_size=16, max_model_len=max_model_len, position_limit=4096
+    )
+
+
+def oracle(config: CascadeConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    """Outputs [tokens, heads, head] and kept tokens at every boundary, in float64."""
+    parameters = CascadeParameters.like(config)
+    tokens = len(q)
+    table = rope_table(4096, HEAD, THETA, torch.float64)
+    cascade = Cascade(parameters, KV_HEADS)
+    score = torch.zeros(KV_HEADS, tokens, dtype=torch.float64)
+    query = q.double().view(tokens, KV_HEADS, SHARED, HEAD).permute(1, 2, 0, 3)
+    key, value = k.double().transpose(0, 1), v.double().transpose(0, 1)
+    outputs, kept = [], {}
+    for start, end, number in parameters.segments(tokens):
+        before = cascade.kept
+        held = torch.cat((before, torch.arange(start, end).expand(KV_HEADS, -1)), dim=1)
+        places = held.shape[1]
+        spread = held[..., None].expand(-1, -1, HEAD)
+        offset = torch.arange(start, end, dtype=torch.float64) - config.num_sink_tokens
+        offset -= config.stride * max(number - 1, 0)
+        weight = config.score_decay ** -(offset + 1)
+        out, gain = scored_attention(
+            rotate(query[:, :, start:end], table[:, before.shape[1] : places]),
+            rotate(key.gather(1, spread), table[:, :places]),
+            value.gather(1, spread),
+            weight,
+            config.score_power,
+            config.score_reduction,
+        )
+        outputs.append(out.permute(2, 0, 1, 3).reshape(end - start, -1, HEAD))
+        score.scatter_add_(1, held, gain)
+        if end == parameters.boundary_token(number):
+            if number:
+                score *= config.score_decay**config.stride
+            values = Values(parameters, score, key, held)
+            cascade.finish_stride(range(start, end), values.choose)
+            kept[end] = cascade.kept
+    return torch.cat(outputs), kept
+
+
+class Pool:
+    """Poisoned pages and a block table."""
+
+    def __init__(
+        self, config: CascadeConfig, num_requests: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
+        self.config, self.layout = config, build_layout(config)
+        blocks = self.layout.max_blocks * num_requests
+        slots, tail = KV_HEADS * config.block_size, config.needs_scores + 1
+        per_word = 4 // dtype.itemsize
+        page = slots * 2 * HEAD + slots * tail * per_word
+        pool = torch.full((blocks * page,), float("nan"), dtype=dtype, device=device)
+        kv = pool.view(blocks, page)[:, : slots * 2 * HEAD]
+        self.pages = Pages.view(
+            kv.view(blocks, KV_HEADS, config.block_size, 2 * HEAD), config.needs_scores, True
+        )
+        self.table = torch.randperm(blocks).view(num_requests, -1).numpy().astype(np.int32)
+
+    def kept(self, request: int, num_tokens: int) -> torch.Tensor:
+        return kept_in(self.pages, self.layout, self.table[request], num_tokens).cpu()
+
+
+def play(
+    engine_of: Callable[..., Any],
+    config: CascadeConfig,
+    lengths: list[int],
+    longest_cut: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+):
+    """(output, kept by boundary, inputs) of every request after a random schedule.
+
+    Args:
+        engine_of: Called with (config, num_requests, dtype); has `step` and `kept`.
+        config: The cascade.
+        lengths: Tokens of each request.
+        longest_cut: Most tokens of a request in a step.
+        seed: Of inputs and schedule.
+        dtype: Of inputs and pages.
+    """
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    queries = [(torch.randn(n, KV_HEADS * SHARED, HEAD) * 2).to(dtype) for n in lengths]
+    keys = [torch.randn(n, KV_HEADS, HEAD).to(dtype) for n in lengths]
+    values = [torch.randn(n, KV_HEADS, HEAD).to(dtype) for n in lengths]
+    engine = engine_of(config, len(lengths), dtype)
+    done = [0] * len(lengths)
+    outputs: list[list[torch.Tensor]] = [[] for _ in lengths]
+    kept: list[dict[int, torch.Tensor]] = [{} for _ in lengths]
+    while any(d < n for d, n in zip(done, lengths, strict=True)):
+        spans = []
+        for r in draw.sample(range(len(lengths)), len(lengths)):
+            count = draw.choice([1, draw.randint(1, longest_cut)])
+            end = min(done[r] + count, lengths[r])
+            if end > done[r]:
+                spans.append((r, done[r], end))
+        out = engine.step(spans, queries, keys, values)
+        first = 0
+        for r, start, end in spans:
+            outputs[r].append(out[first : first + end - start])
+            first += end - start
+            done[r] = end
+            kept[r][end] = engine.kept(r, end)
+    return [torch.cat(o) for o in outputs], kept, (queries, keys, values)
+
+
+POLICIES = [
+    {"policy": "paper"},
+    {"policy": "blend"},
+    {"policy": "blend", "score_reduction": "mean", "score_power": 1.5, "key_weight": 0.5},
+    {"policy": "paper", "selection_window": 16, "score_decay": 0.999},
+    {"policy": "window", "num_sub_caches": 1},
+]

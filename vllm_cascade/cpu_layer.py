@@ -1,0 +1,68 @@
+"""One cascade layer's forward pass on a CPU: write, attend, score and merge, wave by wave."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_cascade.config import CascadeConfig
+from vllm_cascade.kernels import cpu_attention, cpu_compaction
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.metadata import CascadeMetadata
+
+
+class CpuLayer:
+    """Attends the batches of one layer.
+
+    Args:
+        config: The cascade.
+        scale: Factor on the logits.
+        cos: [num_positions, rotary_dim / 2] float32.
+        sin: As `cos`.
+        is_neox: Which channels are paired.
+    """
+
+    def __init__(
+        self,
+        config: CascadeConfig,
+        scale: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        is_neox: bool,
+    ) -> None:
+        self.config = config
+        self.scale = scale
+        self.rotary = cpu_attention.Rotary(cos, sin, is_neox)
+        self.scoring = None
+        if config.needs_scores:
+            self.scoring = cpu_attention.Scoring(config.score_power, config.score_reduction)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: Pages,
+        metadata: CascadeMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend one step's batch.
+
+        Args:
+            query: [num_tokens, num_heads, head_size] before RoPE.
+            key: [num_tokens, num_kv_heads, head_size] before RoPE.
+            value: [num_tokens, num_kv_heads, head_size_v].
+            pages: The layer's pages.
+            metadata: The step.
+            output: [num_tokens, num_heads, head_size_v], the batch's rows are written.
+        """
+        config, rotary, scoring = self.config, self.rotary, self.scoring
+        for wave in metadata.waves:
+            pages.write(key[wave.rows], value[wave.rows], wave.block_ids, wave.offsets, wave.tokens)
+            for segment in wave.prefills:
+                cpu_attention.prefill(output, query, pages, segment, rotary, self.scale, scoring)
+            for batch in wave.decodes:
+                cpu_attention.decode(output, query, pages, batch, rotary, self.scale, scoring)
+            if wave.merge is not None:
+                cpu_compaction.merge_groups(
+                    pages, wave.merge, key.shape[2], config.selection_window, config.key_weight
+                )

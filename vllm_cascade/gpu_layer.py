@@ -1,0 +1,323 @@
+"""One cascade layer's forward pass on a GPU: write, attend, score and merge, wave by wave."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_cascade.config import CascadeConfig
+from vllm_cascade.gpu_metadata import DecodeStep, GpuMetadata, Launch
+from vllm_cascade.kernels import compaction, kv_write, paged_decode, scored_prefill
+from vllm_cascade.kernels.pages import Pages
+
+# Rows whose logits are kept between the two launches of decode; more are processed in turn.
+MAX_DECODE_ROWS = 64
+# FlashAttention-3, as vLLM ships it.
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the layers of a model have in common.
+
+    Args:
+        num_heads: Query heads on this rank.
+        num_kv_heads: KV heads on this rank.
+        head_size: Channels of a head.
+        dtype: Of activations and pages.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Scratch of a step, shared by all layers and allocated before vLLM measures memory.
+
+    Args:
+        query: [max_num_batched_tokens, num_heads, head_size] rotated queries.
+        output: As `query`; packed outputs where a launch's rows do not follow one another.
+        key: [max_keys, num_kv_heads, head_size] rotated keys.
+        value: As `key`.
+        lse: [num_heads, max_num_batched_tokens] float32, where FlashAttention-3 is not used.
+        shifts: Scratch of the scores.
+        decode: Scratch of single tokens.
+        merge: Scratch of boundaries.
+        counters: [3] int64: pairs of a query and a key scored, groups merged, tokens dropped;
+            each per KV head, all layers together.
+    """
+
+    query: torch.Tensor
+    output: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    lse: torch.Tensor
+    shifts: torch.Tensor
+    decode: paged_decode.Scratch
+    merge: compaction.Scratch
+    counters: torch.Tensor
+
+    @property
+    def max_keys(self) -> int:
+        """Keys there is room for."""
+        return len(self.key)
+
+
+def max_workspace_keys(config: CascadeConfig, max_num_batched_tokens: int) -> int:
+    """Keys that a launch's segments may hold together: two full caches, or a batch of short ones.
+
+    Args:
+        config: The cascade.
+        max_num_batched_tokens: Most tokens of a step.
+    """
+    places = min(config.max_places, config.max_model_len) + config.block_size
+    return max(2 * places, max_num_batched_tokens)
+
+
+@functools.lru_cache(maxsize=4)
+def make_workspace(
+    config: CascadeConfig,
+    shape: Shape,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    device: torch.device,
+) -> Workspace:
+    """Allocate the scratch of all layers of one shape; asked again, return the same.
+
+    Args:
+        config: The cascade.
+        shape: The layers.
+        max_num_batched_tokens: Most tokens of a step.
+        max_num_seqs: Most requests of a step.
+        device: Where.
+    """
+    max_keys = max_workspace_keys(config, max_num_batched_tokens)
+    max_places = min(config.max_places, config.max_model_len) + config.block_size
+    queries = (max_num_batched_tokens, shape.num_heads, shape.head_size)
+    keys = (max_keys, shape.num_kv_heads, shape.head_size)
+    kind: dict[str, Any] = {"dtype": shape.dtype, "device": device}
+    has_flash = flash_attention(shape) is not None
+    # A launch has at most one segment per request, and each has a query.
+    num_shifts = scored_prefill.shifts_elements(
+        max_num_batched_tokens,
+        min(max_num_seqs, max_num_batched_tokens),
+        shape.num_heads,
+        shape.num_kv_heads,
+    )
+    return Workspace(
+        query=torch.empty(queries, **kind),
+        output=torch.empty(queries, **kind),
+        key=torch.empty(keys, **kind),
+        value=torch.empty(keys, **kind),
+        lse=torch.empty(
+            shape.num_heads,
+            0 if has_flash else max_num_batched_tokens,
+            dtype=torch.float32,
+            device=device,
+        ),
+        shifts=torch.empty(
+            num_shifts if config.needs_scores else 0, dtype=torch.float32, device=device
+        ),
+        decode=paged_decode.make_scratch(
+            min(max_num_seqs, MAX_DECODE_ROWS),
+            shape.num_heads,
+            shape.head_size,
+            max_places,
+            64,
+            device,
+            scored=config.needs_scores,
+        ),
+        merge=compaction.make_scratch(
+            max_num_seqs,
+            shape.num_kv_heads,
+            shape.head_size,
+            max_places,
+            device,
+            max_group=config.group_tokens,
+        ),
+        counters=torch.zeros(3, dtype=torch.int64, device=device),
+    )
+
+
+def flash_attention(shape: Shape) -> Callable[..., Any] | None:
+    """vLLM's FlashAttention-3 if it is there and takes layers of this shape."""
+    if shape.dtype not in FLASH_DTYPES or not torch.cuda.is_available():
+        return None
+    if torch.cuda.get_device_capability()[0] != 9:
+        return None
+    try:
+        from vllm.vllm_flash_attn import FA3_AVAILABLE, flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func if FA3_AVAILABLE else None
+
+
+class GpuLayer:
+    """Attends the batches of one layer.
+
+    Args:
+        config: The cascade.
+        shape: The layer's heads.
+        scale: Factor on the logits.
+        cos: [num_positions, rotary_dim / 2] float32.
+        sin: As `cos`.
+        is_neox: Which channels are paired.
+        workspace: Shared scratch.
+    """
+
+    def __init__(
+        self,
+        config: CascadeConfig,
+        shape: Shape,
+        scale: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        is_neox: bool,
+        workspace: Workspace,
+    ) -> None:
+        self.config = config
+        self.shape = shape
+        self.scale = scale
+        self.cos, self.sin, self.is_neox = cos, sin, is_neox
+        self.workspace = workspace
+        self.flash = flash_attention(shape)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: Pages,
+        metadata: GpuMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend one step's batch.
+
+        Args:
+            query: [num_tokens, num_heads, head_size] before RoPE.
+            key: [num_tokens, num_kv_heads, head_size] before RoPE.
+            value: As `key`.
+            pages: The layer's pages.
+            metadata: The step.
+            output: [num_tokens, num_heads, head_size], the batch's rows are written.
+        """
+        if metadata.decode is not None:
+            self._decode(query, key, value, pages, metadata.decode, output)
+        for launch in metadata.launches:
+            self._prefill(query, key, value, pages, launch, output)
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: Pages,
+        step: DecodeStep,
+        output: torch.Tensor,
+    ) -> None:
+        config, space = self.config, self.workspace
+        kv_write.write(pages, key, value, step.rows.rows, step.slots, step.tokens)
+        paged_decode.decode(
+            output,
+            query,
+            pages,
+            step.rows,
+            self.cos,
+            self.sin,
+            self.is_neox,
+            self.scale,
+            config.score_power,
+            config.score_reduction,
+            space.decode,
+            scored=config.needs_scores,
+            counter=space.counters[:1] if config.needs_scores else None,
+        )
+        if step.merges is not None:
+            self._merge(pages, step.merges)
+
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: Pages,
+        launch: Launch,
+        output: torch.Tensor,
+    ) -> None:
+        config, space, segments = self.config, self.workspace, launch.segments
+        table = (self.cos, self.sin, self.is_neox)
+        kv_write.write(pages, key, value, launch.rows, launch.slots, launch.tokens)
+        rotated = space.query[: segments.num_queries]
+        scored_prefill.rotate_queries(query, launch.rows, launch.places, *table, rotated)
+        held_keys, held_values = space.key[: segments.num_keys], space.value[: segments.num_keys]
+        scored_prefill.gather_keys(pages, segments, *table, held_keys, held_values)
+        packed = space.output[: segments.num_queries]
+        if launch.span is not None:
+            packed = output[launch.span[0] : launch.span[1]]
+        lse = self._attend(packed, rotated, held_keys, held_values, launch)
+        if launch.span is None:
+            output[launch.rows.long()] = packed
+        if config.needs_scores:
+            scored_prefill.score_keys(
+                pages,
+                segments,
+                rotated,
+                held_keys,
+                lse,
+                self.scale,
+                config.score_decay,
+                config.score_power,
+                config.score_reduction,
+                space.counters[:1],
+                shifts=space.shifts,
+            )
+        if launch.merges is not None and config.needs_scores:
+            self._merge(pages, launch.merges)
+
+    def _attend(
+        self,
+        output: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        launch: Launch,
+    ) -> torch.Tensor:
+        """Write `output`; return the log-sum-exps [num_heads, num_queries]."""
+        segments = launch.segments
+        if self.flash is None:
+            lse = self.workspace.lse[:, : segments.num_queries]
+            scored_prefill.attend(output, lse, query, key, value, segments, self.scale)
+            return lse
+        _, lse = self.flash(
+            query,
+            key,
+            value,
+            segments.max_query_len,
+            segments.query_starts,
+            segments.max_key_len,
+            cu_seqlens_k=segments.key_starts,
+            softmax_scale=self.scale,
+            causal=True,
+            return_softmax_lse=True,
+            out=output,
+            fa_version=3,
+        )
+        return lse
+
+    def _merge(self, pages: Pages, merges: Any) -> None:
+        compaction.merge_groups(
+            pages,
+            merges,
+            self.shape.head_size,
+            self.config.selection_window,
+            self.config.key_weight,
+            self.workspace.merge,
+            self.workspace.counters[1:],
+        )
