@@ -179,8 +179,8 @@ def spoil(vllm_config, path, value):
         (
             {
                 "additional_config.cascade": {
-                    "policy": "window",
-                    "cache_tokens": 1968,
+                    "cache_tokens": 8192,
+                    "num_sub_caches": 2,
                     "stride": 2048,
                     "selection_window": 2048,
                 }
@@ -198,6 +198,8 @@ def test_refused_on_a_gpu(served, monkeypatch, spoilt, capability, words):
         "get_device_capability",
         classmethod(lambda cls, device_id=0: capability),
     )
+    monkeypatch.setattr(validation, "position_limit", lambda model_config: 1 << 16)
+    served.model_config.max_model_len = 1 << 16
     served.device_config.device_type = "cuda"
     served.cache_config.block_size = 16
     for path, value in spoilt.items():
