@@ -130,6 +130,9 @@ def launches(case: Case, tiny: bool) -> Iterator[tuple[str, object, torch.dtype,
     yield "32 keys", replace(free, keys=32), torch.float32, True
     yield "32 keys, 160 registers", replace(base, keys=32, max_registers=160), torch.float32, True
     yield "32 keys, 128 registers", replace(base, keys=32, max_registers=128), torch.float32, True
+    deep = replace(base, keys=32, max_registers=168, num_stages=4)
+    yield "32 keys, 168 registers, deep", deep, torch.float32, True
+    yield "by place, 32 keys, deep", replace(coarse, keys=32, num_stages=4), half, True
     yield "32 keys, 2 warps", replace(free, keys=32, num_warps=2), torch.float32, True
     yield "2 stages", replace(base, num_stages=2), torch.float32, True
     yield "4 stages", replace(base, num_stages=4), torch.float32, True

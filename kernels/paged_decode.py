@@ -132,7 +132,8 @@ def _split_kernel(
         key_sin = tl.load(sin_ptr + table_at, mask=within, other=0.0).to(tl.float32)
 
     top = tl.full([HEADS], float("-inf"), tl.float32)
-    norm = tl.zeros([HEADS], tl.float32)
+    # Summed over keys at the end: a sum per tile would be an exchange between warps.
+    norms = tl.zeros([HEADS, KEYS], tl.float32)
     acc = tl.zeros([HEADS, CHANNELS], tl.float32)
     table_at_row = block_table_ptr + row * table_stride_row
     logits_at = logits_ptr + (row * tl.num_programs(0) + kv_head) * GROUP * logits_stride_head
@@ -192,7 +193,7 @@ def _split_kernel(
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         faded = tl.exp2(top - new_top)
         probs = tl.exp2(logits - new_top[:, None])
-        norm = norm * faded + tl.sum(probs, axis=1)
+        norms = norms * faded[:, None] + probs
         # [KEYS, CHANNELS]
         held = valid[:, None]
         if CHANNELS != HEAD_SIZE:
@@ -203,6 +204,7 @@ def _split_kernel(
         acc = tl.dot(probs.to(dtype), value, acc, input_precision=PRECISION)
         top = new_top
 
+    norm = tl.sum(norms, axis=1)
     split_at = (row * tl.num_programs(0) + kv_head) * GROUP * max_splits + split
     split_at += group * max_splits
     tl.store(lse_ptr + split_at, top + tl.log2(norm), mask=group < GROUP)
@@ -495,6 +497,8 @@ def decode(
     exact_table = cos.dtype == torch.float32
     if config is not None and not config.by_place and not exact_table:
         raise ValueError(f"composed rotations need a float32 table, got {cos.dtype}")
+    if config is not None and config.keys > MAX_BLOCK_SIZE:
+        raise ValueError(f"a tile has at most {MAX_BLOCK_SIZE} keys, got {config.keys}")
 
     group = num_heads // num_kv_heads
     score = pages.score if scored and pages.score is not None else scratch.lse
