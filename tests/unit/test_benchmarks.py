@@ -1,0 +1,144 @@
+"""What the GPU benchmarks hold against device counters, and that they refuse to report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import gpu_driver
+import gpu_serving
+from gpu_driver import Driver, Inputs, check_against_oracle, make_config
+from gpu_records import Counts, RefusalError, percentiles, predict
+
+from reference.cascade import Cascade, CascadeParameters
+from vllm_cascade.gpu_layer import Shape
+from vllm_cascade.layout import build_layout
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = Shape(4, 2, 16, torch.float32)
+SMALL = {"cache_tokens": 128, "num_sub_caches": 2, "stride": 64, "num_sink_tokens": 16}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SMALL,
+        {**SMALL, "num_sub_caches": 4, "selection_window": 32},
+        {**SMALL, "policy": "paper", "cache_tokens": 208, "num_sub_caches": 3},
+    ],
+    ids=["2", "4", "unaligned"],
+)
+def test_prediction_equals_the_reference(options: dict[str, Any]) -> None:
+    """Counted token by token from the reference's own lists of kept tokens."""
+    config, heads, tokens = make_config(1000, **options), 3, 970
+    parameters, cascade = CascadeParameters.like(config), Cascade(config, heads)
+    pairs = dropped = 0
+
+    def keep_newer(sub_cache: int, windows: torch.Tensor) -> torch.Tensor:
+        nonlocal dropped
+        dropped += windows.numel() // 2
+        half = windows.shape[-1] // 2
+        return (torch.arange(windows.shape[-1]) >= half).expand(windows.shape)
+
+    for start, end, number in parameters.segments(tokens):
+        before = cascade.kept.shape[1]
+        pairs += sum(heads * (before + token - start + 1) for token in range(start, end))
+        if end == parameters.boundary_token(number):
+            cascade.finish_stride(range(start, end), keep_newer)
+    found = predict(build_layout(config), [(0, 333), (333, 334), (334, tokens)], heads)
+    assert (found.pairs, found.dropped) == (pairs, dropped)
+    assert dropped and found.groups * config.group_tokens // 2 == dropped
+
+
+def test_nothing_is_counted_without_scores() -> None:
+    layout = build_layout(make_config(1000, policy="window", cache_tokens=128, stride=64))
+    assert predict(layout, [(0, 900)], 2) == Counts(0, 0, 0)
+
+
+def test_device_counts_what_is_predicted() -> None:
+    """Random cuts of two requests, several boundaries in a chunk, and single tokens."""
+    draw, config = random.Random(5), make_config(700, **SMALL)
+    driver = Driver(config, SHAPE, 512, 2, DEVICE)
+    driver.workspace.counters.zero_()
+    done, steps = [0, 0], []
+    while min(done) < 420:
+        spans = []
+        for request in range(2):
+            end = min(done[request] + draw.choice([1, 40, 150]), 420)
+            if end > done[request]:
+                spans.append((request, done[request], end))
+                done[request] = end
+        inputs = Inputs.random(SHAPE, sum(end - start for _, start, end in spans), DEVICE)
+        step = driver.step(*spans)
+        driver.forward(driver.plan(step), *inputs.rows(0, len(inputs.query)))
+        steps.append(step)
+    predicted = driver.predicted(*steps)
+    assert predicted.groups
+    predicted.check(driver.counted(), "random cuts")
+    with pytest.raises(RefusalError, match="by the layout"):
+        driver.predicted(*steps[:-1]).check(driver.counted(), "one step less")
+
+
+def test_layer_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
+    merge_groups = gpu_driver.GpuLayer._merge.__globals__["compaction"].merge_groups
+
+    def by_score_alone(
+        pages: Any, merges: Any, size: int, window: int, weight: float, *more: Any
+    ) -> None:
+        merge_groups(pages, merges, size, window, 0.0, *more)
+
+    monkeypatch.setattr("vllm_cascade.kernels.compaction.merge_groups", by_score_alone)
+    with pytest.raises(RefusalError, match="windows kept other tokens"):
+        check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
+
+
+def test_output_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = gpu_driver.GpuLayer.forward
+
+    def off_by_a_little(layer: Any, query: Any, *others: Any) -> None:
+        forward(layer, query, *others)
+        others[-1].mul_(1 + 2e-6)
+
+    monkeypatch.setattr(gpu_driver.GpuLayer, "forward", off_by_a_little)
+    with pytest.raises(RefusalError, match="output differs"):
+        check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
+
+
+def test_engine_counts_what_is_predicted() -> None:
+    """Every layer and KV head counts; the last token that is generated is never computed."""
+    config = make_config(1000, **SMALL)
+    case = gpu_serving.Case(3, 300, 20, 1, 1.0, 1.0)
+    counts = predict(build_layout(config), [(0, 319)], 2).times(3 * 5)
+    probe = {"config": dataclasses.asdict(config), "layers": 5, "num_kv_heads": 2}
+    probe["counters"] = [counts.pairs, counts.groups, counts.dropped]
+    assert str(counts.pairs) in gpu_serving.check_counters(probe, case, has_gpu=True)
+    probe["counters"][1] -= 1
+    with pytest.raises(RefusalError, match="by the layout"):
+        gpu_serving.check_counters(probe, case, has_gpu=True)
+    probe["counters"] = []
+    with pytest.raises(RefusalError, match="no device counters"):
+        gpu_serving.check_counters(probe, case, has_gpu=True)
+
+
+def test_a_side_without_a_result_refuses_the_row() -> None:
+    case = gpu_serving.CASES["throughput"]
+    with pytest.raises(RefusalError, match="FLASH_ATTN: did not end"):
+        gpu_serving.rows_of("throughput", case, {"FLASH_ATTN": {"refused": "did not end"}})
+
+
+def test_percentiles() -> None:
+    assert percentiles([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (2.0, 3.5, 5.0)
