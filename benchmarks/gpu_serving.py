@@ -155,9 +155,10 @@ class Probe:
         return [impl for impl in impls if type(impl).__name__ == "CascadeImpl"]
 
     def _cascade_probe_counters(self) -> list[Any]:
-        # Layers of one shape share a workspace.
-        found = [getattr(impl, "gpu", None) for impl in self._cascade_probe_impls()]
-        spaces = {id(gpu.workspace): gpu.workspace for gpu in found if gpu is not None}
+        # Layers of one shape share a workspace; those on a CPU have none.
+        impls = self._cascade_probe_impls()
+        found = [getattr(impl.worker, "workspace", None) for impl in impls]
+        spaces = {id(space): space for space in found if space is not None}
         return [space.counters for space in spaces.values()]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +134,33 @@ def test_engine_counts_what_is_predicted() -> None:
     probe["counters"] = []
     with pytest.raises(RefusalError, match="no device counters"):
         gpu_serving.check_counters(probe, case, has_gpu=True)
+
+
+def test_probe_reads_each_workspace_once() -> None:
+    config = make_config(1000, **SMALL)
+    spaces = [SimpleNamespace(counters=torch.tensor([7, 7, 7])) for _ in range(2)]
+
+    class CascadeImpl:
+        num_kv_heads = 2
+
+        def __init__(self, space: SimpleNamespace) -> None:
+            self.config, self.worker = config, SimpleNamespace(workspace=space)
+
+    layers = {str(i): SimpleNamespace(impl=CascadeImpl(spaces[i % 2])) for i in range(6)}
+    layers["other"] = SimpleNamespace(impl=object())
+    mode = SimpleNamespace(name="FULL_DECODE_ONLY")
+    worker = gpu_serving.Probe()
+    worker.model_runner = object()
+    worker.vllm_config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers, cudagraph_mode=mode)
+    )
+    worker.cascade_probe_start()
+    for space in spaces:
+        space.counters += torch.tensor([1, 2, 3])
+    found = worker.cascade_probe_read()
+    assert found["counters"] == [2, 4, 6]
+    assert (found["layers"], found["cudagraph_mode"]) == (6, "FULL_DECODE_ONLY")
+    assert json.loads(json.dumps(found))["config"] == dataclasses.asdict(config)
 
 
 def test_a_side_without_a_result_refuses_the_row() -> None:
