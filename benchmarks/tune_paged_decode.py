@@ -116,28 +116,24 @@ def launches(case: Case, tiny: bool) -> Iterator[tuple[str, object, torch.dtype,
     from vllm_cascade.kernels.paged_decode import launch_config
 
     base = launch_config(case.num_rows, NUM_KV_HEADS, HEAD_SIZE, case.num_keys, 2, True)
-    free = replace(base, max_registers=None)
-    coarse = replace(base, by_place=True, max_registers=None)
+    coarse = replace(base, by_place=True)
     half = torch.float16 if tiny else torch.bfloat16
     yield "default", base, torch.float32, True
     yield "default, no scores", base, torch.float32, False
-    yield "by place, 64 keys", coarse, half, True
-    yield "by place, 32 keys", replace(coarse, keys=32), half, True
+    yield "by place", coarse, half, True
     if tiny:
         return
-    yield "any registers", free, torch.float32, True
-    yield "128 registers", replace(base, max_registers=128), torch.float32, True
-    yield "32 keys", replace(free, keys=32), torch.float32, True
-    yield "32 keys, 160 registers", replace(base, keys=32, max_registers=160), torch.float32, True
-    yield "32 keys, 128 registers", replace(base, keys=32, max_registers=128), torch.float32, True
-    deep = replace(base, keys=32, max_registers=168, num_stages=4)
-    yield "32 keys, 168 registers, deep", deep, torch.float32, True
-    yield "by place, 32 keys, deep", replace(coarse, keys=32, num_stages=4), half, True
-    yield "32 keys, 2 warps", replace(free, keys=32, num_warps=2), torch.float32, True
     yield "2 stages", replace(base, num_stages=2), torch.float32, True
     yield "4 stages", replace(base, num_stages=4), torch.float32, True
-    yield "128 keys, 8 warps", replace(free, keys=128, num_warps=8), torch.float32, True
-    yield "by place, exact table", replace(coarse, keys=32), torch.float32, True
+    yield "5 stages", replace(base, num_stages=5), torch.float32, True
+    yield "16 keys, 1 warp", replace(base, keys=16, num_warps=1), torch.float32, True
+    yield "16 keys", replace(base, keys=16), torch.float32, True
+    yield "32 keys, 1 warp", replace(base, num_warps=1), torch.float32, True
+    yield "64 keys, 4 warps", replace(base, keys=64, num_warps=4), torch.float32, True
+    yield "64 keys", replace(base, keys=64), torch.float32, True
+    yield "168 registers", replace(base, max_registers=168), torch.float32, True
+    yield "by place, 4 warps", replace(coarse, num_warps=4), half, True
+    yield "by place, 1 warp", replace(coarse, num_warps=1), half, True
     for splits in (base.splits // 2, base.splits * 2):
         few = min(base.min_keys, max(64, case.num_keys // max(splits, 1)))
         yield f"{splits} splits", replace(base, splits=splits, min_keys=few), torch.float32, True

@@ -412,7 +412,6 @@ def launch_config(
     Returns:
         Tile sizes and numbers of programs.
     """
-    keys = 64 if head_size <= 128 and element_size == 2 else 32
     # Many more programs than an H200 runs at a time (about 400), or the last ones leave it idle;
     # a program reads about as much before its first tile as in one.
     programs = num_rows * num_kv_heads
@@ -420,13 +419,14 @@ def launch_config(
     most = max(1, min(64, max_places // min_keys))
     splits = min(most, triton.next_power_of_2(triton.cdiv(4096, programs)))
     return Config(
-        keys=keys,
+        keys=32,
         splits=splits,
         min_keys=min_keys,
         by_place=not exact_table,
-        num_warps=4,
+        # Two warps hold the offset table of a tile and its keys without spilling.
+        num_warps=2 if element_size == 2 and head_size <= 128 else 4,
         num_stages=3 if element_size == 2 else 2,
-        max_registers=168 if exact_table and element_size == 2 and head_size <= 128 else None,
+        max_registers=None,
         score_tile=1024,
         score_pieces=max(1, min(64, triton.cdiv(max_places, 2048))),
         score_warps=8,

@@ -7,11 +7,29 @@ import triton.language as tl
 
 
 @triton.jit
+def load_angles(cos_line, sin_line, valid, ROTARY_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cosines and sines [rows, BLOCK_D], float32; zero past the table's width.
+
+    Args:
+        cos_line: [rows] pointers to each row's line of the rotary table, ROTARY_DIM / 2 long.
+        sin_line: As `cos_line`.
+        valid: [rows] which rows are read.
+        ROTARY_DIM: Channels that are rotated.
+        BLOCK_D: At least half of them.
+    """
+    pair = tl.arange(0, BLOCK_D)
+    inside = valid[:, None] & (pair < ROTARY_DIM // 2)[None, :]
+    cos = tl.load(cos_line[:, None] + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(sin_line[:, None] + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+    return cos, sin
+
+
+@triton.jit
 def rotate_tile(
     target,
     source,
-    cos_line,
-    sin_line,
+    cos,
+    sin,
     valid,
     HEAD_SIZE: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
@@ -23,8 +41,8 @@ def rotate_tile(
     Args:
         target: [rows] pointers to channel 0 of each head to write.
         source: [rows] pointers to channel 0 of each head to read.
-        cos_line: [rows] pointers to each row's line of the rotary table, ROTARY_DIM / 2 long.
-        sin_line: As `cos_line`.
+        cos: [rows, BLOCK_D] from `load_angles`.
+        sin: As `cos`.
         valid: [rows] which rows are read and written.
         HEAD_SIZE: Channels of a head.
         ROTARY_DIM: Channels that are rotated.
@@ -35,8 +53,6 @@ def rotate_tile(
     # [rows, BLOCK_D] pairs of channels
     pair = tl.arange(0, BLOCK_D)
     inside = valid[:, None] & (pair < HALF)[None, :]
-    cos = tl.load(cos_line[:, None] + pair[None, :], mask=inside, other=0.0).to(tl.float32)
-    sin = tl.load(sin_line[:, None] + pair[None, :], mask=inside, other=0.0).to(tl.float32)
     if IS_NEOX:
         first = tl.load(source[:, None] + pair[None, :], mask=inside, other=0.0)
         second = tl.load(source[:, None] + HALF + pair[None, :], mask=inside, other=0.0)

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.kernels.primitives import rotate_tile
+from vllm_cascade.kernels.primitives import load_angles, rotate_tile
 from vllm_cascade.kernels.segments import Segments
 
 LOG2_E = math.log2(math.e)
@@ -54,26 +53,25 @@ def _rotate_queries_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # [BLOCK_T * BLOCK_H] token and head of each row of the tile
-    line = tl.arange(0, BLOCK_T * BLOCK_H)
-    packed = tl.program_id(0) * BLOCK_T + line // BLOCK_H
-    head = tl.program_id(1) * BLOCK_H + line % BLOCK_H
-    valid = (packed < num_packed) & (head < NUM_HEADS)
+    # [BLOCK_T] packed queries; their angles serve all heads
+    packed = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    valid = packed < num_packed
     row = tl.load(rows_ptr + packed, mask=valid, other=0).to(tl.int64)
-    place = tl.load(places_ptr + packed, mask=valid, other=0).to(tl.int64)
-    source = query_ptr + row * query_stride_token + head * query_stride_head
-    target = out_ptr + packed.to(tl.int64) * out_stride_token + head * out_stride_head
-    rotate_tile(
-        target,
-        source,
-        cos_ptr + place * cos_stride,
-        sin_ptr + place * cos_stride,
-        valid,
-        HEAD_SIZE,
-        ROTARY_DIM,
-        IS_NEOX,
-        BLOCK_D,
-    )
+    line = tl.load(places_ptr + packed, mask=valid, other=0).to(tl.int64) * cos_stride
+    cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
+    first = tl.program_id(1) * BLOCK_H
+    for head in range(first, tl.minimum(first + BLOCK_H, NUM_HEADS)):
+        rotate_tile(
+            out_ptr + packed.to(tl.int64) * out_stride_token + head * out_stride_head,
+            query_ptr + row * query_stride_token + head * query_stride_head,
+            cos,
+            sin,
+            valid,
+            HEAD_SIZE,
+            ROTARY_DIM,
+            IS_NEOX,
+            BLOCK_D,
+        )
 
 
 def rotate_queries(
@@ -104,8 +102,8 @@ def rotate_queries(
     if num_packed == 0:
         return
     block_d = _rotation_width(head_size, 2 * cos.shape[1])
-    block_h = min(triton.next_power_of_2(num_heads), 8)
-    block_t = max(1, 4096 // (2 * block_d * block_h))
+    block_h = min(num_heads, 8)
+    block_t = 16
     grid = (triton.cdiv(num_packed, block_t), triton.cdiv(num_heads, block_h))
     _rotate_queries_kernel[grid](
         out,
@@ -161,41 +159,45 @@ def _gather_keys_kernel(
     ROTARY_DIM: tl.constexpr,
     IS_NEOX: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    head = tl.program_id(0)
+    first = tl.program_id(0) * BLOCK_H
     tile = tl.program_id(1)
     segment = tl.program_id(2)
     start = tl.load(key_starts_ptr + segment)
     num_keys = tl.load(key_starts_ptr + segment + 1) - start
     if tile * BLOCK_T >= num_keys:
         return
-    # [BLOCK_T] logical places
+    # [BLOCK_T] logical places; their angles serve all heads
     place = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     valid = place < num_keys
+    line = place.to(tl.int64) * cos_stride
+    cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
     table_ptr = block_table_ptr + segment.to(tl.int64) * table_stride
     block = tl.load(table_ptr + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-    slot = head * BLOCK_SIZE + place % BLOCK_SIZE
-    source = kv_ptr + block * kv_stride_block + slot * (2 * HEAD_SIZE)
+    line_ptr = kv_ptr + block * kv_stride_block + (place % BLOCK_SIZE) * (2 * HEAD_SIZE)
     workspace_row = (start + place).to(tl.int64)
-    rotate_tile(
-        key_out_ptr + workspace_row * key_stride_token + head * key_stride_head,
-        source,
-        cos_ptr + place.to(tl.int64) * cos_stride,
-        sin_ptr + place.to(tl.int64) * cos_stride,
-        valid,
-        HEAD_SIZE,
-        ROTARY_DIM,
-        IS_NEOX,
-        BLOCK_D,
-    )
-    # [BLOCK_T, BLOCK_V]
     channel = tl.arange(0, BLOCK_V)
     inside = valid[:, None] & (channel < HEAD_SIZE)[None, :]
-    value = tl.load(source[:, None] + HEAD_SIZE + channel[None, :], mask=inside)
-    target = value_out_ptr + workspace_row * value_stride_token + head * value_stride_head
-    tl.store(target[:, None] + channel[None, :], value, mask=inside)
+    for head in range(first, tl.minimum(first + BLOCK_H, NUM_KV_HEADS)):
+        source = line_ptr + head * (BLOCK_SIZE * 2 * HEAD_SIZE)
+        rotate_tile(
+            key_out_ptr + workspace_row * key_stride_token + head * key_stride_head,
+            source,
+            cos,
+            sin,
+            valid,
+            HEAD_SIZE,
+            ROTARY_DIM,
+            IS_NEOX,
+            BLOCK_D,
+        )
+        # [BLOCK_T, BLOCK_V]
+        value = tl.load(source[:, None] + HEAD_SIZE + channel[None, :], mask=inside)
+        target = value_out_ptr + workspace_row * value_stride_token + head * value_stride_head
+        tl.store(target[:, None] + channel[None, :], value, mask=inside)
 
 
 def gather_keys(
@@ -229,8 +231,12 @@ def gather_keys(
     num_segments = len(segments.carry)
     if num_segments == 0 or segments.num_keys == 0:
         return
-    block_t = 32
-    grid = (num_kv_heads, triton.cdiv(segments.max_key_len, block_t), num_segments)
+    block_t, block_h = 16, min(num_kv_heads, 4)
+    grid = (
+        triton.cdiv(num_kv_heads, block_h),
+        triton.cdiv(segments.max_key_len, block_t),
+        num_segments,
+    )
     _gather_keys_kernel[grid](
         key_out,
         value_out,
@@ -252,6 +258,7 @@ def gather_keys(
         ROTARY_DIM=2 * cos.shape[1],
         IS_NEOX=is_neox,
         BLOCK_T=block_t,
+        BLOCK_H=block_h,
         BLOCK_D=_rotation_width(head_size, 2 * cos.shape[1]),
         BLOCK_V=triton.next_power_of_2(head_size),
         num_warps=4,
@@ -423,7 +430,6 @@ class ScoreConfig:
         num_warps: Warps of a program.
         num_stages: Steps whose queries are in flight.
         key_in_registers: Keep the keys in registers instead of shared memory.
-        descriptors: Load queries through a TMA descriptor; the group must be a power of two.
         max_registers: Bound on registers per thread, or None.
     """
 
@@ -432,25 +438,28 @@ class ScoreConfig:
     num_warps: int
     num_stages: int
     key_in_registers: bool = True
-    descriptors: bool = False
+    tiles_first: bool = False
+    cache: str = ""
     max_registers: int | None = None
 
 
 SCORE_CONFIGS = {
     "k128_c64_w4": ScoreConfig(128, 64, 4, 4),
-    "k128_c64_w4_tma": ScoreConfig(128, 64, 4, 4, descriptors=True),
-    "k128_c64_w4_tma_3": ScoreConfig(128, 64, 4, 4, descriptors=True, max_registers=168),
+    "k128_c64_w4_t": ScoreConfig(128, 64, 4, 4, tiles_first=True),
+    "k128_c64_w4_t_ca": ScoreConfig(128, 64, 4, 4, tiles_first=True, cache=".ca"),
     "k128_c64_w8": ScoreConfig(128, 64, 8, 4, max_registers=128),
-    "k128_c64_w8_tma": ScoreConfig(128, 64, 8, 4, descriptors=True, max_registers=128),
-    "k128_c128_w8": ScoreConfig(128, 128, 8, 3),
-    "k128_c128_w8_tma": ScoreConfig(128, 128, 8, 3, descriptors=True, max_registers=128),
-    "k256_c64_w8": ScoreConfig(256, 64, 8, 4),
-    "k256_c64_w8_tma": ScoreConfig(256, 64, 8, 4, descriptors=True),
-    "k256_c128_w8_tma": ScoreConfig(256, 128, 8, 3, descriptors=True),
-    "k128_c128_w4_shared": ScoreConfig(128, 128, 4, 2, key_in_registers=False),
-    "k128_c128_w4_shared_tma": ScoreConfig(
-        128, 128, 4, 2, key_in_registers=False, descriptors=True
+    "k128_c64_w8_t": ScoreConfig(128, 64, 8, 4, max_registers=128, tiles_first=True),
+    "k128_c64_w8_t_s3": ScoreConfig(128, 64, 8, 3, max_registers=128, tiles_first=True),
+    "k128_c64_w8_t_ca": ScoreConfig(
+        128, 64, 8, 4, max_registers=128, tiles_first=True, cache=".ca"
     ),
+    "k256_c64_w8_t": ScoreConfig(256, 64, 8, 4, tiles_first=True),
+    "k256_c64_w8_t_shared": ScoreConfig(
+        256, 64, 8, 3, key_in_registers=False, max_registers=128, tiles_first=True
+    ),
+    "k256_c64_w4_t_shared": ScoreConfig(256, 64, 4, 3, key_in_registers=False, tiles_first=True),
+    "k128_c128_w8_t": ScoreConfig(128, 128, 8, 2, max_registers=128, tiles_first=True),
+    "k128_c128_w4_t_shared": ScoreConfig(128, 128, 4, 2, key_in_registers=False, tiles_first=True),
 }
 
 
@@ -525,7 +534,7 @@ def _shifts_kernel(
 def _gain(
     acc,
     key,
-    query_source,
+    query_ptr,
     shift_ptr,
     begin,
     end,
@@ -545,7 +554,7 @@ def _gain(
     BLOCK_D: tl.constexpr,
     MEAN: tl.constexpr,
     MASKED: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    CACHE: tl.constexpr,
 ):
     """Add what the queries of steps `begin` to `end` give the keys to `acc` [BLOCK_K, BLOCK_Q]."""
     # [HEADS * BLOCK_Q] head and query of each column. One head's queries lie side by side: then a
@@ -555,19 +564,15 @@ def _gain(
     head = kv_head * GROUP + tl.minimum(column // BLOCK_Q, GROUP - 1)
     channel = tl.arange(0, BLOCK_D)
     for step in tl.range(begin, end):
-        # [HEADS * BLOCK_Q, BLOCK_D]
-        if DESCRIPTORS:
-            query = query_source.load([kv_head * GROUP, first_query + step * BLOCK_Q, 0])
-            query = tl.reshape(query, (HEADS * BLOCK_Q, BLOCK_D))
+        # [HEADS * BLOCK_Q, BLOCK_D]. Past the end the last query again: columns that count for
+        # nothing, but stay finite.
+        row = tl.minimum(first_query + step * BLOCK_Q + column % BLOCK_Q, last_query)
+        lines = query_ptr + row.to(tl.int64) * query_stride_token + head * query_stride_head
+        if HEAD_SIZE == BLOCK_D:
+            query = tl.load(lines[:, None] + channel[None, :], cache_modifier=CACHE)
         else:
-            # Past the end the last query again: columns that count for nothing, but stay finite.
-            row = tl.minimum(first_query + step * BLOCK_Q + column % BLOCK_Q, last_query)
-            lines = query_source + row.to(tl.int64) * query_stride_token + head * query_stride_head
-            if HEAD_SIZE == BLOCK_D:
-                query = tl.load(lines[:, None] + channel[None, :])
-            else:
-                inside = (channel < HEAD_SIZE)[None, :]
-                query = tl.load(lines[:, None] + channel[None, :], mask=inside, other=0.0)
+            inside = (channel < HEAD_SIZE)[None, :]
+            query = tl.load(lines[:, None] + channel[None, :], mask=inside, other=0.0)
         shift = tl.load(shift_ptr + step * (HEADS * BLOCK_Q) + column)
         # [BLOCK_K, HEADS * BLOCK_Q]
         logit = tl.dot(key, tl.trans(query), input_precision="ieee") * factor - shift[None, :]
@@ -586,7 +591,7 @@ def _gain(
 @triton.jit(do_not_specialize=["num_slots"])
 def _score_keys_kernel(
     score_ptr,
-    query_source,
+    query_ptr,
     key_ptr,
     shift_ptr,
     query_starts_ptr,
@@ -612,12 +617,17 @@ def _score_keys_kernel(
     BLOCK_D: tl.constexpr,
     MEAN: tl.constexpr,
     KEY_IN_REGISTERS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    CACHE: tl.constexpr,
+    TILES_FIRST: tl.constexpr,
 ):
-    kv_head = tl.program_id(0) % NUM_KV_HEADS
-    segment = tl.program_id(0) // NUM_KV_HEADS
+    if TILES_FIRST:
+        line, tile = tl.program_id(1), tl.program_id(0)
+    else:
+        line, tile = tl.program_id(0), tl.program_id(1)
+    kv_head = line % NUM_KV_HEADS
+    segment = line // NUM_KV_HEADS
     # Early keys are seen by the most queries: they go first, so that the last programs are short.
-    first_place = tl.program_id(1) * BLOCK_K
+    first_place = tile * BLOCK_K
     key_start = tl.load(key_starts_ptr + segment)
     key_len = tl.load(key_starts_ptr + segment + 1) - key_start
     if first_place >= key_len:
@@ -655,25 +665,15 @@ def _score_keys_kernel(
     acc = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
     last_query = query_start + query_len - 1
     acc = _gain(
-        acc, key, query_source, shift_ptr, begin, clear, query_start, last_query, kv_head, place,
+        acc, key, query_ptr, shift_ptr, begin, clear, query_start, last_query, kv_head, place,
         prefix, factor, query_stride_token, query_stride_head,
-        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, True, DESCRIPTORS,
+        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, True, CACHE,
     )  # fmt: skip
-    full = steps
-    if DESCRIPTORS:
-        # The last step may hold queries of the next segment.
-        full = tl.maximum(query_len // BLOCK_Q, clear)
     acc = _gain(
-        acc, key, query_source, shift_ptr, clear, full, query_start, last_query, kv_head, place,
+        acc, key, query_ptr, shift_ptr, clear, steps, query_start, last_query, kv_head, place,
         prefix, factor, query_stride_token, query_stride_head,
-        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, False, DESCRIPTORS,
+        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, False, CACHE,
     )  # fmt: skip
-    if DESCRIPTORS:
-        acc = _gain(
-            acc, key, query_source, shift_ptr, full, steps, query_start, last_query, kv_head,
-            place, prefix, factor, query_stride_token, query_stride_head,
-            GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, True, DESCRIPTORS,
-        )  # fmt: skip
     # [BLOCK_K]
     gained = tl.sum(acc, axis=1)
 
@@ -786,18 +786,13 @@ def score_keys(
         BLOCK_Q=block_q,
         num_warps=1,
     )
-    query_source = query
-    if config.descriptors:
-        assert group == heads and head_size == block_d
-        # [num_heads, num_rows, head_size]: one load brings a head's queries side by side.
-        query_source = TensorDescriptor.from_tensor(
-            query.transpose(0, 1), [heads, block_q, head_size]
-        )
     options = {} if config.max_registers is None else {"maxnreg": config.max_registers}
     grid = (num_kv_heads * num_segments, triton.cdiv(segments.max_key_len, config.block_k))
+    if config.tiles_first:
+        grid = grid[::-1]
     _score_keys_kernel[grid](
         pages.score,
-        query_source,
+        query,
         key,
         shifts,
         segments.query_starts,
@@ -823,7 +818,8 @@ def score_keys(
         BLOCK_D=block_d,
         MEAN=reduction == "mean",
         KEY_IN_REGISTERS=config.key_in_registers,
-        DESCRIPTORS=config.descriptors,
+        CACHE=config.cache,
+        TILES_FIRST=config.tiles_first,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **options,

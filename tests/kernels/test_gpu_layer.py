@@ -51,10 +51,10 @@ class Engine(Pool):
 
 
 @pytest.mark.parametrize("options", POLICIES, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("longest_cut", [600, 40])
+@pytest.mark.parametrize("longest_cut", [500, 40])
 def test_layer_equals_oracle(options: dict, longest_cut: int) -> None:
-    config = config_of(600, **options)
-    lengths = [600, 450, 31, 320]
+    config = config_of(500, **options)
+    lengths = [500, 31, 390]
     outputs, kept, (q, k, v) = play(
         Engine, config, lengths, longest_cut, seed=len(str(options)) + longest_cut
     )
@@ -77,15 +77,16 @@ def test_long_mixed_batches(dtype: torch.dtype, seed: int) -> None:
     unit = torch.finfo(dtype).eps
     for r in range(len(lengths)):
         expected, boundaries = oracle(config, q[r], k[r], v[r])
-        same = all(
-            torch.equal(kept[r][end].long(), boundaries[end])
-            for end in kept[r].keys() & boundaries.keys()
-            if end < config.max_model_len
-        )
+        assert outputs[r].isfinite().all()
+        last = lengths[r]
         if dtype == torch.float32:
-            assert same, r
-        # Rounded keys may keep other tokens where two are nearly equal; then only until there.
-        last = config.max_model_len if same else config.num_sink_tokens + config.cache_tokens
+            for end in kept[r].keys() & boundaries.keys():
+                if end < config.max_model_len:
+                    assert torch.equal(kept[r][end].long(), boundaries[end]), (r, end)
+        else:
+            # Rotated keys are rounded: where two tokens are nearly equal the other one is kept,
+            # and from there on other tokens are attended to.
+            last = min(last, config.num_sink_tokens + config.cache_tokens)
         error = (outputs[r].double() - expected).abs()[:last]
         bound = expected.abs()[:last] * unit + v[r].abs().max().double() * 8 * unit + 1e-4
         assert (error <= bound).all(), (r, error.max())

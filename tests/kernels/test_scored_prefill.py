@@ -215,7 +215,8 @@ def test_attention(shape, device):
 
     exact, exact_lse = expected(torch.float64)
     assert_close(out[:num_queries], exact, expected(shape.dtype)[0])
-    assert_close(lse[:, :num_queries], exact_lse, expected(torch.float32)[1], slack=2)
+    # Another order of summing a row's products, in which errors of one sign may meet.
+    assert_close(lse[:, :num_queries], exact_lse, expected(torch.float32)[1], slack=4)
     assert out[num_queries:].isnan().all() and lse[:, num_queries:].isnan().all()
 
 
@@ -302,7 +303,7 @@ def test_boundaries_of_tiles(query_len, key_len, device):
     check_scores(make_case(shape, device), config, **DEFAULT)
 
 
-@pytest.mark.parametrize("config", [None, "k128_c64_w4_tma"])
+@pytest.mark.parametrize("config", [None, "k128_c64_w8_t"])
 def test_nan_stays_in_its_request(config, device):
     # A prefix of whole tiles: nothing masks what the first one's last step reads past the end.
     shape = Shape(8, 2, 128, dtype=HALF, lengths=((5, 300), (7, 7), (20, 40)))
@@ -351,8 +352,6 @@ def test_scratch_suffices(device):
     size = scored_prefill.shifts_elements(case.segments.num_queries, len(LENGTHS), 9, 3)
     lse = normalizers(case, torch.float32)
     for config in scored_prefill.SCORE_CONFIGS.values():
-        if config.descriptors:
-            continue
         needed = case.segments.num_queries // (config.columns // 4) + len(LENGTHS)
         assert 3 * needed * config.columns <= size
     shifts = torch.full((size,), NAN, device=device)
