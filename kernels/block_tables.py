@@ -121,7 +121,15 @@ class Resolved:
         )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "requests_ptr",
+        "ends_ptr",
+        "query_start_loc_ptr",
+        "lengths_ptr",
+        "row_ptr",
+    ],
+)
 def _resolve_kernel(
     requests_ptr,
     ends_ptr,

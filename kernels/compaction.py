@@ -296,7 +296,10 @@ def _move(
             tl.store(token_ptr + target_blocks * token_stride_block + target_slots, token)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_sums", "table_stride_row"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_sums", "table_stride_row"],
+    do_not_specialize_on_alignment=["num_groups_ptr", "num_keys_ptr", "block_table_ptr"],
+)
 def _unit_key_sums_kernel(
     kv_ptr,
     num_groups_ptr,
@@ -354,7 +357,10 @@ def _unit_key_sums_kernel(
         rows_before += rows_here
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_sums", "groups_stride_row", "groups_stride_group"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_sums", "groups_stride_row", "groups_stride_group"],
+    do_not_specialize_on_alignment=["groups_ptr", "num_groups_ptr"],
+)
 def _merge_kernel(
     kv_ptr,
     score_ptr,

@@ -9,7 +9,9 @@ import triton.language as tl
 from vllm_cascade.kernels.pages import Pages
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["rows_ptr", "slots_ptr", "tokens_ptr"],
+)
 def _write_kernel(
     kv_ptr,
     token_ptr,

@@ -412,10 +412,10 @@ def launch_config(
     Returns:
         Tile sizes and numbers of programs.
     """
-    # Many more programs than an H200 runs at a time (about 400), or the last ones leave it idle;
-    # a program reads about as much before its first tile as in one.
+    # Many more programs than an H200 runs at a time (about 400), or the last ones leave it idle.
+    # With many rows short ones are not split at all, with few even a short split pays.
     programs = num_rows * num_kv_heads
-    min_keys = 512 if programs * triton.cdiv(max_places, 512) >= 512 else 256
+    min_keys = 2048 if programs >= 512 else 512 if programs >= 64 else 256
     most = max(1, min(64, max_places // min_keys))
     splits = min(most, triton.next_power_of_2(triton.cdiv(4096, programs)))
     return Config(
@@ -427,9 +427,9 @@ def launch_config(
         num_warps=2 if element_size == 2 and head_size <= 128 else 4,
         num_stages=3 if element_size == 2 else 2,
         max_registers=None,
-        score_tile=1024,
+        score_tile=512,
         score_pieces=max(1, min(64, triton.cdiv(max_places, 2048))),
-        score_warps=8,
+        score_warps=4,
     )
 
 

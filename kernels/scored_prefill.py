@@ -31,7 +31,10 @@ LOG2_E = math.log2(math.e)
 # Rotation of packed queries.
 
 
-@triton.jit(do_not_specialize=["num_packed"])
+@triton.jit(
+    do_not_specialize=["num_packed"],
+    do_not_specialize_on_alignment=["rows_ptr", "places_ptr"],
+)
 def _rotate_queries_kernel(
     out_ptr,
     query_ptr,
@@ -137,7 +140,9 @@ def _rotation_width(head_size: int, rotary_dim: int) -> int:
 # Keys and values out of the pages.
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["key_starts_ptr", "block_table_ptr"],
+)
 def _gather_keys_kernel(
     key_out_ptr,
     value_out_ptr,
@@ -268,7 +273,10 @@ def gather_keys(
 # Attention where FlashAttention-3 is not available.
 
 
-@triton.jit(do_not_specialize=["lse_stride"])
+@triton.jit(
+    do_not_specialize=["lse_stride"],
+    do_not_specialize_on_alignment=["query_starts_ptr", "key_starts_ptr"],
+)
 def _attend_kernel(
     out_ptr,
     lse_ptr,
@@ -438,28 +446,13 @@ class ScoreConfig:
     num_warps: int
     num_stages: int
     key_in_registers: bool = True
-    tiles_first: bool = False
-    cache: str = ""
     max_registers: int | None = None
 
 
 SCORE_CONFIGS = {
     "k128_c64_w4": ScoreConfig(128, 64, 4, 4),
-    "k128_c64_w4_t": ScoreConfig(128, 64, 4, 4, tiles_first=True),
-    "k128_c64_w4_t_ca": ScoreConfig(128, 64, 4, 4, tiles_first=True, cache=".ca"),
     "k128_c64_w8": ScoreConfig(128, 64, 8, 4, max_registers=128),
-    "k128_c64_w8_t": ScoreConfig(128, 64, 8, 4, max_registers=128, tiles_first=True),
-    "k128_c64_w8_t_s3": ScoreConfig(128, 64, 8, 3, max_registers=128, tiles_first=True),
-    "k128_c64_w8_t_ca": ScoreConfig(
-        128, 64, 8, 4, max_registers=128, tiles_first=True, cache=".ca"
-    ),
-    "k256_c64_w8_t": ScoreConfig(256, 64, 8, 4, tiles_first=True),
-    "k256_c64_w8_t_shared": ScoreConfig(
-        256, 64, 8, 3, key_in_registers=False, max_registers=128, tiles_first=True
-    ),
-    "k256_c64_w4_t_shared": ScoreConfig(256, 64, 4, 3, key_in_registers=False, tiles_first=True),
-    "k128_c128_w8_t": ScoreConfig(128, 128, 8, 2, max_registers=128, tiles_first=True),
-    "k128_c128_w4_t_shared": ScoreConfig(128, 128, 4, 2, key_in_registers=False, tiles_first=True),
+    "k128_c128_w4_shared": ScoreConfig(128, 128, 4, 2, key_in_registers=False),
 }
 
 
@@ -486,7 +479,10 @@ def launch_config(dtype: torch.dtype, head_size: int, group: int) -> ScoreConfig
     return ScoreConfig(128, 64, 8, 4) if heads == 1 else SCORE_CONFIGS["k128_c64_w4"]
 
 
-@triton.jit(do_not_specialize=["lse_stride", "num_slots"])
+@triton.jit(
+    do_not_specialize=["lse_stride", "num_slots"],
+    do_not_specialize_on_alignment=["query_starts_ptr", "exponents_ptr"],
+)
 def _shifts_kernel(
     shift_ptr,
     lse_ptr,
@@ -554,7 +550,6 @@ def _gain(
     BLOCK_D: tl.constexpr,
     MEAN: tl.constexpr,
     MASKED: tl.constexpr,
-    CACHE: tl.constexpr,
 ):
     """Add what the queries of steps `begin` to `end` give the keys to `acc` [BLOCK_K, BLOCK_Q]."""
     # [HEADS * BLOCK_Q] head and query of each column. One head's queries lie side by side: then a
@@ -569,7 +564,7 @@ def _gain(
         row = tl.minimum(first_query + step * BLOCK_Q + column % BLOCK_Q, last_query)
         lines = query_ptr + row.to(tl.int64) * query_stride_token + head * query_stride_head
         if HEAD_SIZE == BLOCK_D:
-            query = tl.load(lines[:, None] + channel[None, :], cache_modifier=CACHE)
+            query = tl.load(lines[:, None] + channel[None, :])
         else:
             inside = (channel < HEAD_SIZE)[None, :]
             query = tl.load(lines[:, None] + channel[None, :], mask=inside, other=0.0)
@@ -588,7 +583,15 @@ def _gain(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(
+    do_not_specialize=["num_slots"],
+    do_not_specialize_on_alignment=[
+        "query_starts_ptr",
+        "key_starts_ptr",
+        "block_table_ptr",
+        "carry_ptr",
+    ],
+)
 def _score_keys_kernel(
     score_ptr,
     query_ptr,
@@ -617,17 +620,11 @@ def _score_keys_kernel(
     BLOCK_D: tl.constexpr,
     MEAN: tl.constexpr,
     KEY_IN_REGISTERS: tl.constexpr,
-    CACHE: tl.constexpr,
-    TILES_FIRST: tl.constexpr,
 ):
-    if TILES_FIRST:
-        line, tile = tl.program_id(1), tl.program_id(0)
-    else:
-        line, tile = tl.program_id(0), tl.program_id(1)
-    kv_head = line % NUM_KV_HEADS
-    segment = line // NUM_KV_HEADS
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    segment = tl.program_id(0) // NUM_KV_HEADS
     # Early keys are seen by the most queries: they go first, so that the last programs are short.
-    first_place = tile * BLOCK_K
+    first_place = tl.program_id(1) * BLOCK_K
     key_start = tl.load(key_starts_ptr + segment)
     key_len = tl.load(key_starts_ptr + segment + 1) - key_start
     if first_place >= key_len:
@@ -667,12 +664,12 @@ def _score_keys_kernel(
     acc = _gain(
         acc, key, query_ptr, shift_ptr, begin, clear, query_start, last_query, kv_head, place,
         prefix, factor, query_stride_token, query_stride_head,
-        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, True, CACHE,
+        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, True,
     )  # fmt: skip
     acc = _gain(
         acc, key, query_ptr, shift_ptr, clear, steps, query_start, last_query, kv_head, place,
         prefix, factor, query_stride_token, query_stride_head,
-        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, False, CACHE,
+        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, False,
     )  # fmt: skip
     # [BLOCK_K]
     gained = tl.sum(acc, axis=1)
@@ -788,8 +785,6 @@ def score_keys(
     )
     options = {} if config.max_registers is None else {"maxnreg": config.max_registers}
     grid = (num_kv_heads * num_segments, triton.cdiv(segments.max_key_len, config.block_k))
-    if config.tiles_first:
-        grid = grid[::-1]
     _score_keys_kernel[grid](
         pages.score,
         query,
@@ -818,8 +813,6 @@ def score_keys(
         BLOCK_D=block_d,
         MEAN=reduction == "mean",
         KEY_IN_REGISTERS=config.key_in_registers,
-        CACHE=config.cache,
-        TILES_FIRST=config.tiles_first,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **options,
