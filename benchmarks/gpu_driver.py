@@ -157,11 +157,19 @@ class Driver:
         """Run the layer over a batch's rows."""
         self.layer.forward(query, key, value, self.pages, metadata, output)
 
-    def prefill(self, steps: Iterable[Step], inputs: Inputs) -> None:
-        """Run one request's chunks one after the other."""
+    def prefill(self, steps: Iterable[Step], inputs: Inputs, layers: int = 1) -> None:
+        """Run one request's chunks one after the other.
+
+        Args:
+            steps: The chunks.
+            inputs: The request.
+            layers: How often the layer runs on each chunk; more than once only where none merges.
+        """
         for step in steps:
             ((_, start, end),) = step.spans
-            self.forward(self.plan(step), *inputs.rows(start, end))
+            metadata = self.plan(step)
+            for _ in range(layers):
+                self.forward(metadata, *inputs.rows(start, end))
 
     def counted(self) -> list[int]:
         """The device counters."""

@@ -83,7 +83,7 @@ class Resolved:
         """Room for `num_segments` segments, on the table's device."""
 
         def make(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            return torch.zeros(num_segments, *shape, dtype=dtype, device=table.entries.device)
+            return torch.empty(num_segments, *shape, dtype=dtype, device=table.entries.device)
 
         return cls(
             block_table=make(torch.int32, table.entries.shape[1]),
