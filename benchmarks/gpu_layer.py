@@ -53,7 +53,7 @@ from vllm_cascade.kernels import compaction  # noqa: E402
 
 OUTPUT = RESULTS / "gpu_layer.csv"
 OURS, FLASH3, FLASH2, XFORMERS = "CASCADE", "FlashAttention-3", "FlashAttention-2", "xformers"
-LAYERS = 32
+LAYERS = 2 if TINY else 32
 # Most that a baseline may be off its quadratic extrapolation.
 DRIFT = 0.05
 
