@@ -315,7 +315,7 @@ def start_side(side: str, arguments: argparse.Namespace, folder: Path) -> dict[s
     result, log = folder / f"{side}.json", arguments.logs / f"gpu_serving_{side}.log"
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
     command += ["--model", str(folder), "--result", str(result)]
-    own = [str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    own = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, own))}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if arguments.in_process:

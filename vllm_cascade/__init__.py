@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+
+_here = Path(__file__).parent
+if not (_here / "kernels").is_dir():
+    # Imported from a checkout, ahead of what is installed: there the folders lie beside this one.
+    __path__.append(str(_here.parent))
 
 
 def _restore() -> Any:
