@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-MODEL = Path(__file__).parents[2] / ".models" / "SmolLM2-135M-Instruct"
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
@@ -32,9 +33,9 @@ def engine(cascade: dict[str, Any] | None, model: str | None = None, **options: 
     """An `LLM` whose scheduler and worker live in this process.
 
     Args:
-        cascade: The cascade's options, or None for vLLM's own CPU attention.
+        cascade: The cascade's options, or None for vLLM's own attention.
         model: Model folder; SmolLM2 unless given.
-        options: For `LLM`; eager float32 unless given.
+        options: For `LLM`; eager float32, and a small part of a GPU, unless given.
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -46,13 +47,19 @@ def engine(cascade: dict[str, Any] | None, model: str | None = None, **options: 
             **options,
         }
     options = {"dtype": "float32", "enforce_eager": True, "seed": 0, **options}
+    if torch.cuda.is_available():
+        options = {"gpu_memory_utilization": 0.15, **options}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         llm = LLM(model or model_folder(), **options)
         try:
             yield llm
         finally:
+            impls = impls_of(llm)
             llm.llm_engine.engine_core.shutdown()
+            # The engine outlives this block in its caller, and views keep a pool alive.
+            for impl in impls:
+                impl.pages = None
             del llm
             gc.collect()
             cleanup_dist_env_and_memory()
@@ -68,6 +75,12 @@ def runner_of(llm: Any) -> Any:
     return core_of(llm).model_executor.driver_worker.worker.model_runner
 
 
+def impls_of(llm: Any) -> list[Any]:
+    """What attends in each layer of an in-process engine, in order."""
+    layers = runner_of(llm).compilation_config.static_forward_context.values()
+    return [layer.impl for layer in layers if hasattr(layer, "impl")]
+
+
 def cascade_manager_of(llm: Any) -> Any:
     """The KV cache manager of an in-process engine's cascade layers."""
     return core_of(llm).scheduler.kv_cache_manager.coordinator.single_type_managers[0]
@@ -78,7 +91,8 @@ def poisoned(llm: Any) -> Iterator[None]:
     """Fill every page with NaN, scores included, and every block again when it is handed out."""
     pools = []
     for cache in runner_of(llm).kv_caches:
-        flat = torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage())
+        flat = torch.empty(0, dtype=torch.uint8, device=cache.device)
+        flat.set_(cache.untyped_storage())
         flat.fill_(255)
         stride = cache.stride(0) * cache.element_size()
         start = cache.storage_offset() * cache.element_size()
@@ -88,8 +102,9 @@ def poisoned(llm: Any) -> Iterator[None]:
 
     def allocate_new_blocks(*args: Any) -> Any:
         blocks = original(*args)
-        for pool in pools:
-            pool[[block.block_id for block in blocks]] = 255
+        if blocks:
+            for pool in pools:
+                pool[[block.block_id for block in blocks]] = 255
         return blocks
 
     with pytest.MonkeyPatch.context() as patch:
@@ -98,12 +113,15 @@ def poisoned(llm: Any) -> Iterator[None]:
 
 
 class KeptLog:
-    """What every layer held after every merge, per request, read from the pages."""
+    """What every layer held after every merge, per request, read from the pages.
+
+    Merges inside a CUDA graph are not seen: on a GPU the engine has to be eager.
+    """
 
     def __init__(self, llm: Any) -> None:
         self._manager = cascade_manager_of(llm)
-        layers = runner_of(llm).compilation_config.static_forward_context
-        self._impls = [layer.impl for layer in layers.values()]
+        self._impls = impls_of(llm)
+        self._on_gpu = runner_of(llm).device.type != "cpu"
         self.config = self._impls[0].config
         # (request, tokens computed) -> layer -> [num_kv_heads, kept]
         self.kept: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
@@ -111,19 +129,30 @@ class KeptLog:
     @contextlib.contextmanager
     def recording(self) -> Iterator[KeptLog]:
         """Record while the block runs."""
-        from vllm_cascade.kernels import cpu_compaction
+        if self._on_gpu:
+            from vllm_cascade.kernels import compaction
+        else:
+            from vllm_cascade.kernels import cpu_compaction as compaction
+        original = compaction.merge_groups
 
-        original = cpu_compaction.merge_groups
-
-        def merge_groups(pages: Any, batch: Any, *args: Any) -> None:
-            original(pages, batch, *args)
-            self._note(pages, batch)
+        def merge_groups(pages: Any, merges: Any, *args: Any) -> None:
+            original(pages, merges, *args)
+            self._note(pages, self._held(merges) if self._on_gpu else merges.held)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu_compaction, "merge_groups", merge_groups)
+            patch.setattr(compaction, "merge_groups", merge_groups)
             yield self
 
-    def _note(self, pages: Any, batch: Any) -> None:
+    def _held(self, merges: Any) -> list[torch.Tensor]:
+        """The blocks of each row that merges, in logical order; all of them are full."""
+        num_blocks = merges.num_keys // self.config.block_size
+        return [
+            merges.block_table[row, : int(num_blocks[row])]
+            for row, groups in enumerate(merges.num_groups.tolist())
+            if groups
+        ]
+
+    def _note(self, pages: Any, all_held: list[torch.Tensor]) -> None:
         from vllm_cascade.layout import build_layout
         from vllm_cascade.trace import kept_in
 
@@ -133,12 +162,12 @@ class KeptLog:
             for request, blocks in self._manager.req_to_blocks.items()
             if blocks
         }
-        for held in batch.held:
+        for held in all_held:
             request, blocks = owners[int(held[0])]
-            end = int(pages.token[held[-1], 0, -1]) + 1
+            end = int(pages.token[int(held[-1]), 0, -1]) + 1
             row = torch.tensor([b.block_id for b in blocks], dtype=torch.int32).numpy()
             kept = kept_in(pages, build_layout(self.config), row, end)
-            self.kept.setdefault((request, end), {})[layer] = kept.long().clone()
+            self.kept.setdefault((request, end), {})[layer] = kept.long().cpu().clone()
 
     def of(self, request: str) -> dict[int, torch.Tensor]:
         """Boundary k -> int64 [num_layers, num_kv_heads, kept] of one request.
@@ -166,3 +195,13 @@ def book_tokens(count: int, start: int = 0) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     # English has fewer than 8 characters a token.
     return tokenizer(king_james()[: 8 * (start + count)])["input_ids"][start : start + count]
+
+
+def license_tokens(count: int, start: int = 0) -> list[int]:
+    """Consecutive tokens of this repository's LICENSE, from its `start`-th; over 2,000 in all."""
+    from transformers import AutoTokenizer
+
+    text = (ROOT / "LICENSE").read_text()
+    tokens = AutoTokenizer.from_pretrained(model_folder())(text)["input_ids"]
+    assert start + count <= len(tokens)
+    return tokens[start : start + count]

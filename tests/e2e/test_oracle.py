@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from vllm import SamplingParams
 
-from e2e.support import KeptLog, book_tokens, engine, model_folder, poisoned
-from reference.cascade import CascadeParameters
-from reference.llama import Llama
+from e2e.oracle import check_four_times_past_reach
+from e2e.support import book_tokens, engine
 
 pytestmark = pytest.mark.model
 
 LENGTHS = [5, 17, 128, 129, 300, 777, 1024, 1500]
-SHARE_OF_NEAR_TIES = 0.005
-REACH_OPTIONS = {
-    "cache_tokens": 128,
-    "num_sub_caches": 4,
-    "num_sink_tokens": 16,
-    "stride": 64,
-    "trace_tokens": True,
-}
 
 
 def greedy(num_tokens: int) -> SamplingParams:
@@ -41,35 +31,4 @@ def test_under_budget_equals_cpu_attn() -> None:
 @pytest.mark.parametrize("policy", ["paper", "blend"])
 def test_beyond_budget_equals_oracle(policy: str) -> None:
     """Four times past the reach, every kept set and every log-probability is the oracle's."""
-    with engine(
-        {**REACH_OPTIONS, "policy": policy},
-        block_size=16,
-        max_model_len=4096,
-        max_num_batched_tokens=500,
-    ) as llm:
-        log = KeptLog(llm)
-        prompt = book_tokens(4 * log.config.reach + 40)
-        with log.recording(), poisoned(llm):
-            output = llm.generate(
-                {"prompt_token_ids": prompt},
-                SamplingParams(temperature=0, max_tokens=40, logprobs=0, prompt_logprobs=0),
-                use_tqdm=False,
-            )[0]
-        answer = output.outputs[0]
-        tokens = [*prompt, *answer.token_ids]
-        given = [*output.prompt_logprobs[1:], *answer.logprobs]
-        logprobs = [step[token].logprob for step, token in zip(given, tokens[1:], strict=True)]
-        kept = log.of(output.request_id)
-        config = log.config
-
-    model = Llama.from_folder(model_folder(), torch.float64)
-    run = model.run(tokens, CascadeParameters.like(config), forced=kept)
-    assert len(kept) > 25
-    assert run.comparison.windows > 1000
-    assert not run.comparison.unexplained
-    assert len(run.comparison.differing) <= SHARE_OF_NEAR_TIES * run.comparison.windows
-    torch.testing.assert_close(
-        torch.tensor(logprobs, dtype=torch.float64), run.logprobs, rtol=0, atol=1e-3
-    )
-    near_ties = len(run.comparison.differing)
-    print(f"{policy}: {near_ties} near-ties in {run.comparison.windows} windows")
+    check_four_times_past_reach(policy, book_tokens)

@@ -1,0 +1,75 @@
+"""What an engine in the test's own process does in each step, seen from outside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+
+@dataclass
+class Steps:
+    """What was counted.
+
+    Args:
+        plans: What each step's metadata was.
+        forwards: Calls of a layer from Python.
+        replays: CUDA graphs replayed.
+    """
+
+    plans: list[Any] = field(default_factory=list)
+    forwards: int = 0
+    replays: int = 0
+
+    @property
+    def decodes(self) -> int:
+        """Steps that had single tokens only."""
+        return sum(not plan.launches for plan in self.plans)
+
+
+@contextlib.contextmanager
+def watched(*, forbid_sync: bool = False) -> Iterator[Steps]:
+    """Count the steps of the engine while the block runs.
+
+    Args:
+        forbid_sync: Whether planning a step and a layer's forward pass may not wait for the device.
+    """
+    from vllm_cascade.backend import CascadeMetadataBuilder
+    from vllm_cascade.gpu_layer import GpuLayer
+
+    steps = Steps()
+
+    def guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not forbid_sync:
+            return function(*args, **kwargs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    build, forward = CascadeMetadataBuilder.build, GpuLayer.forward
+    replay = torch.cuda.CUDAGraph.replay
+
+    def watched_build(*args: Any, **kwargs: Any) -> Any:
+        plan = guarded(build, *args, **kwargs)
+        steps.plans.append(plan)
+        return plan
+
+    def watched_forward(*args: Any, **kwargs: Any) -> None:
+        steps.forwards += 1
+        guarded(forward, *args, **kwargs)
+
+    def watched_replay(graph: torch.cuda.CUDAGraph) -> None:
+        steps.replays += 1
+        guarded(replay, graph)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CascadeMetadataBuilder, "build", watched_build)
+        patch.setattr(GpuLayer, "forward", watched_forward)
+        patch.setattr(torch.cuda.CUDAGraph, "replay", watched_replay)
+        yield steps

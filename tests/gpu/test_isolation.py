@@ -1,0 +1,98 @@
+"""NaN and infinities in one request's layer inputs never reach another request."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layers import HEAD, KV_HEADS, SHARED, config_of
+
+LENGTHS = [520, 500, 60, 470]
+BAD = 1
+CUT = 90
+
+
+def engine_class() -> Any:
+    """The engine of one layer that the kernel tests have."""
+    path = Path(__file__).parents[1] / "kernels" / "test_gpu_layer.py"
+    spec = importlib.util.spec_from_file_location("gpu_layer_engine", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Engine
+
+
+@dataclass
+class Held:
+    """All that one request left behind: outputs, and scores and tokens of what it holds."""
+
+    output: torch.Tensor
+    score: torch.Tensor | None
+    kept: torch.Tensor
+
+
+def play(policy: str, dtype: torch.dtype, bad: list[float]) -> list[Held]:
+    """Chunks of all requests together, then single tokens; boundaries are crossed in both.
+
+    Args:
+        policy: The cascade's.
+        dtype: Of inputs and pages.
+        bad: Values put into request `BAD`, here and there; empty for none.
+    """
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(heads: int) -> list[torch.Tensor]:
+        return [torch.randn(n, heads, HEAD, generator=generator).to(dtype) for n in LENGTHS]
+
+    q, k, v = draw(KV_HEADS * SHARED), draw(KV_HEADS), draw(KV_HEADS)
+    for i, value in enumerate(bad):
+        for step, tensor in enumerate((q[BAD], k[BAD], v[BAD])):
+            tensor[40 * i + 7 * step :: 3 * len(bad) * 29, i % tensor.shape[1], :: step + 1] = value
+    config = config_of(600, policy=policy)
+    torch.manual_seed(6)
+    engine = engine_class()(config, len(LENGTHS), dtype)
+    done, outputs = [0] * len(LENGTHS), [[] for _ in LENGTHS]
+    while any(d < n for d, n in zip(done, LENGTHS, strict=True)):
+        spans = []
+        for r, length in enumerate(LENGTHS):
+            # The last tokens come one at a time.
+            count = CUT if done[r] + CUT <= length - 35 else 1
+            if done[r] < length:
+                spans.append((r, done[r], done[r] + count))
+        out = engine.step(spans, q, k, v)
+        for (r, _, end), part in zip(spans, out.split([e - s for _, s, e in spans]), strict=True):
+            outputs[r].append(part)
+            done[r] = end
+    held = []
+    for r, length in enumerate(LENGTHS):
+        entries, places = engine.layout.held(length)
+        rows = torch.from_numpy(engine.table[r][entries]).long()
+        score = None
+        if engine.pages.score is not None:
+            score = engine.pages.score.cpu()[rows].transpose(0, 1).flatten(1)[:, :places]
+        held.append(Held(torch.cat(outputs[r]), score, engine.kept(r, length)))
+    return held
+
+
+@pytest.mark.parametrize("policy", ["blend", "window"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bad_values_stay_with_their_request(policy: str, dtype: torch.dtype) -> None:
+    clean = play(policy, dtype, [])
+    bad = play(policy, dtype, [float("nan"), float("inf"), float("-inf")])
+    again = play(policy, dtype, [])
+    assert not bad[BAD].output.isfinite().all()
+    for r in range(len(LENGTHS)):
+        assert clean[r].output.isfinite().all()
+        for other in (bad, again):
+            if other is bad and r == BAD:
+                continue
+            assert torch.equal(clean[r].output, other[r].output), r
+            assert torch.equal(clean[r].kept, other[r].kept), r
+            if clean[r].score is not None:
+                assert torch.equal(clean[r].score, other[r].score), r
