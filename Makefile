@@ -54,9 +54,9 @@ test-mutations: $(SETUP) ## break the code in one place at a time: a named test 
 test-e2e: $(SETUP) $(MODEL) ## end to end, real engines
 	$(BIN)/pytest tests/e2e
 
-test-gpu: $(SETUP) ## the tests that need a CUDA device
+test-gpu: $(SETUP) $(MODEL) ## kernels and engines on a CUDA device
 	@$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no CUDA device'"
-	$(BIN)/pytest -m gpu tests
+	$(BIN)/pytest tests/kernels tests/gpu
 
 check: $(SETUP) ## ruff and mypy
 	$(BIN)/ruff check .

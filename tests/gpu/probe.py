@@ -16,19 +16,20 @@ class Steps:
     """What was counted.
 
     Args:
-        plans: What each step's metadata was.
+        plans: Per step, the requests in the batch if any of them has a single token, else 0; and
+            the launches that its chunks take.
         forwards: Calls of a layer from Python.
         replays: CUDA graphs replayed.
     """
 
-    plans: list[Any] = field(default_factory=list)
+    plans: list[tuple[int, int]] = field(default_factory=list)
     forwards: int = 0
     replays: int = 0
 
     @property
     def decodes(self) -> int:
         """Steps that had single tokens only."""
-        return sum(not plan.launches for plan in self.plans)
+        return sum(not launches for _, launches in self.plans)
 
 
 @contextlib.contextmanager
@@ -57,7 +58,8 @@ def watched(*, forbid_sync: bool = False) -> Iterator[Steps]:
 
     def watched_build(*args: Any, **kwargs: Any) -> Any:
         plan = guarded(build, *args, **kwargs)
-        steps.plans.append(plan)
+        requests = 0 if plan.decode is None else len(plan.decode.slots)
+        steps.plans.append((requests, len(plan.launches)))
         return plan
 
     def watched_forward(*args: Any, **kwargs: Any) -> None:

@@ -50,7 +50,7 @@ def test_decodes_and_a_prefill_at_gpu_memory_utilization_90_percent(tmp_path: Pa
         skip_tokenizer_init=True,
     ) as llm:
         free, total = torch.cuda.mem_get_info()
-        assert free < 0.12 * total
+        assert free < 0.15 * total
         peaks = []
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
@@ -91,8 +91,8 @@ def check(llm: Any, steps: Steps) -> None:
                 outputs[output.request_id] = output
     assert preemptions == 0
     # The long prompt takes two steps.
-    mixed = [s for s in steps.plans if s.launches and s.decode is not None]
-    assert sum(len(s.decode.slots) == NUM_REQUESTS + 1 for s in mixed) >= 2
+    mixed = [requests for requests, launches in steps.plans if launches]
+    assert mixed.count(NUM_REQUESTS + 1) >= 2
     assert steps.replays == steps.decodes > 0
     assert len(outputs) == NUM_REQUESTS + 1
     for name, output in outputs.items():

@@ -46,6 +46,7 @@ def play(model: str, **options: Any) -> tuple[list[list[int]], dict[int, dict[st
         max_model_len=4096,
         max_num_batched_tokens=512,
         max_num_seqs=8,
+        num_gpu_blocks_override=2000,
         skip_tokenizer_init=True,
         worker_extension_cls="vllm_cascade.trace.WorkerExtension",
         **options,
@@ -91,6 +92,7 @@ def test_decode_never_waits_for_the_device(model: str) -> None:
         max_model_len=4096,
         max_num_batched_tokens=2048,
         max_num_seqs=8,
+        num_gpu_blocks_override=2000,
         skip_tokenizer_init=True,
         **graphs(4, 8),
     ) as llm:

@@ -34,6 +34,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         max_model_len=4096,
         max_num_batched_tokens=512,
         max_num_seqs=8,
+        num_gpu_blocks_override=2000,
         skip_tokenizer_init=True,
     ) as llm:
         yield llm
