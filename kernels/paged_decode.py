@@ -83,11 +83,12 @@ def _split_kernel(
     PRECISION: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
+    # Splits last: all rows' first splits start before any that may be empty.
+    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
     place = tl.load(places_ptr + row)
     length = place + 1
-    split_keys = _split_keys(length, tl.num_programs(1), MIN_KEYS, KEYS)
+    split_keys = _split_keys(length, tl.num_programs(2), MIN_KEYS, KEYS)
     start = split * split_keys
     if start >= length:
         return
@@ -247,8 +248,8 @@ def _combine_kernel(
     COUNTED: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    piece = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
+    piece = tl.program_id(2)
     place = tl.load(places_ptr + row)
     if place < 0:
         return
@@ -278,7 +279,7 @@ def _combine_kernel(
         carry = tl.load(carry_ptr + row)
         weight = tl.load(weights_ptr + row)
         TILE: tl.constexpr = BLOCKS * BLOCK_SIZE
-        piece_keys = tl.cdiv(tl.cdiv(length, tl.num_programs(1)), TILE) * TILE
+        piece_keys = tl.cdiv(tl.cdiv(length, tl.num_programs(2)), TILE) * TILE
         start = piece * piece_keys
         for base in range(start, tl.minimum(start + piece_keys, length), TILE):
             first = base + tl.arange(0, BLOCKS) * BLOCK_SIZE
@@ -514,7 +515,7 @@ def decode(
             exact_table,
         )
         splits = min(chosen.splits, max_splits)
-        _split_kernel[(num_kv_heads, splits, len(rows))](
+        _split_kernel[(num_kv_heads, len(rows), splits)](
             scratch.partial,
             scratch.lse,
             scratch.logits,
@@ -552,7 +553,7 @@ def decode(
             maxnreg=chosen.max_registers,
         )
         pieces = max(group, chosen.score_pieces) if scored else group
-        _combine_kernel[(num_kv_heads, pieces, len(rows))](
+        _combine_kernel[(num_kv_heads, len(rows), pieces)](
             output,
             score,
             counter if counter is not None else rows,
