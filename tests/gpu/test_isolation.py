@@ -85,7 +85,10 @@ def play(policy: str, dtype: torch.dtype, bad: list[float]) -> list[Held]:
 
 
 @pytest.mark.parametrize("policy", ["blend", "window"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Triton's interpreter makes finite numbers of bfloat16's NaN and infinities.
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
 def test_bad_values_stay_with_their_request(policy: str, dtype: torch.dtype) -> None:
     clean = play(policy, dtype, [])
     bad = play(policy, dtype, [float("nan"), float("inf"), float("-inf")])
