@@ -50,8 +50,15 @@ class Engine(Pool):
         return output.cpu()
 
 
-@pytest.mark.parametrize("options", POLICIES, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("longest_cut", [500, 40])
+# Long chunks cross many boundaries in one step, short ones mix prefill with decode.
+LONG, SHORT = 500, 40
+CASES = [
+    pytest.param(options, longest_cut, id="-".join(map(str, (*options.values(), longest_cut))))
+    for options, longest_cut in zip(POLICIES, (LONG, SHORT, LONG, LONG, SHORT), strict=True)
+]
+
+
+@pytest.mark.parametrize(("options", "longest_cut"), CASES)
 def test_layer_equals_oracle(options: dict, longest_cut: int) -> None:
     config = config_of(500, **options)
     lengths = [500, 31, 390]
