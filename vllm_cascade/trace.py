@@ -37,7 +37,8 @@ class Seen:
             seq_lens: [num_requests] tokens of each request once the step is done.
         """
         for row, num_tokens in zip(block_table, seq_lens.tolist(), strict=True):
-            if num_tokens:
+            # Block 0 is never handed out; the rows of dummy runs consist of it.
+            if num_tokens and row[0]:
                 blocks = row[: self.layout.need(num_tokens)].copy()
                 self.requests.pop(int(blocks[0]), None)
                 self.requests[int(blocks[0])] = (blocks, num_tokens)
