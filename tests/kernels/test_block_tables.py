@@ -1,0 +1,104 @@
+"""Block tables resolved on the device against plain Python, and against the layout itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from layers import config_of
+from reference import block_tables as reference
+from vllm_cascade.layout import build_layout
+
+OPTIONS = [
+    {"policy": "paper"},
+    {"policy": "blend", "score_decay": 0.999},
+    {"policy": "window", "num_sub_caches": 1},
+]
+WRITTEN = ("places", "num_keys", "rows", "slots", "num_groups", "tokens", "exponents")
+
+
+def fresh(table, count):
+    """Room for results, full of what must not be left behind."""
+    from vllm_cascade.kernels.block_tables import Resolved
+
+    out = Resolved.empty(table, count)
+    for field in dataclasses.fields(out):
+        getattr(out, field.name).fill_(-77)
+    return out
+
+
+def compare(found, expected, segments) -> None:
+    """Everything that is written is equal; skipped segments say so and nothing else."""
+    for s in segments:
+        is_skipped = int(expected.places[s]) < 0
+        names = ("places", "num_keys", "slots", "num_groups") if is_skipped else WRITTEN
+        for name in names:
+            assert getattr(found, name)[s].item() == getattr(expected, name)[s].item(), (name, s)
+        if is_skipped:
+            continue
+        for name in ("carry", "weights"):
+            got, want = getattr(found, name)[s].item(), getattr(expected, name)[s].item()
+            # exp2 of a product against a power: a few roundings of float32.
+            assert got == pytest.approx(want, rel=1e-5), (name, s)
+        blocks = -(-int(expected.num_keys[s]) // 16)
+        assert torch.equal(found.block_table[s, :blocks].cpu(), expected.block_table[s, :blocks])
+        groups = int(expected.num_groups[s])
+        assert torch.equal(found.groups[s, :groups].cpu(), expected.groups[s, :groups])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o["policy"])
+def test_resolved_as_by_hand(device, options) -> None:
+    from vllm_cascade.gpu_metadata import cascade_table
+    from vllm_cascade.kernels import block_tables
+
+    config = config_of(900, **options)
+    layout = build_layout(config)
+    table, plain = cascade_table(layout, device), cascade_table(layout, torch.device("cpu"))
+    draw = random.Random(3)
+    ends = [e.end for e in layout.epochs[:-1]]
+    # Lengths on, before and after every boundary, the very first token and the very last.
+    counts = [1, 2, 15, 16, 17, 900, *ends, *(e - 1 for e in ends), *(e + 1 for e in ends)]
+    rows = torch.from_numpy(
+        np.stack([np.random.default_rng(r).permutation(5000) for r in range(len(counts))])
+    )[:, : layout.max_blocks].to(torch.int32)
+
+    # Single tokens, with requests of no token and of several in between.
+    lengths = [draw.choice([1, 1, 1, 0, 5]) if n > 5 else 1 for n in counts]
+    starts = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
+    seq_lens = torch.tensor(counts, dtype=torch.int32)
+    found, expected = fresh(table, len(counts)), fresh(plain, len(counts))
+    block_tables.resolve_decodes(
+        found, table, starts.to(device), seq_lens.to(device), rows.to(device)
+    )
+    reference.resolve_decodes(expected, plain, starts, seq_lens, rows)
+    compare(found, expected, range(len(counts)))
+
+    # The segments of whole prompts, as the planner cuts them.
+    cut = [
+        (request, segment.end, segment.end - segment.start, draw.randrange(1000))
+        for request, count in enumerate(counts)
+        for segment in layout.segments(draw.randrange(count), count)
+    ]
+    segments = torch.tensor(cut, dtype=torch.int32).T.contiguous()
+    found, expected = fresh(table, len(cut)), fresh(plain, len(cut))
+    block_tables.resolve_segments(found, table, segments.to(device), rows.to(device))
+    reference.resolve_segments(expected, plain, segments, rows)
+    compare(found, expected, range(len(cut)))
+    merging = [s for s in range(len(cut)) if int(expected.num_groups[s]) > 0]
+    assert merging or options["policy"] == "window"
+
+
+def test_too_many_segments_are_refused(device) -> None:
+    from vllm_cascade.gpu_metadata import cascade_table
+    from vllm_cascade.kernels import block_tables
+
+    table = cascade_table(build_layout(config_of(300, policy="paper")), device)
+    rows = torch.zeros(2, 30, dtype=torch.int32, device=device)
+    counts = torch.ones(2, dtype=torch.int32, device=device)
+    starts = torch.arange(3, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="2 segments, room for 1"):
+        block_tables.resolve_decodes(fresh(table, 1), table, starts, counts, rows)

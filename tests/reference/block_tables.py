@@ -1,0 +1,52 @@
+"""The cascade table applied to block-table rows, one segment at a time, in plain Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def resolve_segments(out: Any, table: Any, segments: Any, block_table: Any) -> None:
+    """See `vllm_cascade.kernels.block_tables.resolve_segments`."""
+    for s, (request, end, length, row) in enumerate(segments.T.tolist()):
+        _resolve(out, table, s, block_table[request].tolist(), end, length, row)
+
+
+def resolve_decodes(
+    out: Any, table: Any, query_start_loc: Any, seq_lens: Any, block_table: Any
+) -> None:
+    """See `vllm_cascade.kernels.block_tables.resolve_decodes`."""
+    starts = query_start_loc.tolist()
+    for r, end in enumerate(seq_lens.tolist()):
+        length = int(starts[r + 1] - starts[r] == 1 and end > 0)
+        _resolve(out, table, r, block_table[r].tolist(), end, length, starts[r])
+
+
+def _resolve(
+    out: Any, table: Any, s: int, blocks: list[int], end: int, length: int, row: int
+) -> None:
+    out.rows[s] = row
+    if length == 0:
+        out.places[s] = out.slots[s] = -1
+        out.num_groups[s] = out.num_keys[s] = 0
+        return
+    start, sinks, stride, size = end - length, table.num_sink_tokens, table.stride, table.block_size
+    epochs = table.starts.tolist()
+    epoch = max(e for e, first in enumerate(epochs) if first <= start)
+    place = int(table.prefixes[epoch]) + start - epochs[epoch]
+    last = place + length - 1
+    out.places[s], out.num_keys[s], out.tokens[s] = place, last + 1, end - 1
+    entries = table.entries[epoch].tolist()
+    for j in range(last // size + 1):
+        out.block_table[s, j] = blocks[entries[j]]
+    out.slots[s] = blocks[entries[last // size]] * size + last % size
+    # Grid points lie at sinks + k * stride, k = 1, 2, ...
+    grid = range(sinks + stride, end + 1, stride)
+    between = sum(start < point for point in grid)
+    out.carry[s] = table.decay ** (stride * between)
+    out.exponents[s] = len(grid) * stride - (start - sinks) - 1
+    out.weights[s] = table.decay ** float(out.exponents[s])
+    following = epochs[epoch + 1] if epoch + 1 < len(epochs) else None
+    out.num_groups[s] = int(table.num_groups[epoch]) if end == following else 0
+    for g in range(int(out.num_groups[s])):
+        for b, entry in enumerate(table.groups[epoch, g].tolist()):
+            out.groups[s, g, b] = blocks[entry]
