@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from vllm_cascade.kernels import scored_prefill  # noqa: E402
+from vllm_cascade.kernels import key_scores, prefill_workspace  # noqa: E402
 from vllm_cascade.kernels.pages import Pages  # noqa: E402
 from vllm_cascade.kernels.segments import Segments  # noqa: E402
 
@@ -136,10 +136,10 @@ def tune(num_queries: int, num_keys: int, names: list[str], repeats: int) -> Non
     places = rows + (num_keys - num_queries)
 
     def gather() -> None:
-        scored_prefill.gather_keys(pages, segments, cos, sin, True, key, value)
+        prefill_workspace.gather_keys(pages, segments, cos, sin, True, key, value)
 
     def rotate() -> None:
-        scored_prefill.rotate_queries(raw, rows, places, cos, sin, True, query)
+        prefill_workspace.rotate_queries(raw, rows, places, cos, sin, True, query)
 
     gather()
     rotate()
@@ -156,14 +156,14 @@ def tune(num_queries: int, num_keys: int, names: list[str], repeats: int) -> Non
     keys = torch.linspace(0, num_keys - 1, min(num_keys, 301), device=DEVICE).long().unique()
     exact = expected(query, key, lse, before, keys)
     pairs = num_queries * (num_keys - num_queries) + num_queries * (num_queries + 1) // 2
-    size = scored_prefill.shifts_elements(num_queries, 1, HEADS, KV_HEADS)
+    size = key_scores.shifts_elements(num_queries, 1, HEADS, KV_HEADS)
     shifts = torch.empty(size, device=DEVICE)
     at = (blocks[slots // BLOCK_SIZE], slice(None), slots % BLOCK_SIZE)
     for name in names:
         counter = torch.zeros(1, dtype=torch.int64, device=DEVICE)
 
         def score(count: torch.Tensor | None = None, name: str = name) -> None:
-            scored_prefill.score_keys(
+            key_scores.score_keys(
                 pages,
                 segments,
                 query,
@@ -199,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="tiny shapes")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("configs", nargs="*", default=list(scored_prefill.SCORE_CONFIGS))
+    parser.add_argument("configs", nargs="*", default=list(key_scores.SCORE_CONFIGS))
     arguments = parser.parse_args()
     torch.manual_seed(0)
     for num_queries, num_keys in TINY_SHAPES if arguments.tiny else SHAPES:

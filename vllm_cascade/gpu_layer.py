@@ -11,7 +11,14 @@ import torch
 
 from vllm_cascade.config import CascadeConfig
 from vllm_cascade.gpu_metadata import DecodeStep, GpuMetadata, Launch
-from vllm_cascade.kernels import compaction, kv_write, paged_decode, scored_prefill
+from vllm_cascade.kernels import (
+    compaction,
+    key_scores,
+    kv_write,
+    paged_decode,
+    prefill_attention,
+    prefill_workspace,
+)
 from vllm_cascade.kernels.pages import Pages
 
 # Rows whose logits are kept between the two launches of decode; more are processed in turn.
@@ -105,7 +112,7 @@ def make_workspace(
     kind: dict[str, Any] = {"dtype": shape.dtype, "device": device}
     has_flash = flash_attention(shape) is not None
     # A launch has at most one segment per request, and each has a query.
-    num_shifts = scored_prefill.shifts_elements(
+    num_shifts = key_scores.shifts_elements(
         max_num_batched_tokens,
         min(max_num_seqs, max_num_batched_tokens),
         shape.num_heads,
@@ -255,9 +262,9 @@ class GpuLayer:
         table = (self.cos, self.sin, self.is_neox)
         kv_write.write(pages, key, value, launch.rows, launch.slots, launch.tokens)
         rotated = space.query[: segments.num_queries]
-        scored_prefill.rotate_queries(query, launch.rows, launch.places, *table, rotated)
+        prefill_workspace.rotate_queries(query, launch.rows, launch.places, *table, rotated)
         held_keys, held_values = space.key[: segments.num_keys], space.value[: segments.num_keys]
-        scored_prefill.gather_keys(pages, segments, *table, held_keys, held_values)
+        prefill_workspace.gather_keys(pages, segments, *table, held_keys, held_values)
         packed = space.output[: segments.num_queries]
         if launch.span is not None:
             packed = output[launch.span[0] : launch.span[1]]
@@ -265,7 +272,7 @@ class GpuLayer:
         if launch.span is None:
             output[launch.rows.long()] = packed
         if config.needs_scores:
-            scored_prefill.score_keys(
+            key_scores.score_keys(
                 pages,
                 segments,
                 rotated,
@@ -293,7 +300,7 @@ class GpuLayer:
         segments = launch.segments
         if self.flash is None:
             lse = self.workspace.lse[:, : segments.num_queries]
-            scored_prefill.attend(output, lse, query, key, value, segments, self.scale)
+            prefill_attention.attend(output, lse, query, key, value, segments, self.scale)
             return lse
         _, lse = self.flash(
             query,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reference import scored_prefill as reference
-from vllm_cascade.kernels import scored_prefill
+from vllm_cascade.kernels import key_scores, prefill_attention, prefill_workspace
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Segments
 
@@ -159,7 +159,7 @@ def test_queries_are_packed_and_rotated(head_size, rotary_dim, is_neox, dtype, d
     places = torch.randint(0, 200, (21,), device=device).int()
     cos, sin = table_of(rotary_dim, dtype, device)
     out = torch.full((25, num_heads, head_size), NAN, dtype=dtype, device=device)
-    scored_prefill.rotate_queries(query, rows, places, cos, sin, is_neox, out)
+    prefill_workspace.rotate_queries(query, rows, places, cos, sin, is_neox, out)
 
     exact = torch.empty(21, num_heads, head_size, dtype=torch.float64, device=device)
     reference.rotate_queries(query, rows, places, cos, sin, is_neox, exact)
@@ -175,7 +175,7 @@ def test_keys_are_gathered_and_rotated(head_size, rotary_dim, is_neox, dtype, de
     case = make_case(shape, device)
     cos, sin = table_of(rotary_dim, dtype, device)
     key, value = torch.full_like(case.key, NAN), torch.full_like(case.value, NAN)
-    scored_prefill.gather_keys(case.pages, case.segments, cos, sin, is_neox, key, value)
+    prefill_workspace.gather_keys(case.pages, case.segments, cos, sin, is_neox, key, value)
 
     held = case.segments.num_keys
     exact, exact_value = key.double(), value.double()
@@ -204,7 +204,7 @@ def test_attention(shape, device):
     num_queries = case.segments.num_queries
     out = torch.full_like(case.query, NAN)
     lse = torch.full((shape.num_heads, num_queries + 9), NAN, device=device)
-    scored_prefill.attend(out, lse, case.query, case.key, case.value, case.segments, case.scale)
+    prefill_attention.attend(out, lse, case.query, case.key, case.value, case.segments, case.scale)
 
     def expected(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         out_at = torch.empty_like(case.query, dtype=dtype)
@@ -240,7 +240,7 @@ def scored(case: Case, dtype: torch.dtype, lse: Tensor, **how: Any) -> Tensor:
     return pages.score
 
 
-def check_scores(case: Case, config: scored_prefill.ScoreConfig | str | None, **how: Any) -> None:
+def check_scores(case: Case, config: key_scores.ScoreConfig | str | None, **how: Any) -> None:
     score = case.pages.score
     assert score is not None
     lse = normalizers(case, torch.float32)
@@ -251,7 +251,7 @@ def check_scores(case: Case, config: scored_prefill.ScoreConfig | str | None, **
     # Past the end of the workspace: NaN.
     padded = torch.full((lse.shape[0], lse.shape[1] + 5), NAN, device=lse.device)
     padded[:, : lse.shape[1]] = lse
-    scored_prefill.score_keys(
+    key_scores.score_keys(
         case.pages,
         case.segments,
         case.query,
@@ -289,7 +289,7 @@ def test_powers_and_reductions(power, reduction, device):
     check_scores(make_case(shape, device), None, decay=0.99, power=power, reduction=reduction)
 
 
-@pytest.mark.parametrize("name", sorted(scored_prefill.SCORE_CONFIGS))
+@pytest.mark.parametrize("name", sorted(key_scores.SCORE_CONFIGS))
 def test_every_configuration(name, device):
     shape = Shape(8, 2, 128, dtype=HALF, lengths=((70, 301), (33, 40)))
     check_scores(make_case(shape, device), name, **DEFAULT)
@@ -299,7 +299,7 @@ def test_every_configuration(name, device):
 @pytest.mark.parametrize("query_len", [1, 15, 16, 17])
 def test_boundaries_of_tiles(query_len, key_len, device):
     shape = Shape(2, 1, 16, lengths=((query_len, key_len), (5, 5)))
-    config = scored_prefill.ScoreConfig(32, 32, 4, 1, key_in_registers=False)
+    config = key_scores.ScoreConfig(32, 32, 4, 1, key_in_registers=False)
     check_scores(make_case(shape, device), config, **DEFAULT)
 
 
@@ -315,7 +315,7 @@ def test_nan_stays_in_its_request(config, device):
     bad_lse = lse.clone()
     bad_lse[:, 5:12] = NAN
     for case, normal in ((clean, lse), (spoilt, bad_lse)):
-        scored_prefill.score_keys(
+        key_scores.score_keys(
             case.pages,
             case.segments,
             case.query,
@@ -337,8 +337,10 @@ def test_nan_stays_in_its_request(config, device):
     bad_out, bad_lse_out = torch.empty_like(clean.query), torch.empty_like(lse)
     value, bad_value = clean.value, clean.value.clone()
     bad_value[300:307] = NAN
-    scored_prefill.attend(out, lse_out, clean.query, clean.key, value, clean.segments, clean.scale)
-    scored_prefill.attend(
+    prefill_attention.attend(
+        out, lse_out, clean.query, clean.key, value, clean.segments, clean.scale
+    )
+    prefill_attention.attend(
         bad_out, bad_lse_out, spoilt.query, spoilt.key, bad_value, spoilt.segments, clean.scale
     )
     rest = torch.cat((torch.arange(5), torch.arange(12, 32))).to(device)
@@ -349,13 +351,13 @@ def test_nan_stays_in_its_request(config, device):
 def test_scratch_suffices(device):
     shape = Shape(9, 3, 64, dtype=HALF)
     case = make_case(shape, device)
-    size = scored_prefill.shifts_elements(case.segments.num_queries, len(LENGTHS), 9, 3)
+    size = key_scores.shifts_elements(case.segments.num_queries, len(LENGTHS), 9, 3)
     lse = normalizers(case, torch.float32)
-    for config in scored_prefill.SCORE_CONFIGS.values():
+    for config in key_scores.SCORE_CONFIGS.values():
         needed = case.segments.num_queries // (config.columns // 4) + len(LENGTHS)
         assert 3 * needed * config.columns <= size
     shifts = torch.full((size,), NAN, device=device)
-    scored_prefill.score_keys(
+    key_scores.score_keys(
         case.pages,
         case.segments,
         case.query,
@@ -372,13 +374,13 @@ def test_unknown_reduction_is_refused(device):
     case = make_case(Shape(), device)
     lse = torch.zeros(4, case.segments.num_queries, device=device)
     with pytest.raises(ValueError, match="'sum'"):
-        scored_prefill.score_keys(
+        key_scores.score_keys(
             case.pages, case.segments, case.query, case.key, lse, case.scale, 1.0, 1.0, "sum", None
         )
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", sorted(scored_prefill.SCORE_CONFIGS))
+@pytest.mark.parametrize("name", sorted(key_scores.SCORE_CONFIGS))
 @pytest.mark.parametrize("lengths", [((1024, 3000),), ((700, 700), (513, 1027), (1, 2048))])
 def test_long_segments(name, lengths):
     device = torch.device("cuda")

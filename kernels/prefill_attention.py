@@ -1,0 +1,165 @@
+"""Causal attention of a wave's segments over the workspace, where FlashAttention-3 is not there."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_cascade.kernels.segments import Segments
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit(
+    do_not_specialize=["lse_stride"],
+    do_not_specialize_on_alignment=["query_starts_ptr", "key_starts_ptr"],
+)
+def _attend_kernel(
+    out_ptr,
+    lse_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    query_starts_ptr,
+    key_starts_ptr,
+    factor,
+    out_stride_token,
+    out_stride_head,
+    lse_stride,
+    query_stride_token,
+    query_stride_head,
+    key_stride_token,
+    key_stride_head,
+    value_stride_token,
+    value_stride_head,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head = tl.program_id(0)
+    segment = tl.program_id(2)
+    query_start = tl.load(query_starts_ptr + segment)
+    query_len = tl.load(query_starts_ptr + segment + 1) - query_start
+    # The last queries see the most keys: they go first.
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q
+    if first >= query_len:
+        return
+    key_start = tl.load(key_starts_ptr + segment)
+    key_len = tl.load(key_starts_ptr + segment + 1) - key_start
+    prefix = key_len - query_len
+
+    channel = tl.arange(0, BLOCK_D)
+    has_channel = (channel < HEAD_SIZE)[None, :]
+    # [BLOCK_Q, BLOCK_D]
+    index = first + tl.arange(0, BLOCK_Q)
+    in_segment = (index < query_len)[:, None]
+    query_row = (query_start + index).to(tl.int64)[:, None]
+    query = tl.load(
+        query_ptr + query_row * query_stride_token + head * query_stride_head + channel[None, :],
+        mask=in_segment & has_channel,
+        other=0.0,
+    )
+    key_head_ptr = key_ptr + (head // GROUP) * key_stride_head
+    value_head_ptr = value_ptr + (head // GROUP) * value_stride_head
+    highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    attended = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    seen_by_last = tl.minimum(prefix + first + BLOCK_Q, key_len)
+    for start in range(0, seen_by_last, BLOCK_K):
+        # [BLOCK_K, BLOCK_D]
+        place = start + tl.arange(0, BLOCK_K)
+        row = (key_start + place).to(tl.int64)[:, None]
+        held = (place < key_len)[:, None] & has_channel
+        key = tl.load(
+            key_head_ptr + row * key_stride_token + channel[None, :], mask=held, other=0.0
+        )
+        value = tl.load(
+            value_head_ptr + row * value_stride_token + channel[None, :], mask=held, other=0.0
+        )
+        # [BLOCK_Q, BLOCK_K] in units of log 2
+        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
+        seen = place[None, :] <= (prefix + index)[:, None]
+        logit = tl.where(seen & (place < key_len)[None, :], logit, float("-inf"))
+        # Key 0 is in the first tile and everyone sees it: finite from there on.
+        higher = tl.maximum(highest, tl.max(logit, axis=1))
+        shrink = tl.exp2(highest - higher)
+        weight = tl.exp2(logit - higher[:, None])
+        total = total * shrink + tl.sum(weight, axis=1)
+        attended = attended * shrink[:, None]
+        attended += tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        highest = higher
+    out = attended / total[:, None]
+    tl.store(
+        out_ptr + query_row * out_stride_token + head * out_stride_head + channel[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=in_segment & has_channel,
+    )
+    # Back from base 2.
+    lse = (highest + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + head * lse_stride + query_start + index, lse, mask=index < query_len)
+
+
+def attend(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float,
+) -> None:
+    """Attend causally in every segment, aligned at the end as FlashAttention does.
+
+    Query i of a segment of q queries and k keys sees keys 0 to k - q + i.
+
+    Args:
+        out: [>= num_queries, num_heads, head_size] in the dtype of `query`, written.
+        lse: [num_heads, >= num_queries] float32, written: natural log of the summed exponentials.
+        query: [>= num_queries, num_heads, head_size], rotated and packed.
+        key: [>= num_keys, num_kv_heads, head_size], rotated.
+        value: As `key`.
+        segments: Where each segment's queries and keys start.
+        scale: Factor on the logits.
+    """
+    _, num_heads, head_size = query.shape
+    num_segments = len(segments.carry)
+    if num_segments == 0 or segments.num_queries == 0:
+        return
+    assert out.shape[1:] == query.shape[1:] and lse.shape[0] == num_heads
+    assert lse.dtype == torch.float32 and lse.stride(1) == 1
+    assert out.stride(2) == query.stride(2) == key.stride(2) == value.stride(2) == 1
+    block_d = max(16, triton.next_power_of_2(head_size))
+    is_single = query.dtype == torch.float32
+    block_q, block_k = (32, 32) if is_single else (128, 64 if block_d <= 128 else 32)
+    grid = (num_heads, triton.cdiv(segments.max_query_len, block_q), num_segments)
+    _attend_kernel[grid](
+        out,
+        lse,
+        query,
+        key,
+        value,
+        segments.query_starts,
+        segments.key_starts,
+        scale * LOG2_E,
+        out.stride(0),
+        out.stride(1),
+        lse.stride(0),
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        GROUP=num_heads // key.shape[1],
+        HEAD_SIZE=head_size,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        BLOCK_D=block_d,
+        num_warps=4 if is_single else 8,
+        num_stages=1 if is_single else 3,
+    )
