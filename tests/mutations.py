@@ -85,10 +85,11 @@ MUTATIONS = [
     Mutation(
         "scores summed over queries before the heads are combined",
         "kernels/cpu_attention.py",
-        "amounts = scoring.amounts(probs.view(num_kv_heads, shared, count, seen), dim=1)\n"
-        "            gained[:, :seen] += torch.matmul(segment.weights[first:last], amounts)",
-        "raised = scoring._raised(probs.view(num_kv_heads, shared, count, seen))\n"
-        "            gained[:, :seen] += torch.matmul(segment.weights[first:last], raised).amax(1)",
+        "amounts = scoring.amounts(probs)\n"
+        "                gained[head, :seen] += torch.mv(amounts.t(), segment.weights[first:last])",
+        "raised = scoring._raise(probs)\n"
+        "                weights = segment.weights[first:last]\n"
+        "                gained[head, :seen] += torch.matmul(weights, raised).amax(0)",
         f"{LAYER}::test_every_boundary_is_seen",
     ),
     Mutation(
