@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -44,7 +44,7 @@ class Shape:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Workspace:
     """Scratch of a step, shared by all layers and allocated before vLLM measures memory.
 
@@ -88,7 +88,25 @@ def max_workspace_keys(config: CascadeConfig, max_num_batched_tokens: int) -> in
     return max(2 * places, max_num_batched_tokens)
 
 
-@functools.lru_cache(maxsize=4)
+# Lives as long as a layer that uses it.
+_workspaces: WeakValueDictionary[tuple[Any, ...], Workspace] = WeakValueDictionary()
+
+
+def shared_workspace(
+    config: CascadeConfig,
+    shape: Shape,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    device: torch.device,
+) -> Workspace:
+    """The scratch of all layers of one shape, allocated for the first of them; see its parts."""
+    key = (config, shape, max_num_batched_tokens, max_num_seqs, device)
+    workspace = _workspaces.get(key)
+    if workspace is None:
+        workspace = _workspaces[key] = make_workspace(*key)
+    return workspace
+
+
 def make_workspace(
     config: CascadeConfig,
     shape: Shape,
@@ -96,7 +114,7 @@ def make_workspace(
     max_num_seqs: int,
     device: torch.device,
 ) -> Workspace:
-    """Allocate the scratch of all layers of one shape; asked again, return the same.
+    """Allocate the scratch of layers of one shape.
 
     Args:
         config: The cascade.

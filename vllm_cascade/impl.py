@@ -87,14 +87,14 @@ class CascadeImpl(AttentionImpl[Any]):
         if cos.device.type == "cpu":
             self.worker = CpuLayer(self.config, self.scale, cos, sin, rope.is_neox_style)
             return
-        from vllm_cascade.gpu_layer import GpuLayer, Shape, make_workspace
+        from vllm_cascade.gpu_layer import GpuLayer, Shape, shared_workspace
 
         vllm_config = self._vllm_config
         shape = Shape(
             self.num_heads, self.num_kv_heads, self.head_size, vllm_config.model_config.dtype
         )
         scheduler = vllm_config.scheduler_config
-        workspace = make_workspace(
+        workspace = shared_workspace(
             self.config,
             shape,
             scheduler.max_num_batched_tokens,

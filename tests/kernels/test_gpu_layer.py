@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +99,17 @@ def test_long_mixed_batches(dtype: torch.dtype, seed: int) -> None:
         error = (outputs[r].double() - expected).abs()[:last]
         bound = expected.abs()[:last] * unit + v[r].abs().max().double() * 8 * unit + 1e-4
         assert (error <= bound).all(), (r, error.max())
+
+
+def test_layers_share_a_workspace_as_long_as_one_of_them_lives() -> None:
+    from vllm_cascade.gpu_layer import Shape, shared_workspace
+
+    config = config_of(500, policy="blend")
+    shape = Shape(KV_HEADS * SHARED, KV_HEADS, HEAD, torch.float32)
+    first = shared_workspace(config, shape, 64, 2, DEVICE)
+    assert shared_workspace(config, shape, 64, 2, DEVICE) is first
+    assert shared_workspace(config, shape, 64, 3, DEVICE) is not first
+    first.counters.fill_(7)
+    del first
+    gc.collect()
+    assert shared_workspace(config, shape, 64, 2, DEVICE).counters.sum() == 0
