@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_cascade import trace
+from vllm_cascade.accounting import startup_line
 from vllm_cascade.layout import build_layout
 from vllm_cascade.metadata import CascadeMetadata, plan_step
 from vllm_cascade.spec import CascadeSpec
@@ -73,12 +74,15 @@ class CascadeBackend(AttentionBackend):
 
         config = CascadeImpl.resolve_config(spec.block_size)
         cascade_spec = CascadeSpec.of(spec, config)
-        layout = build_layout(config)
+        layers = CascadeImpl._vllm_config.compilation_config.static_forward_context.values()
         logger.info_once(
-            "CASCADE: %s, at most %d blocks of %d bytes per request and layer",
-            config.summary(),
-            layout.max_blocks,
-            cascade_spec.page_size_bytes,
+            "%s",
+            startup_line(
+                config,
+                build_layout(config).max_blocks,
+                cascade_spec.page_size_bytes,
+                sum(isinstance(getattr(layer, "impl", None), CascadeImpl) for layer in layers),
+            ),
         )
         return cascade_spec
 

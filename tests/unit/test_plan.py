@@ -1,0 +1,177 @@
+"""The plan of a model's memory, and the command that prints it."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_cascade import cli
+from vllm_cascade.config import CascadeOptions
+from vllm_cascade.layout import build_layout
+from vllm_cascade.plan import GIB, make_plan
+
+LAYERS, KV_HEADS, HEAD_SIZE = 3, 4, 32
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_SIZE,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+}
+CASCADE = {"cache_tokens": 1024, "num_sub_caches": 4, "stride": 256}
+FLAGS = ["--cache-tokens=1024", "--num-sub-caches=4", "--stride=256"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with a config.json and nothing else; `model(...)` changes fields."""
+
+    def write(**changes):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
+        return str(tmp_path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "dtype_bytes", "tail_bytes", "ranks"),
+    [
+        (CASCADE, "bfloat16", 2, 4, 1),
+        (CASCADE, "float32", 4, 4, 2),
+        (CASCADE | {"trace_tokens": True}, "bfloat16", 2, 8, 4),
+        ({"policy": "window", "cache_tokens": 512}, "bfloat16", 2, 0, 1),
+    ],
+)
+def test_bytes_are_those_of_the_engine(model, options, dtype, dtype_bytes, tail_bytes, ranks):
+    plan = make_plan(
+        model(),
+        options,
+        max_model_len=50_000,
+        block_size=32,
+        dtype=dtype,
+        tensor_parallel_size=ranks,
+        kv_memory_gib=0.5,
+    )
+    config = CascadeOptions.parse(options).resolve(
+        block_size=32, max_model_len=50_000, position_limit=4096
+    )
+    assert plan.config == config
+    assert plan.max_blocks == build_layout(config).max_blocks
+    slot_bytes = 2 * HEAD_SIZE * dtype_bytes
+    tokens = plan.max_blocks * 32
+    assert plan.layer_bytes == tokens * KV_HEADS // ranks * (slot_bytes + tail_bytes)
+    assert plan.request_bytes == LAYERS * plan.layer_bytes
+    full = -(-50_000 // 32) * 32 * KV_HEADS // ranks * slot_bytes * LAYERS
+    assert plan.full_attention_bytes == full
+    assert plan.concurrency == GIB // 2 // plan.request_bytes
+    assert plan.full_attention_concurrency == GIB // 2 // full
+
+
+def test_a_request_within_the_budget_takes_what_it_needs(model):
+    plan = make_plan(model(), CASCADE, max_model_len=300, block_size=16)
+    assert plan.max_blocks == 19
+    # Nothing ever competes, so there are no scores.
+    assert plan.request_bytes == plan.full_attention_bytes
+    assert plan.concurrency is None
+
+
+def test_layers_of_other_kinds_are_not_counted():
+    from vllm_cascade.plan import _num_layers
+
+    text = SimpleNamespace(layer_types=["full_attention", "linear_attention"] * 2)
+    config = SimpleNamespace(hf_text_config=text, get_total_num_hidden_layers=lambda: 4)
+    assert _num_layers(config, None) == 2
+
+
+def test_the_command_prints_the_plan(model, capsys):
+    flags = [*FLAGS, "--max-model-len=50000", "--block-size=16", "--gpu-memory=1.5"]
+    assert cli.main(["plan", model(), *flags]) == 0
+    text = capsys.readouterr().out
+    assert cli.main(["plan", model(), *flags, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["valid"]
+    assert plan["config"]["cache_tokens"] == 1024
+    assert plan["reach"] == 64 + 256 * 15
+    assert plan["startup_line"] in text
+    for number in ("reach", "max_blocks", "request_bytes", "full_attention_bytes", "concurrency"):
+        assert f"{plan[number]:,}" in text, number
+
+
+def test_every_option_has_a_flag(model, capsys):
+    flags = {
+        "policy": "paper",
+        "cache_tokens": 512,
+        "num_sub_caches": 2,
+        "num_sink_tokens": 32,
+        "stride": 64,
+        "selection_window": 4,
+        "score_power": 1.5,
+        "key_weight": 0.5,
+        "score_reduction": "mean",
+        "score_decay": 0.999,
+    }
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    given += ["--trace-tokens", "--block-size=16", "--json"]
+    assert set(flags) | {"trace_tokens"} == set(CascadeOptions.__dataclass_fields__)
+    assert cli.main(["plan", model(), *given]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert {name: config[name] for name in flags} == flags
+    assert config["trace_tokens"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "words"),
+    [
+        ({}, ["--cache-tokens=1000000"], "'cache_tokens' = 1000000: .* Nearest: "),
+        ({}, ["--stride=100", "--block-size=16"], "'stride' = 100: .* Nearest: 128"),
+        ({}, ["--num-sink-tokens=-1"], "Nearest: 0"),
+        ({}, ["--tensor-parallel-size=8"], "8 with 4 KV heads.*--tensor-parallel-size 4"),
+        ({}, ["--tensor-parallel-size=3"], "divisible by tensor parallel size"),
+        ({}, ["--dtype=complex"], "complex"),
+        ({"rope_theta": None, "rope_parameters": {"rope_type": "longrope"}}, [], "longrope|RoPE"),
+        ({"num_kv_shared_layers": 2}, [], "num_kv_shared_layers"),
+        ({"model_type": "nonsense", "architectures": ["Nonsense"]}, [], "[Nn]onsense"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_told_in_one_message(model, capsys, changes, flags, words):
+    assert cli.main(["plan", model(**changes), *flags]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("vllm-cascade plan: ")
+    assert "Traceback" not in said.err
+    assert re.search(words, said.err), said.err
+
+
+def test_a_refusal_as_json(model, capsys):
+    assert cli.main(["plan", model(), "--stride=100", "--json"]) == 2
+    refused = json.loads(capsys.readouterr().out)
+    assert refused["valid"] is False
+    assert "Nearest" in refused["error"]
+
+
+def test_a_folder_that_is_no_model(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "missing", "./missing", "a/b/c"):
+        assert cli.main(["plan", str(folder)]) == 2
+        assert "Give the folder of a Hugging Face model" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{")
+    assert cli.main(["plan", str(tmp_path)]) == 2
+    assert "config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--gpu-memory=0"], ["--block-size=-1"], ["--stride=x"]])
+def test_a_bad_command_line(model, capsys, flags):
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["plan", model(), *flags])
+    assert exited.value.code == 2
+    assert "usage: vllm-cascade plan" in capsys.readouterr().err

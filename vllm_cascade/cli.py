@@ -1,0 +1,115 @@
+"""The command `vllm-cascade`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from vllm_cascade.config import PRESETS, CascadeOptions
+
+INVALID = 2  # as argparse exits for a bad command line
+
+
+def _whole_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+# Options that are not whole numbers -> how argparse reads them.
+READERS: dict[str, dict[str, Any]] = {
+    "policy": {"choices": tuple(PRESETS)},
+    "num_sub_caches": {"type": _whole_or_auto, "metavar": "NUMBER|auto"},
+    "score_power": {"type": float},
+    "key_weight": {"type": float},
+    "score_decay": {"type": float},
+    "score_reduction": {"choices": ("max", "mean")},
+    "trace_tokens": {"action": "store_true", "default": None},
+}
+
+
+def run() -> int:
+    """The console script: `main` in a process of its own, where vLLM says nothing."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    # What it logs before it reads its own settings.
+    logging.getLogger("vllm").setLevel(logging.CRITICAL)
+    return main()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: The command line without the program's name; the process's own unless given.
+
+    Returns:
+        The exit code: 2 if the model cannot be served as asked, else 0.
+    """
+    given = _parser().parse_args(arguments)
+    from vllm_cascade.plan import PlanError, make_plan
+
+    options = {f.name: getattr(given, f.name) for f in fields(CascadeOptions)}
+    try:
+        plan = make_plan(
+            given.model,
+            {name: value for name, value in options.items() if value is not None},
+            max_model_len=given.max_model_len,
+            block_size=given.block_size,
+            dtype=given.dtype,
+            tensor_parallel_size=given.tensor_parallel_size,
+            kv_memory_gib=given.gpu_memory,
+        )
+    except PlanError as error:
+        if given.json:
+            print(json.dumps({"valid": False, "error": str(error)}))
+        print(f"vllm-cascade plan: {error}", file=sys.stderr)
+        return INVALID
+    print(json.dumps(plan.as_json(), indent=2) if given.json else plan.as_text())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vllm-cascade", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    plan = commands.add_parser(
+        "plan",
+        help="check a configuration, and print its memory and reach, without loading weights",
+    )
+    plan.add_argument("model", metavar="MODEL", help="folder of a Hugging Face model")
+    cascade = plan.add_argument_group("cascade", "As in --additional-config of vLLM.")
+    for field in fields(CascadeOptions):
+        reader = READERS.get(field.name, {"type": int})
+        cascade.add_argument(_flag(field.name), dest=field.name, **reader)
+    engine = plan.add_argument_group("engine", "As of vLLM.")
+    engine.add_argument("--max-model-len", type=_positive_int, metavar="TOKENS")
+    engine.add_argument("--block-size", type=_positive_int, metavar="TOKENS")
+    engine.add_argument("--dtype", default="auto")
+    engine.add_argument("--tensor-parallel-size", type=_positive_int, default=1, metavar="RANKS")
+    plan.add_argument(
+        "--gpu-memory", type=_positive, metavar="GIB", help="memory for KV on each GPU"
+    )
+    plan.add_argument("--json", action="store_true", help="print a JSON object")
+    return parser
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return value
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return value

@@ -1,0 +1,126 @@
+"""Prometheus metrics of a cascade, through vLLM's plug point for stat loggers.
+
+vLLM loads the logger for every server, whatever its attention backend; without CASCADE it
+registers nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+from vllm_cascade import accounting
+from vllm_cascade.layout import build_layout
+from vllm_cascade.selection import selects_cascade
+from vllm_cascade.validation import resolve_options
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.metrics.stats import (
+        FinishedRequestStats,
+        IterationStats,
+        MultiModalCacheStats,
+        SchedulerStats,
+    )
+
+    from vllm_cascade.config import CascadeConfig
+
+Metric: TypeAlias = Gauge | Counter | Histogram
+
+# vLLM unregisters what starts with "vllm:".
+PREFIX = "vllm_cascade:"
+LABELS = ("model_name", "engine")
+
+
+class CascadeStatLogger(AggregateStatLoggerBase):
+    """What finished requests cost, from their token counts; labelled by model and engine.
+
+    Args:
+        vllm_config: vLLM's complete configuration.
+        engine_indexes: Engines that report to this process.
+    """
+
+    # A registry takes a name once, and a process may start one server after another.
+    _registered: tuple[Metric, ...] = ()
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
+        self.config: CascadeConfig | None = None
+        if not selects_cascade(vllm_config.attention_config):
+            return
+        self.config = config = resolve_options(vllm_config, vllm_config.cache_config.block_size)
+        self._model_name = vllm_config.model_config.served_model_name
+        for metric in CascadeStatLogger._registered:
+            REGISTRY.unregister(metric)
+        CascadeStatLogger._registered = ()
+        budget = _gauge("budget_tokens", "Budget of the sub-caches in tokens, sinks not counted")
+        reach = _gauge("reach_tokens", "Tokens the cache can span, from the newest to the oldest")
+        blocks = _gauge("max_blocks_per_request", "Most KV blocks a request holds in a layer")
+        self._past_budget = _counter(
+            "requests_past_budget",
+            "Finished requests of more computed tokens than sinks and sub-caches hold",
+        )
+        self._evicted = _counter(
+            "tokens_evicted", "Tokens that finished requests no longer held, per layer and KV head"
+        )
+        self._boundaries = _counter("boundaries_run", "Rounds of moves that finished requests ran")
+        self._span = Histogram(
+            f"{PREFIX}request_span_tokens",
+            "Tokens that a finished request's cache spanned at its end",
+            LABELS,
+            buckets=accounting.span_buckets(config),
+        )
+        counted = (self._past_budget, self._evicted, self._boundaries, self._span)
+        CascadeStatLogger._registered = (budget, reach, blocks, *counted)
+        for engine in engine_indexes:
+            self._of(budget, engine).set(config.cache_tokens)
+            self._of(reach, engine).set(config.reach)
+            self._of(blocks, engine).set(build_layout(config).max_blocks)
+            for metric in counted:
+                self._of(metric, engine)  # shown as zero until the first request ends
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: MultiModalCacheStats | None = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Count the requests that a step finished.
+
+        Args:
+            scheduler_stats: Not used.
+            iteration_stats: The step as the front end saw it.
+            mm_cache_stats: Not used.
+            engine_idx: The engine that ran the step.
+        """
+        if self.config is None or iteration_stats is None:
+            return
+        for request in iteration_stats.finished_requests:
+            self._count(self.config, request, engine_idx)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing: the backend logs its own line."""
+
+    def _count(self, config: CascadeConfig, request: FinishedRequestStats, engine: int) -> None:
+        num_tokens = accounting.computed_tokens(
+            request.num_prompt_tokens, request.num_generation_tokens
+        )
+        past_budget = accounting.past_budget(config, num_tokens)
+        self._of(self._past_budget, engine).inc(past_budget)
+        self._of(self._evicted, engine).inc(accounting.tokens_evicted(config, num_tokens))
+        self._of(self._boundaries, engine).inc(accounting.boundaries_run(config, num_tokens))
+        self._of(self._span, engine).observe(accounting.final_span(config, num_tokens))
+
+    def _of(self, metric: Metric, engine: int) -> Any:
+        return metric.labels(self._model_name, str(engine))
+
+
+def _gauge(name: str, documentation: str) -> Gauge:
+    # With several API servers every one of them reports the same value.
+    return Gauge(f"{PREFIX}{name}", documentation, LABELS, multiprocess_mode="mostrecent")
+
+
+def _counter(name: str, documentation: str) -> Counter:
+    return Counter(f"{PREFIX}{name}", documentation, LABELS)

@@ -1,0 +1,260 @@
+"""What serving a model with CASCADE would take, worked out without loading its weights.
+
+The numbers come from the objects that an engine builds: vLLM's configuration, checked as for a
+server, and the cache specification of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vllm_cascade.accounting import startup_line
+from vllm_cascade.config import CascadeConfig, CascadeOptions
+from vllm_cascade.layout import build_layout
+
+GIB = 1 << 30
+
+
+class PlanError(ValueError):
+    """A model or a configuration that cannot be served; the message says what would be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The memory of a request in a valid configuration; all bytes are those of one rank.
+
+    Args:
+        model: The model as it was named.
+        config: The resolved configuration.
+        dtype: Of the model and its KV cache.
+        position_limit: Positions the model itself was made for.
+        tensor_parallel_size: Ranks that share each layer's KV heads.
+        num_layers: CASCADE layers.
+        max_blocks: R, the most blocks a request holds in a layer.
+        page_size_bytes: Bytes of a block in a layer, scores included.
+        layer_bytes: Bytes of the longest request in a layer.
+        full_attention_layer_bytes: The same with full attention.
+        kv_memory_bytes: Memory for KV on each GPU, or None.
+    """
+
+    model: str
+    config: CascadeConfig
+    dtype: str
+    position_limit: int
+    tensor_parallel_size: int
+    num_layers: int
+    max_blocks: int
+    page_size_bytes: int
+    layer_bytes: int
+    full_attention_layer_bytes: int
+    kv_memory_bytes: int | None
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes of the longest request in all layers."""
+        return self.layer_bytes * self.num_layers
+
+    @property
+    def full_attention_bytes(self) -> int:
+        """Bytes of the longest request in all layers, with full attention."""
+        return self.full_attention_layer_bytes * self.num_layers
+
+    @property
+    def concurrency(self) -> int | None:
+        """Longest requests that the memory for KV holds at once."""
+        return None if self.kv_memory_bytes is None else self.kv_memory_bytes // self.request_bytes
+
+    @property
+    def full_attention_concurrency(self) -> int | None:
+        """The same with full attention."""
+        if self.kv_memory_bytes is None:
+            return None
+        return self.kv_memory_bytes // self.full_attention_bytes
+
+    @property
+    def startup_line(self) -> str:
+        """The line that the engine logs as it starts."""
+        return startup_line(self.config, self.max_blocks, self.page_size_bytes, self.num_layers)
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers, by name."""
+        names = (
+            "request_bytes",
+            "full_attention_bytes",
+            "concurrency",
+            "full_attention_concurrency",
+            "startup_line",
+        )
+        derived = {name: getattr(self, name) for name in names}
+        return {"valid": True, **asdict(self), "reach": self.config.reach, **derived}
+
+    def as_text(self) -> str:
+        """All numbers, for a reader."""
+        config, ranks = self.config, self.tensor_parallel_size
+        each = f" on each of {ranks} ranks" if ranks > 1 else ""
+        limit = f"the model's own limit is {self.position_limit:,} tokens"
+        settled = " ".join(f"{name}={value}" for name, value in asdict(config).items())
+        rows = [
+            ("valid", f"yes, for {self.model} in {self.dtype}; {limit}"),
+            ("configuration", settled),
+            ("log line", self.startup_line),
+            ("reach", f"{config.reach:,} tokens, of requests of up to {config.max_model_len:,}"),
+            (
+                "a request holds",
+                f"at most R = {self.max_blocks:,} blocks of {config.block_size} tokens in a layer",
+            ),
+            (
+                "memory",
+                f"{self.layer_bytes:,} bytes in a layer{each}, {_size(self.request_bytes)} in all "
+                f"{self.num_layers}, scores included",
+            ),
+            ("full attention", f"{_size(self.full_attention_bytes)} at the same max_model_len"),
+        ]
+        if self.kv_memory_bytes is not None:
+            rows.append(
+                (
+                    "concurrency",
+                    f"{self.concurrency:,} requests of {config.max_model_len:,} tokens in "
+                    f"{self.kv_memory_bytes / GIB:g} GiB for KV{each}; full attention: "
+                    f"{self.full_attention_concurrency:,}",
+                )
+            )
+        return "\n".join(f"{name:<16} {value}" for name, value in rows)
+
+
+def make_plan(
+    model: str,
+    cascade: Mapping[str, Any],
+    *,
+    max_model_len: int | None = None,
+    block_size: int | None = None,
+    dtype: str = "auto",
+    tensor_parallel_size: int = 1,
+    kv_memory_gib: float | None = None,
+) -> Plan:
+    """Settle a configuration as a server would, and count what a request takes.
+
+    Args:
+        model: Folder with the model's config.json, or a name in the cache of Hugging Face.
+        cascade: The cascade's options, as in ``additional_config``.
+        max_model_len: Most tokens a request may have; the model's own limit unless given.
+        block_size: Tokens in a KV block; vLLM's choice for this device unless given.
+        dtype: As vLLM's ``--dtype``.
+        tensor_parallel_size: Ranks that share each layer's KV heads; need not be there.
+        kv_memory_gib: Memory for KV on each GPU, in GiB.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: With the reason, and the nearest valid value where there is one.
+    """
+    _check_folder(model)
+    try:
+        CascadeOptions.parse(cascade)
+        vllm_config = _vllm_config(
+            model, cascade, max_model_len, block_size, dtype, tensor_parallel_size
+        )
+    except OSError as error:
+        raise PlanError(f"cannot read the configuration of {model}: {error}") from error
+    except Exception as error:  # a config.json may be wrong in any way
+        raise PlanError(_said(error)) from error
+    return _count(model, vllm_config, kv_memory_gib)
+
+
+def _check_folder(model: str) -> None:
+    path = Path(model).expanduser()
+    is_name = model.count("/") <= 1 and not model.startswith((".", "/", "~"))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise PlanError(f"{model} has no config.json. Give the folder of a Hugging Face model")
+    if not path.is_dir() and not is_name:
+        raise PlanError(f"{model} is no folder. Give the folder of a Hugging Face model")
+
+
+def _vllm_config(
+    model: str,
+    cascade: Mapping[str, Any],
+    max_model_len: int | None,
+    block_size: int | None,
+    dtype: str,
+    tensor_parallel_size: int,
+) -> Any:
+    """vLLM's configuration, checked for CASCADE; no engine starts."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_cascade.plugin import register
+    from vllm_cascade.validation import validate
+
+    register()
+    vllm_config = EngineArgs(
+        model=model,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        dtype=dtype,  # type: ignore[arg-type]
+        attention_backend="CASCADE",
+        additional_config={"cascade": dict(cascade)},
+    ).create_engine_config()
+    # Afterwards, for vLLM asks whether this machine has so many devices.
+    vllm_config.parallel_config.tensor_parallel_size = tensor_parallel_size
+    vllm_config.model_config.verify_with_parallel_config(vllm_config.parallel_config)
+    validate(vllm_config)
+    return vllm_config
+
+
+def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_cascade.spec import CascadeSpec
+    from vllm_cascade.validation import position_limit, resolve_options
+
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    block_size = vllm_config.cache_config.block_size
+    config = resolve_options(vllm_config, block_size)
+    full = FullAttentionSpec(
+        block_size=block_size,
+        num_kv_heads=model_config.get_num_kv_heads(parallel),
+        head_size=model_config.get_head_size(),
+        dtype=model_config.dtype,
+    )
+    spec = CascadeSpec.of(full, config)
+    return Plan(
+        model=model,
+        config=config,
+        dtype=str(model_config.dtype).removeprefix("torch."),
+        position_limit=position_limit(model_config),
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        num_layers=_num_layers(model_config, parallel),
+        max_blocks=build_layout(config).max_blocks,
+        page_size_bytes=spec.page_size_bytes,
+        layer_bytes=spec.max_memory_usage_bytes(vllm_config),
+        full_attention_layer_bytes=full.max_memory_usage_bytes(vllm_config),
+        kv_memory_bytes=None if kv_memory_gib is None else int(kv_memory_gib * GIB),
+    )
+
+
+def _num_layers(model_config: Any, parallel_config: Any) -> int:
+    """Layers that attend in full; those of other kinds are not CASCADE's."""
+    kinds = getattr(model_config.hf_text_config, "layer_types", None)
+    if kinds and len(kinds) == model_config.get_total_num_hidden_layers():
+        return int(kinds.count("full_attention"))
+    return int(model_config.get_num_layers(parallel_config))
+
+
+def _said(error: Exception) -> str:
+    """The error's message; what pydantic wraps is taken out of its several lines."""
+    if isinstance(error, ValidationError):
+        said = []
+        for part in error.errors():
+            given = "" if part["type"] == "value_error" else f"{part['input']!r}: "
+            said.append(given + part["msg"].removeprefix("Value error, "))
+        return "; ".join(said)
+    return str(error) or type(error).__name__
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes:,} bytes ({num_bytes / GIB:.3g} GiB)"
