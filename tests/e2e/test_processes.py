@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import os
 import re
@@ -19,6 +20,8 @@ import pytest
 
 from e2e.support import model_folder
 from e2e.tiny import random_prompt, save_llama
+from vllm_cascade.config import CascadeConfig
+from vllm_cascade.layout import build_layout
 
 pytestmark = pytest.mark.model
 
@@ -117,12 +120,27 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 assert process.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.5)
-            assert "CASCADE: policy=blend cache_tokens=1024" in log.read_text()
+            assert planned()["startup_line"] in log.read_text()
             yield address
             assert process.poll() is None, log.read_text()[-3000:]
         finally:
             process.terminate()
             process.wait(60)
+
+
+@functools.cache
+def planned() -> dict:
+    """What `vllm-cascade plan` prints for the server's configuration."""
+    command = [
+        str(Path(sys.executable).parent / "vllm-cascade"),
+        "plan",
+        model_folder(),
+        f"--max-model-len={MAX_MODEL_LEN}",
+        *(f"--{name.replace('_', '-')}={value}" for name, value in BUDGET.items()),
+        "--json",
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    return json.loads(done.stdout)
 
 
 def _answers(url: str) -> bool:
@@ -190,3 +208,38 @@ def test_too_long_a_request_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="20000"):
         client.completions.create(model="smollm2", prompt=[7] * (MAX_MODEL_LEN + 1), max_tokens=1)
     assert client.models.list().data
+
+
+def test_metrics_count_what_requests_cost(server: str, client: openai.OpenAI) -> None:
+    def read() -> dict[str, float]:
+        text = urllib.request.urlopen(f"{server}/metrics", timeout=10).read().decode()
+        series = r'^vllm_cascade:(\w+){engine="0",model_name="smollm2"} (\S+)$'
+        return {name: float(value) for name, value in re.findall(series, text, re.MULTILINE)}
+
+    before = read()
+    for prompt_tokens in (100, 3000):
+        client.completions.create(
+            model="smollm2",
+            prompt=[7] * prompt_tokens,
+            max_tokens=8,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+    # A response may be sent before its step is recorded.
+    deadline = time.monotonic() + 30
+    while read()["request_span_tokens_count"] < before["request_span_tokens_count"] + 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    after = read()
+    plan = planned()
+    config = CascadeConfig(**plan["config"])
+    assert after["budget_tokens"] == BUDGET["cache_tokens"]
+    assert after["reach_tokens"] == plan["reach"] > 3007
+    assert after["max_blocks_per_request"] == plan["max_blocks"]
+    rise = {name: after[name] - before[name] for name in after}
+    assert rise["requests_past_budget_total"] == 1
+    held = build_layout(config).held(3007)[1]
+    assert rise["tokens_evicted_total"] == 3007 - held > 1000
+    assert rise["boundaries_run_total"] == build_layout(config).epoch_of(3007)
+    assert rise["request_span_tokens_count"] == 2
+    assert rise["request_span_tokens_sum"] == 107 + 3007
