@@ -197,6 +197,7 @@ def _vllm_config(
         block_size=block_size,
         dtype=dtype,  # type: ignore[arg-type]
         attention_backend="CASCADE",
+        enable_prefix_caching=False,  # no bytes depend on it, and a server has its own say on it
         additional_config={"cascade": dict(cascade)},
     ).create_engine_config()
     # Afterwards, for vLLM asks whether this machine has so many devices.
