@@ -16,7 +16,7 @@ export PYTHONUNBUFFERED := 1
 # Threads that wait by spinning slow everything down tenfold where another program is running.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup model demo test test-unit test-mutations test-e2e test-gpu check bench readme clean
+.PHONY: help setup model demo test test-unit test-kernels test-mutations test-e2e test-gpu check bench readme clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -40,13 +40,17 @@ $(MODEL): | $(SETUP)
 demo: $(SETUP) $(MODEL) ## a passkey in long texts: full attention, window and cascade side by side
 	$(BIN)/python examples/passkey.py
 
-test: $(SETUP) ## unit tests, mutations, then end to end with a real model
+test: $(SETUP) ## unit tests, kernels, mutations, then end to end with a real model
 	$(MAKE) test-unit
+	$(MAKE) test-kernels
 	$(MAKE) test-mutations
 	$(MAKE) test-e2e
 
-test-unit: $(SETUP) ## tests without an engine or a model; kernels through Triton's interpreter
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit tests/kernels
+test-unit: $(SETUP) ## tests without an engine or a model
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit
+
+test-kernels: $(SETUP) ## GPU kernels through Triton's interpreter
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels
 
 test-mutations: $(SETUP) ## break the code in one place at a time: a named test goes red
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py

@@ -143,9 +143,7 @@ PROMPTS = [random_prompt(n, seed=n) for n in LENGTHS]
 @pytest.mark.parametrize("policy", ["blend", "paper"])
 @pytest.mark.parametrize("max_num_batched_tokens", [256, 1000, 4096])
 def test_chunks(model: str, max_num_batched_tokens: int, policy: str) -> None:
-    played = play(
-        model, PROMPTS, policy=policy, max_num_batched_tokens=max_num_batched_tokens
-    )
+    played = play(model, PROMPTS, policy=policy, max_num_batched_tokens=max_num_batched_tokens)
     assert played.preemptions == 0
     check(model, played)
 

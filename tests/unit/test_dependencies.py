@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PURE = ("rules", "refusal", "config", "layout")
+PURE = ("rules", "refusal", "config", "layout", "accounting")
 FOLDERS = {"vllm_cascade": "vllm_cascade", "kernels": "vllm_cascade.kernels"} | {
     "patches": "vllm_cascade.patches"
 }
