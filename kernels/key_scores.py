@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 
 from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.primitives import LOG2_E
 from vllm_cascade.kernels.segments import Segments
-
-LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 
 from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.primitives import LOG2_E
 from vllm_cascade.kernels.segments import DecodeRows
 
-LOG2_E = 1.4426950408889634
 # What tl.dot asks of every dimension.
 MIN_DOT = 16
 # Rows of logits end on a whole block, and on a whole tile, of any size up to this.

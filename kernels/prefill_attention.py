@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
+from vllm_cascade.kernels.primitives import LOG2_E
 from vllm_cascade.kernels.segments import Segments
-
-LOG2_E = math.log2(math.e)
 
 
 @triton.jit(

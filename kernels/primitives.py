@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+
+LOG2_E = math.log2(math.e)
 
 
 @triton.jit
