@@ -374,7 +374,7 @@ class Config:
         num_warps: Warps of a split program.
         num_stages: Depth of its loads.
         max_registers: Registers of its threads, or None for as many as it wants. Composed rotations
-            keep a table in registers: fewer cost a few spills, and more programs fit at a time.
+            keep a table in registers: bounds that were tried made it spill.
         score_tile: Keys of a tile of the second launch.
         score_pieces: Programs per row and KV head of the second launch, where scores are kept.
         score_warps: Warps of such a program.
