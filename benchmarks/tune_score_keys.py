@@ -40,13 +40,13 @@ CHECKED_HEADS = (0, KV_HEADS - 1)
 def make_segments(num_queries: int, num_keys: int) -> Segments:
     blocks = -(-num_keys // BLOCK_SIZE)
     return Segments(
-        query_starts=torch.tensor([0, num_queries], dtype=torch.int32, device=DEVICE),
-        key_starts=torch.tensor([0, num_keys], dtype=torch.int32, device=DEVICE),
+        query_spans=torch.tensor([[0, num_queries]], dtype=torch.int32, device=DEVICE),
+        key_spans=torch.tensor([[0, num_keys]], dtype=torch.int32, device=DEVICE),
         block_table=torch.randperm(blocks, device=DEVICE)[None].int(),
         carry=torch.tensor([CARRY], device=DEVICE),
         exponents=torch.tensor([-1.0], device=DEVICE),
         num_queries=num_queries,
-        num_keys=num_keys,
+        num_rows=num_keys,
         max_query_len=num_queries,
         max_key_len=num_keys,
     )

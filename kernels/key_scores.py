@@ -67,12 +67,12 @@ def launch_config(dtype: torch.dtype, head_size: int, group: int) -> ScoreConfig
 
 @triton.jit(
     do_not_specialize=["lse_stride", "num_slots"],
-    do_not_specialize_on_alignment=["query_starts_ptr", "exponents_ptr"],
+    do_not_specialize_on_alignment=["query_spans_ptr", "exponents_ptr"],
 )
 def _shifts_kernel(
     shift_ptr,
     lse_ptr,
-    query_starts_ptr,
+    query_spans_ptr,
     exponents_ptr,
     lse_factor,
     log2_decay,
@@ -91,8 +91,8 @@ def _shifts_kernel(
     tile = tl.program_id(0)
     segment = tl.program_id(1)
     kv_head = tl.program_id(2)
-    start = tl.load(query_starts_ptr + segment)
-    query_len = tl.load(query_starts_ptr + segment + 1) - start
+    start = tl.load(query_spans_ptr + 2 * segment)
+    query_len = tl.load(query_spans_ptr + 2 * segment + 1) - start
     if tile * BLOCK_Q >= query_len:
         return
     exponent = tl.load(exponents_ptr + segment)
@@ -172,8 +172,8 @@ def _gain(
 @triton.jit(
     do_not_specialize=["num_slots"],
     do_not_specialize_on_alignment=[
-        "query_starts_ptr",
-        "key_starts_ptr",
+        "query_spans_ptr",
+        "key_spans_ptr",
         "block_table_ptr",
         "carry_ptr",
     ],
@@ -183,8 +183,8 @@ def _score_keys_kernel(
     query_ptr,
     key_ptr,
     shift_ptr,
-    query_starts_ptr,
-    key_starts_ptr,
+    query_spans_ptr,
+    key_spans_ptr,
     block_table_ptr,
     carry_ptr,
     counter_ptr,
@@ -211,12 +211,12 @@ def _score_keys_kernel(
     segment = tl.program_id(0) // NUM_KV_HEADS
     # Early keys are seen by the most queries: they go first, so that the last programs are short.
     first_place = tl.program_id(1) * BLOCK_K
-    key_start = tl.load(key_starts_ptr + segment)
-    key_len = tl.load(key_starts_ptr + segment + 1) - key_start
+    key_start = tl.load(key_spans_ptr + 2 * segment)
+    key_len = tl.load(key_spans_ptr + 2 * segment + 1) - key_start
     if first_place >= key_len:
         return
-    query_start = tl.load(query_starts_ptr + segment)
-    query_len = tl.load(query_starts_ptr + segment + 1) - query_start
+    query_start = tl.load(query_spans_ptr + 2 * segment)
+    query_len = tl.load(query_spans_ptr + 2 * segment + 1) - query_start
     prefix = key_len - query_len
 
     # [BLOCK_K, BLOCK_D]. Past the end the last key again, never stored.
@@ -313,7 +313,7 @@ def score_keys(
         pages: The layer's pages; `score` is updated.
         segments: Where queries and keys start, and the blocks that hold the scores.
         query: [>= num_queries, num_heads, head_size], rotated and packed.
-        key: [>= num_keys, num_kv_heads, head_size], rotated.
+        key: [>= num_rows, num_kv_heads, head_size], rotated.
         lse: [num_heads, >= num_queries] float32 natural log of each query's summed exponentials.
         scale: Factor on the logits.
         decay: Base of the queries' weights, positive.
@@ -357,7 +357,7 @@ def score_keys(
     _shifts_kernel[grid](
         shifts,
         lse,
-        segments.query_starts,
+        segments.query_spans,
         segments.exponents,
         power * LOG2_E,
         math.log2(decay),
@@ -376,8 +376,8 @@ def score_keys(
         query,
         key,
         shifts,
-        segments.query_starts,
-        segments.key_starts,
+        segments.query_spans,
+        segments.key_spans,
         segments.block_table,
         segments.carry,
         counter,

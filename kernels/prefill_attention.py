@@ -12,7 +12,7 @@ from vllm_cascade.kernels.segments import Segments
 
 @triton.jit(
     do_not_specialize=["lse_stride"],
-    do_not_specialize_on_alignment=["query_starts_ptr", "key_starts_ptr"],
+    do_not_specialize_on_alignment=["query_spans_ptr", "key_spans_ptr"],
 )
 def _attend_kernel(
     out_ptr,
@@ -20,8 +20,8 @@ def _attend_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    query_starts_ptr,
-    key_starts_ptr,
+    query_spans_ptr,
+    key_spans_ptr,
     factor,
     out_stride_token,
     out_stride_head,
@@ -40,14 +40,14 @@ def _attend_kernel(
 ):
     head = tl.program_id(0)
     segment = tl.program_id(2)
-    query_start = tl.load(query_starts_ptr + segment)
-    query_len = tl.load(query_starts_ptr + segment + 1) - query_start
+    query_start = tl.load(query_spans_ptr + 2 * segment)
+    query_len = tl.load(query_spans_ptr + 2 * segment + 1) - query_start
     # The last queries see the most keys: they go first.
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q
     if first >= query_len:
         return
-    key_start = tl.load(key_starts_ptr + segment)
-    key_len = tl.load(key_starts_ptr + segment + 1) - key_start
+    key_start = tl.load(key_spans_ptr + 2 * segment)
+    key_len = tl.load(key_spans_ptr + 2 * segment + 1) - key_start
     prefix = key_len - query_len
 
     channel = tl.arange(0, BLOCK_D)
@@ -118,7 +118,7 @@ def attend(
         out: [>= num_queries, num_heads, head_size] in the dtype of `query`, written.
         lse: [num_heads, >= num_queries] float32, written: natural log of the summed exponentials.
         query: [>= num_queries, num_heads, head_size], rotated and packed.
-        key: [>= num_keys, num_kv_heads, head_size], rotated.
+        key: [>= num_rows, num_kv_heads, head_size], rotated.
         value: As `key`.
         segments: Where each segment's queries and keys start.
         scale: Factor on the logits.
@@ -140,8 +140,8 @@ def attend(
         query,
         key,
         value,
-        segments.query_starts,
-        segments.key_starts,
+        segments.query_spans,
+        segments.key_spans,
         scale * LOG2_E,
         out.stride(0),
         out.stride(1),

@@ -1,7 +1,7 @@
 """Fills the workspace of a prefill: queries packed and rotated, keys and values out of the pages.
 
 The caller owns the workspace and keeps it. Its shapes, all of the model's dtype: query and
-attention output, each [num_queries, num_heads, head_size]; key and value, each [num_keys,
+attention output, each [num_queries, num_heads, head_size]; key and value, each [num_rows,
 num_kv_heads, head_size].
 """
 
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import load_angles, rotate_tile
-from vllm_cascade.kernels.segments import Segments
+from vllm_cascade.kernels.segments import KEY_PADDING, Segments
 
 # Arguments that change from step to step are not specialized: each would be compiled anew.
 
@@ -125,13 +125,13 @@ def _rotation_width(head_size: int, rotary_dim: int) -> int:
 
 
 @triton.jit(
-    do_not_specialize_on_alignment=["key_starts_ptr", "block_table_ptr"],
+    do_not_specialize_on_alignment=["key_spans_ptr", "block_table_ptr"],
 )
 def _gather_keys_kernel(
     key_out_ptr,
     value_out_ptr,
     kv_ptr,
-    key_starts_ptr,
+    key_spans_ptr,
     block_table_ptr,
     cos_ptr,
     sin_ptr,
@@ -151,13 +151,14 @@ def _gather_keys_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PADDING: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_H
     tile = tl.program_id(1)
     segment = tl.program_id(2)
-    start = tl.load(key_starts_ptr + segment)
-    num_keys = tl.load(key_starts_ptr + segment + 1) - start
-    if tile * BLOCK_T >= num_keys:
+    start = tl.load(key_spans_ptr + 2 * segment)
+    num_keys = tl.load(key_spans_ptr + 2 * segment + 1) - start
+    if tile * BLOCK_T >= num_keys + PADDING:
         return
     # [BLOCK_T] logical places; their angles serve all heads
     place = tile * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -169,7 +170,8 @@ def _gather_keys_kernel(
     line_ptr = kv_ptr + block * kv_stride_block + (place % BLOCK_SIZE) * (2 * HEAD_SIZE)
     workspace_row = (start + place).to(tl.int64)
     channel = tl.arange(0, BLOCK_V)
-    inside = valid[:, None] & (channel < HEAD_SIZE)[None, :]
+    held = valid[:, None] & (channel < HEAD_SIZE)[None, :]
+    written = (place < num_keys + PADDING)[:, None] & (channel < HEAD_SIZE)[None, :]
     for head in range(first, tl.minimum(first + BLOCK_H, NUM_KV_HEADS)):
         source = line_ptr + head * (BLOCK_SIZE * 2 * HEAD_SIZE)
         rotate_tile(
@@ -184,9 +186,9 @@ def _gather_keys_kernel(
             BLOCK_D,
         )
         # [BLOCK_T, BLOCK_V]
-        value = tl.load(source[:, None] + HEAD_SIZE + channel[None, :], mask=inside)
+        value = tl.load(source[:, None] + HEAD_SIZE + channel[None, :], mask=held, other=0.0)
         target = value_out_ptr + workspace_row * value_stride_token + head * value_stride_head
-        tl.store(target[:, None] + channel[None, :], value, mask=inside)
+        tl.store(target[:, None] + channel[None, :], value, mask=written)
 
 
 def gather_keys(
@@ -202,35 +204,35 @@ def gather_keys(
 
     Args:
         pages: The layer's pages, the segments' own keys and values already written.
-        segments: Which blocks; row ``key_starts[s] + j`` of the workspace is place j of segment s.
+        segments: Which blocks; row ``key_spans[s, 0] + j`` is place j of segment s.
         cos: [num_positions, rotary_dim / 2] in any floating dtype; channels dense.
         sin: As `cos`.
         is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
-        key_out: [>= num_keys, num_kv_heads, head_size] in the pages' dtype.
-        value_out: As `key_out`.
+        key_out: [>= num_rows, num_kv_heads, head_size] in the pages' dtype; padding is left.
+        value_out: As `key_out`; padding becomes zero.
     """
     _, num_kv_heads, block_size, channels = pages.kv.shape
     head_size = channels // 2
-    assert key_out.shape[0] >= segments.num_keys and value_out.shape[0] >= segments.num_keys
+    assert key_out.shape[0] >= segments.num_rows and value_out.shape[0] >= segments.num_rows
     assert key_out.shape[1:] == value_out.shape[1:] == (num_kv_heads, head_size)
     assert key_out.dtype == value_out.dtype == pages.kv.dtype
     assert key_out.stride(2) == value_out.stride(2) == 1
     assert pages.kv.stride()[1:] == (block_size * channels, channels, 1)
     assert cos.stride() == sin.stride() and cos.stride(1) == 1
     num_segments = len(segments.carry)
-    if num_segments == 0 or segments.num_keys == 0:
+    if num_segments == 0:
         return
     block_t, block_h = 16, min(num_kv_heads, 4)
     grid = (
         triton.cdiv(num_kv_heads, block_h),
-        triton.cdiv(segments.max_key_len, block_t),
+        triton.cdiv(segments.max_key_len + KEY_PADDING, block_t),
         num_segments,
     )
     _gather_keys_kernel[grid](
         key_out,
         value_out,
         pages.kv,
-        segments.key_starts,
+        segments.key_spans,
         segments.block_table,
         cos,
         sin,
@@ -250,5 +252,6 @@ def gather_keys(
         BLOCK_H=block_h,
         BLOCK_D=_rotation_width(head_size, 2 * cos.shape[1]),
         BLOCK_V=triton.next_power_of_2(head_size),
+        PADDING=KEY_PADDING,
         num_warps=4,
     )

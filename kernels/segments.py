@@ -11,31 +11,36 @@ from dataclasses import dataclass
 
 import torch
 
+# Workspace rows after each segment's keys whose values are zero. FlashAttention-3 multiplies whole
+# tiles of up to as many keys, those past a segment's end by a weight of zero, and what another
+# request has there may be NaN, which zero times is NaN.
+KEY_PADDING = 192
+
 
 @dataclass(frozen=True, slots=True)
 class Segments:
     """The several-token segments of one wave, at most one per request.
 
     Args:
-        query_starts: [num_segments + 1] int32 where each segment's queries start, packed.
-        key_starts: [num_segments + 1] int32 where its keys start in the workspace: all keys held
-            at the segment's end, its own queries' the last.
+        query_spans: [num_segments, 2] int32 first and last + 1 of each segment's queries, packed.
+        key_spans: [num_segments, 2] int32 the same of its keys in the workspace: all keys held at
+            the segment's end, its own queries' the last. `KEY_PADDING` rows follow each.
         block_table: [num_segments, max_blocks] int32; entries past the last key are arbitrary.
         carry: [num_segments] float32 factor on the scores kept so far.
         exponents: [num_segments] float32; query i of a segment weighs ``decay ** (exponent - i)``.
-        num_queries: ``query_starts[-1]``.
-        num_keys: ``key_starts[-1]``.
+        num_queries: ``query_spans[-1, 1]``.
+        num_rows: Rows of the workspace, padding included.
         max_query_len: Most queries of a segment.
         max_key_len: Most keys of a segment.
     """
 
-    query_starts: torch.Tensor
-    key_starts: torch.Tensor
+    query_spans: torch.Tensor
+    key_spans: torch.Tensor
     block_table: torch.Tensor
     carry: torch.Tensor
     exponents: torch.Tensor
     num_queries: int
-    num_keys: int
+    num_rows: int
     max_query_len: int
     max_key_len: int
 

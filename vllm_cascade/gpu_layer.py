@@ -20,6 +20,7 @@ from vllm_cascade.kernels import (
     prefill_workspace,
 )
 from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.segments import KEY_PADDING
 
 # Rows whose logits are kept between the two launches of decode; more are processed in turn.
 MAX_DECODE_ROWS = 64
@@ -78,14 +79,14 @@ class Workspace:
 
 
 def max_workspace_keys(config: CascadeConfig, max_num_batched_tokens: int) -> int:
-    """Keys that a launch's segments may hold together: two full caches, or a batch of short ones.
+    """Rows of keys for a launch's segments: two full caches, or a batch of short ones and padding.
 
     Args:
         config: The cascade.
         max_num_batched_tokens: Most tokens of a step.
     """
-    places = min(config.max_places, config.max_model_len) + config.block_size
-    return max(2 * places, max_num_batched_tokens)
+    places = min(config.max_places, config.max_model_len) + config.block_size + KEY_PADDING
+    return 2 * max(places, max_num_batched_tokens)
 
 
 # Lives as long as a layer that uses it.
@@ -281,7 +282,7 @@ class GpuLayer:
         kv_write.write(pages, key, value, launch.rows, launch.slots, launch.tokens)
         rotated = space.query[: segments.num_queries]
         prefill_workspace.rotate_queries(query, launch.rows, launch.places, *table, rotated)
-        held_keys, held_values = space.key[: segments.num_keys], space.value[: segments.num_keys]
+        held_keys, held_values = space.key[: segments.num_rows], space.value[: segments.num_rows]
         prefill_workspace.gather_keys(pages, segments, *table, held_keys, held_values)
         packed = space.output[: segments.num_queries]
         if launch.span is not None:
@@ -320,14 +321,15 @@ class GpuLayer:
             lse = self.workspace.lse[:, : segments.num_queries]
             prefill_attention.attend(output, lse, query, key, value, segments, self.scale)
             return lse
+        # Flattened, the spans read as starts: every other segment is padding and has no queries.
         _, lse = self.flash(
             query,
             key,
             value,
             segments.max_query_len,
-            segments.query_starts,
+            segments.query_spans.view(-1),
             segments.max_key_len,
-            cu_seqlens_k=segments.key_starts,
+            cu_seqlens_k=segments.key_spans.view(-1),
             softmax_scale=self.scale,
             causal=True,
             return_softmax_lse=True,

@@ -20,7 +20,7 @@ from vllm_cascade.kernels.block_tables import (
     resolve_decodes,
     resolve_segments,
 )
-from vllm_cascade.kernels.segments import DecodeRows, Merges, Segments
+from vllm_cascade.kernels.segments import KEY_PADDING, DecodeRows, Merges, Segments
 from vllm_cascade.layout import Layout, Segment
 
 Ints = npt.NDArray[np.int32]
@@ -111,14 +111,14 @@ class Planner:
         layout: The cascade's structure.
         device: Where the engine's tensors are.
         max_num_seqs: Most requests of a step.
-        max_keys: Keys that the workspace has room for, at least one request's.
+        max_keys: Rows of keys that the workspace has, at least enough for one request.
     """
 
     def __init__(
         self, layout: Layout, device: torch.device, max_num_seqs: int, max_keys: int
     ) -> None:
         self.layout = layout
-        self.max_keys = max(max_keys, _most_keys(layout))
+        self.max_keys = max(max_keys, _most_keys(layout) + KEY_PADDING)
         self.table = cascade_table(layout, device)
         self.decodes = Resolved.empty(self.table, max_num_seqs)
 
@@ -173,17 +173,18 @@ class Planner:
             parts.append([])
             held = 0
             for cut in wave:
-                if parts[-1] and held + cut.num_keys > self.max_keys:
+                taken = cut.num_keys + KEY_PADDING
+                if parts[-1] and held + taken > self.max_keys:
                     parts.append([])
                     held = 0
                 parts[-1].append(cut)
-                held += cut.num_keys
+                held += taken
         cuts = [cut for part in parts for cut in part]
         num_segments, num_rows = len(cuts), sum(cut.length for cut in cuts)
 
         # One copy to the device for everything; its parts are views.
-        starts = [_starts([cut.length for cut in part]) for part in parts]
-        key_starts = [_starts([cut.num_keys for cut in part]) for part in parts]
+        query_spans = [_spans([cut.length for cut in part]) for part in parts]
+        key_spans = [_spans([cut.num_keys for cut in part], KEY_PADDING) for part in parts]
         owner = np.repeat(np.arange(num_segments), [cut.length for cut in cuts])
         within = np.concatenate([np.arange(cut.length) for cut in cuts])
         columns = [
@@ -195,16 +196,13 @@ class Planner:
             within + np.array([cut.row for cut in cuts])[owner],
             within + np.array([cut.place for cut in cuts])[owner],
             within + np.array([cut.segment.start for cut in cuts])[owner],
-            *starts,
-            *key_starts,
+            *(spans.ravel() for spans in query_spans + key_spans),
         ]
         sent = _send(np.concatenate(columns).astype(np.int32), block_table.device)
         segments = sent[: 4 * num_segments].view(4, num_segments)
         per_row = sent[4 * num_segments : 4 * num_segments + 4 * num_rows].view(4, num_rows)
         _, rows, places, tokens = per_row.unbind()
-        ends = sent[4 * num_segments + 4 * num_rows :].split(
-            [len(each) for each in [*starts, *key_starts]]
-        )
+        spans = sent[4 * num_segments + 4 * num_rows :].view(2, num_segments, 2)
 
         resolved = Resolved.empty(self.table, num_segments)
         resolve_segments(resolved, self.table, segments, block_table)
@@ -214,7 +212,7 @@ class Planner:
 
         launches, segment, row = [], 0, 0
         for index, part in enumerate(parts):
-            last_segment, last_row = segment + len(part), row + int(starts[index][-1])
+            last_segment, last_row = segment + len(part), row + int(query_spans[index][-1, 1])
             chosen, some = slice(segment, last_segment), slice(row, last_row)
             merges = any(
                 cut.segment.merges and len(self.layout.epochs[cut.segment.epoch].groups)
@@ -223,13 +221,13 @@ class Planner:
             launches.append(
                 Launch(
                     segments=Segments(
-                        query_starts=ends[index],
-                        key_starts=ends[len(parts) + index],
+                        query_spans=spans[0, chosen],
+                        key_spans=spans[1, chosen],
                         block_table=resolved.block_table[chosen],
                         carry=resolved.carry[chosen],
                         exponents=resolved.exponents[chosen],
                         num_queries=last_row - row,
-                        num_keys=int(key_starts[index][-1]),
+                        num_rows=int(key_spans[index][-1, 1]) + KEY_PADDING,
                         max_query_len=max(cut.length for cut in part),
                         max_key_len=max(cut.num_keys for cut in part),
                     ),
@@ -278,9 +276,10 @@ def _most_keys(layout: Layout) -> int:
     return max(len(epoch.table) for epoch in layout.epochs) * layout.config.block_size
 
 
-def _starts(lengths: list[int]) -> npt.NDArray[np.int64]:
-    """Where each of several runs starts, and where the last ends."""
-    return np.concatenate([[0], np.cumsum(lengths)])
+def _spans(lengths: list[int], padding: int = 0) -> npt.NDArray[np.int64]:
+    """[len(lengths), 2] first and last + 1 of several runs, with `padding` after each."""
+    starts = np.cumsum([0, *lengths[:-1]]) + padding * np.arange(len(lengths))
+    return np.stack([starts, starts + lengths], axis=1)
 
 
 def _span(part: list[_Cut]) -> tuple[int, int] | None:

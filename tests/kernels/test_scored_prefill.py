@@ -16,7 +16,7 @@ from torch import Tensor
 from reference import scored_prefill as reference
 from vllm_cascade.kernels import key_scores, prefill_attention, prefill_workspace
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.kernels.segments import Segments
+from vllm_cascade.kernels.segments import KEY_PADDING, Segments
 
 NAN = float("nan")
 # Triton's interpreter multiplies the bit patterns of bfloat16 operands as integers.
@@ -52,9 +52,10 @@ class Case:
         return self.query.shape[-1] ** -0.5
 
 
-def starts(lengths: list[int], device: torch.device) -> Tensor:
-    total = torch.tensor([0, *lengths]).cumsum(0)
-    return total.to(device=device, dtype=torch.int32)
+def spans(lengths: list[int], padding: int = 0) -> Tensor:
+    """[len(lengths), 2] first and last + 1 of each, with `padding` between."""
+    ends = torch.tensor(lengths).cumsum(0) + padding * torch.arange(len(lengths))
+    return torch.stack([ends - torch.tensor(lengths), ends], dim=1).int()
 
 
 def make_case(shape: Shape, device: torch.device, seed: int = 0) -> Case:
@@ -94,21 +95,24 @@ def make_case(shape: Shape, device: torch.device, seed: int = 0) -> Case:
         storage.to(device).as_strided(kv.shape, kv.stride()), has_score=True, has_token=False
     )
 
-    num_queries, num_keys = sum(query_lens), sum(key_lens)
+    query_spans, key_spans = spans(query_lens), spans(key_lens, KEY_PADDING)
+    num_queries, num_rows = sum(query_lens), int(key_spans[-1, 1]) + KEY_PADDING
     query = torch.full((num_queries + 9, shape.num_heads, shape.head_size), NAN, dtype=shape.dtype)
-    key = torch.full((num_keys + 9, shape.num_kv_heads, shape.head_size), NAN, dtype=shape.dtype)
+    key = torch.full((num_rows + 9, shape.num_kv_heads, shape.head_size), NAN, dtype=shape.dtype)
     value = key.clone()
     query[:num_queries] = 2 * random(num_queries, shape.num_heads, shape.head_size)
-    key[:num_keys] = random(num_keys, shape.num_kv_heads, shape.head_size)
-    value[:num_keys] = random(num_keys, shape.num_kv_heads, shape.head_size)
+    for start, end in key_spans.tolist():
+        key[start:end] = random(end - start, shape.num_kv_heads, shape.head_size)
+        value[start:end] = random(end - start, shape.num_kv_heads, shape.head_size)
+        value[end : end + KEY_PADDING] = 0
     segments = Segments(
-        query_starts=starts(query_lens, device),
-        key_starts=starts(key_lens, device),
+        query_spans=query_spans.to(device),
+        key_spans=key_spans.to(device),
         block_table=table.to(device=device, dtype=torch.int32),
         carry=torch.tensor([0.5 + 0.1 * s for s in range(len(key_lens))], device=device),
         exponents=torch.tensor([float(3 * s - 4) for s in range(len(key_lens))], device=device),
         num_queries=num_queries,
-        num_keys=num_keys,
+        num_rows=num_rows,
         max_query_len=max(query_lens),
         max_key_len=max(key_lens),
     )
@@ -177,14 +181,17 @@ def test_keys_are_gathered_and_rotated(head_size, rotary_dim, is_neox, dtype, de
     key, value = torch.full_like(case.key, NAN), torch.full_like(case.value, NAN)
     prefill_workspace.gather_keys(case.pages, case.segments, cos, sin, is_neox, key, value)
 
-    held = case.segments.num_keys
     exact, exact_value = key.double(), value.double()
     reference.gather_keys(case.pages, case.segments, cos, sin, is_neox, exact, exact_value)
     eager, eager_value = key.float(), value.float()
     reference.gather_keys(case.pages, case.segments, cos, sin, is_neox, eager, eager_value)
-    assert_close(key[:held], exact[:held], eager[:held])
-    assert torch.equal(value[:held].double(), exact_value[:held])
-    assert key[held:].isnan().all() and value[held:].isnan().all()
+    held = ~exact.isnan()
+    assert_close(key[held], exact[held], eager[held])
+    assert torch.equal(key.isnan(), ~held)
+    assert torch.equal(value.double().nan_to_num(7), exact_value.nan_to_num(7))
+    last = case.segments.num_rows
+    assert value[last - KEY_PADDING : last].count_nonzero() == 0
+    assert value[last:].isnan().all()
 
 
 SHAPES = [
@@ -264,7 +271,7 @@ def check_scores(case: Case, config: key_scores.ScoreConfig | str | None, **how:
     )
     held = ~exact.isnan()
     assert torch.equal(score.isnan(), ~held), "a slot was written that no segment holds"
-    assert held.sum() == case.segments.num_keys * score.shape[1]
+    assert held.sum() == case.segments.key_spans.diff().sum() * score.shape[1]
     # The kernel scales logits and log-sum-exps by rounded constants before it subtracts them.
     condition = float(how["power"] * lse.abs().max())
     assert_close(score[held], exact[held], eager[held], 1.5, condition)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reference.attention import reduce_heads
+from vllm_cascade.kernels.segments import KEY_PADDING
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, is_neox: bool) -> Tensor:
@@ -56,8 +57,8 @@ def _held(pool: Tensor, table: Tensor, num_keys: int) -> Tensor:
 
 def _segments(segments: Any) -> list[tuple[int, int, int, int]]:
     """First and last (exclusive) query and key of every segment."""
-    query, key = segments.query_starts.tolist(), segments.key_starts.tolist()
-    return list(zip(query, query[1:], key, key[1:], strict=False))
+    spans = torch.cat([segments.query_spans, segments.key_spans], dim=1)
+    return [tuple(each) for each in spans.tolist()]
 
 
 def gather_keys(
@@ -76,6 +77,7 @@ def gather_keys(
         places = torch.arange(end - start, device=cos.device)
         key_out[start:end] = rotate(held[..., :head_size], cos[places], sin[places], is_neox)
         value_out[start:end] = held[..., head_size:]
+        value_out[end : end + KEY_PADDING] = 0
 
 
 def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
