@@ -62,7 +62,7 @@ def launch_config(dtype: torch.dtype, head_size: int, group: int) -> ScoreConfig
         # With fewer than eight queries a step, their heads would lie in several threads.
         return ScoreConfig(128, 128, 8, 3)
     # Sums are kept per query of a step: the fewer heads, the more registers they take.
-    return ScoreConfig(128, 64, 8, 4) if heads == 1 else SCORE_CONFIGS["k128_c64_w4"]
+    return ScoreConfig(128, 64, 8, 4) if heads == 1 else SCORE_CONFIGS["k128_c64_w8"]
 
 
 @triton.jit(
