@@ -125,6 +125,7 @@ def prefill(
     rotary: Rotary,
     scale: float,
     scoring: Scoring | None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend one segment's queries to everything before them, and score the keys.
 
@@ -136,6 +137,7 @@ def prefill(
         rotary: The layer's rotary table.
         scale: Factor on the logits.
         scoring: How to score, or None for none.
+        sinks: [num_heads] float32 logits of sinks without value, or None.
     """
     num_queries, num_heads = segment.end - segment.start, query.shape[1]
     head_size, num_keys = query.shape[2], segment.first_place + segment.end - segment.start
@@ -163,7 +165,7 @@ def prefill(
             rows = rotated[head, :, first:last].reshape(shared * count, head_size)
             probs = _product(rows, key[head, :seen]).view(shared, count, seen)
             probs[..., seen - count :].masked_fill_(future, float("-inf"))
-            torch.softmax(probs, dim=-1, out=probs)
+            _softmax_(probs, None if sinks is None else sinks.view(num_kv_heads, shared, 1)[head])
             attended = _product(probs.view(-1, seen), value[head, :seen].t())
             rows_out[:, head] = attended.view(shared, count, -1).transpose(0, 1)
             if gained is not None and scoring is not None:
@@ -171,6 +173,19 @@ def prefill(
                 gained[head, :seen] += torch.mv(amounts.t(), segment.weights[first:last])
     if gained is not None:
         _store_scores(pages, segment, gained, block_size)
+
+
+def _softmax_(logits: torch.Tensor, sinks: torch.Tensor | None) -> None:
+    """Turn logits into probabilities over the last dimension, in place.
+
+    Args:
+        logits: [..., num_keys] float32.
+        sinks: Logits that take part in the denominator alone, as broadcast to [...]; or None.
+    """
+    share = None if sinks is None else torch.sigmoid(logits.logsumexp(-1) - sinks)
+    torch.softmax(logits, dim=-1, out=logits)
+    if share is not None:
+        logits.mul_(share.unsqueeze(-1))
 
 
 def _product(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -208,6 +223,7 @@ def decode(
     rotary: Rotary,
     scale: float,
     scoring: Scoring | None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend one query of each row to all it holds, and score the keys.
 
@@ -222,6 +238,7 @@ def decode(
         rotary: The layer's rotary table.
         scale: Factor on the logits.
         scoring: How to score, or None for none.
+        sinks: [num_heads] float32 logits of sinks without value, or None.
     """
     num_rows, num_heads = len(batch.rows), query.shape[1]
     head_size = query.shape[2]
@@ -247,7 +264,8 @@ def decode(
     longest = int(batch.block_place.max()) + 1
     padded = torch.full((num_rows, longest, num_kv_heads, shared, block_size), float("-inf"))
     padded[batch.block_row, batch.block_place] = logits
-    padded = padded.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv_heads, shared, -1).softmax(-1)
+    padded = padded.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv_heads, shared, -1)
+    _softmax_(padded, None if sinks is None else sinks.view(num_kv_heads, shared))
     padded = padded.view(num_rows, num_kv_heads, shared, longest, block_size)
     probs = padded.permute(0, 3, 1, 2, 4)[batch.block_row, batch.block_place]
     parts = torch.zeros(num_rows, longest, num_kv_heads, shared, value.shape[-1])

@@ -1,4 +1,4 @@
-"""Checks a CASCADE configuration in the user's own process, before any engine starts."""
+"""Checks and completes a CASCADE configuration in the user's own process."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def install() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: Any, usage_context: Any = None, headless: bool = False) -> Any:
+        from vllm_cascade.hybrid import delegate_windows
         from vllm_cascade.patches.long_max_model_len import cascade_selected
         from vllm_cascade.selection import selects_cascade
         from vllm_cascade.validation import validate
@@ -26,6 +27,7 @@ def install() -> None:
         finally:
             cascade_selected.reset(token)
         validate(vllm_config)
+        delegate_windows(vllm_config)
         return vllm_config
 
     EngineArgs.create_engine_config = create_engine_config
@@ -37,8 +39,9 @@ PATCH = Patch(
     signature="(self, usage_context=None, headless=False)",
     symptom=(
         "A backend sees the configuration only in the worker, where a refusal is buried under "
-        "the engine's own failure; and nothing refuses cascade options given without CASCADE"
+        "the engine's own failure; nothing refuses cascade options given without CASCADE; and a "
+        "backend chosen for a model gets its sliding-window layers too"
     ),
-    removal="vLLM lets plugins check the configuration in the front end",
+    removal="vLLM lets plugins check and change the configuration in the front end",
     install=install,
 )

@@ -19,6 +19,7 @@ class CpuLayer:
         cos: [num_positions, rotary_dim / 2] float32.
         sin: As `cos`.
         is_neox: Which channels are paired.
+        sinks: [num_heads] learned logits that join the softmax's denominator, or None.
     """
 
     def __init__(
@@ -28,9 +29,11 @@ class CpuLayer:
         cos: torch.Tensor,
         sin: torch.Tensor,
         is_neox: bool,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         self.config = config
         self.scale = scale
+        self.sinks = sinks
         self.rotary = cpu_attention.Rotary(cos, sin, is_neox)
         self.scoring = None
         if config.needs_scores:
@@ -55,13 +58,15 @@ class CpuLayer:
             metadata: The step.
             output: [num_tokens, num_heads, head_size_v], the batch's rows are written.
         """
-        config, rotary, scoring = self.config, self.rotary, self.scoring
+        config, rotary, scale, scoring = self.config, self.rotary, self.scale, self.scoring
+        # Each time, for the weights may be loaded again.
+        sinks = None if self.sinks is None else self.sinks.float()
         for wave in metadata.waves:
             pages.write(key[wave.rows], value[wave.rows], wave.block_ids, wave.offsets, wave.tokens)
             for segment in wave.prefills:
-                cpu_attention.prefill(output, query, pages, segment, rotary, self.scale, scoring)
+                cpu_attention.prefill(output, query, pages, segment, rotary, scale, scoring, sinks)
             for batch in wave.decodes:
-                cpu_attention.decode(output, query, pages, batch, rotary, self.scale, scoring)
+                cpu_attention.decode(output, query, pages, batch, rotary, scale, scoring, sinks)
             if wave.merge is not None:
                 cpu_compaction.merge_groups(
                     pages, wave.merge, key.shape[2], config.selection_window, config.key_weight

@@ -62,6 +62,7 @@ class CascadeImpl(AttentionImpl[Any]):
         self.scale = scale
         self.num_kv_heads = num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.sinks = sinks
         # Made once the layer's rotary embedding is known.
         self.worker: CpuLayer | GpuLayer | None = None
         self.pages: Pages | None = None
@@ -85,7 +86,9 @@ class CascadeImpl(AttentionImpl[Any]):
         """
         cos, sin = rope.tables
         if cos.device.type == "cpu":
-            self.worker = CpuLayer(self.config, self.scale, cos, sin, rope.is_neox_style)
+            self.worker = CpuLayer(
+                self.config, self.scale, cos, sin, rope.is_neox_style, self.sinks
+            )
             return
         from vllm_cascade.gpu_layer import GpuLayer, Shape, shared_workspace
 

@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_cascade.config import CascadeConfig
 from vllm_cascade.layout import build_layout
+from vllm_cascade.unsupported import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,6 +32,20 @@ class CascadeSpec(AttentionSpec):
 
     config: CascadeConfig
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size == self.config.block_size and self.page_size_padded in (
+            None,
+            self.unpadded_page_size_bytes + _tail_bytes(self, self.config),
+        ):
+            return
+        # vLLM has stretched this spec to the pages of other layers.
+        raise UnsupportedError(
+            "a model whose other layers take more KV memory per block than its full-attention "
+            "layers",
+            "pages of all layers overlay each other, and scores would be read as keys and values",
+        )
+
     @classmethod
     def of(cls, spec: AttentionSpec, config: CascadeConfig) -> CascadeSpec:
         """The cascade's spec for a layer that vLLM described as `spec`.
@@ -42,8 +57,7 @@ class CascadeSpec(AttentionSpec):
         Returns:
             The spec, with a page size that counts scores and trace.
         """
-        slots = spec.num_kv_heads * spec.block_size
-        tail = slots * (SCORE_BYTES * config.needs_scores + TRACE_BYTES * config.trace_tokens)
+        tail = _tail_bytes(spec, config)
         return cls(
             block_size=spec.block_size,
             num_kv_heads=spec.num_kv_heads,
@@ -57,7 +71,8 @@ class CascadeSpec(AttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
-        return False
+        # Takes part in look-ups, so that its manager vetoes what other layers' caches hit.
+        return True
 
     @property
     def uses_slot_mapping(self) -> bool:
@@ -86,3 +101,9 @@ class CascadeSpec(AttentionSpec):
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(isinstance(spec, CascadeSpec) for spec in kv_cache_specs.values())
+
+
+def _tail_bytes(spec: AttentionSpec, config: CascadeConfig) -> int:
+    """Bytes of a page behind K and V."""
+    slots = spec.num_kv_heads * spec.block_size
+    return slots * (SCORE_BYTES * config.needs_scores + TRACE_BYTES * config.trace_tokens)

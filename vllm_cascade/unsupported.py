@@ -20,12 +20,18 @@ def alibi() -> UnsupportedError:
 
 
 def sliding_window(window: int) -> UnsupportedError:
-    """Layers that attend to the last `window` tokens."""
+    """No layer attends in full, or a layer with a window was given to CASCADE."""
     return UnsupportedError(
-        f"sliding-window layers (window {window} tokens)",
-        "such a layer already needs little memory, and this version cannot mix its cache with "
-        "CASCADE's",
-        f"{ELSEWHERE}, or take a model whose layers all attend in full",
+        f"sliding-window layers alone (window {window} tokens)",
+        "their memory is bounded already; it serves the full-attention layers of a model and "
+        "leaves the others to vLLM",
+    )
+
+
+def sinks() -> UnsupportedError:
+    """A learned logit of each head joins the softmax's denominator."""
+    return UnsupportedError(
+        "learned attention sinks on a GPU", "only its attention on a CPU takes them into account"
     )
 
 

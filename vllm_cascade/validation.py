@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_cascade import unsupported
+from vllm_cascade import hybrid, unsupported
 from vllm_cascade.config import CascadeConfig, CascadeOptions
 from vllm_cascade.selection import check_kinds, check_selection, layer_of, selects_cascade
 from vllm_cascade.unsupported import ELSEWHERE, UnsupportedError
@@ -19,6 +19,7 @@ MIN_CAPABILITY = (8, 0)
 GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
 GPU_BLOCK_SIZES = (16, 32, 64, 128)
 GPU_MAX_WINDOW = 1024
+SINK_MODELS = ("gpt_oss",)
 SHARED_KV = ("num_kv_shared_layers", "use_cla")
 
 
@@ -29,7 +30,6 @@ def position_limit(model_config: Any) -> int:
         model_config: vLLM's `ModelConfig`; its `max_model_len` may be larger.
     """
     from vllm.config.model import _get_and_verify_max_len
-    from vllm.transformers_utils.config import iter_rope_parameters
 
     text = model_config.hf_text_config
     limit = _get_and_verify_max_len(
@@ -40,7 +40,8 @@ def position_limit(model_config: Any) -> int:
         disable_sliding_window=model_config.disable_sliding_window,
         sliding_window=model_config.get_sliding_window(),
     )
-    if any(rope.get("rope_type") in UNSCALED_ROPE_TYPES for rope in iter_rope_parameters(text)):
+    ropes = hybrid.full_attention_ropes(text)
+    if any(rope.get("rope_type") in UNSCALED_ROPE_TYPES for rope in ropes):
         limit = min(limit, text.max_position_embeddings)
     if model_config.disable_sliding_window:
         # vLLM has forgotten the window by now; it bounds max_model_len, which was not extended.
@@ -96,7 +97,7 @@ def validate(vllm_config: Any) -> None:
     from vllm_cascade.backend import CascadeBackend
 
     check_kinds(vllm_config.attention_config)
-    for check in (_device, _model, _sliding_window, _rope, _attention, _parallel, _features):
+    for check in (_device, _model, _windows, _rope, _attention, _parallel, _features):
         check(vllm_config)
     resolve_options(vllm_config, vllm_config.cache_config.block_size)
     check_selection(CascadeBackend, layer_of(vllm_config))
@@ -134,10 +135,8 @@ def check_layer(
         raise unsupported.shared_kv(
             f"a layer that shares the KV cache of {kv_sharing_target_layer_name}"
         )
-    if sinks is not None:
-        raise UnsupportedError(
-            "learned attention sinks", "their share of the softmax is not part of a token's score"
-        )
+    if sinks is not None and sinks.device.type != "cpu":
+        raise unsupported.sinks()
     if kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise unsupported.kv_dtype(kv_cache_dtype)
 
@@ -165,6 +164,8 @@ def _gpu(vllm_config: Any) -> None:
             f"head size {head_size} on a GPU",
             f"its kernels are tested with head sizes {', '.join(map(str, GPU_HEAD_SIZES))}",
         )
+    if vllm_config.model_config.hf_text_config.model_type in SINK_MODELS:
+        raise unsupported.sinks()
     block_size = vllm_config.cache_config.block_size
     if block_size not in GPU_BLOCK_SIZES:
         raise UnsupportedError(
@@ -192,6 +193,12 @@ def _model(vllm_config: Any) -> None:
         raise UnsupportedError(
             "MLA", "its cache holds latent vectors, not keys to score and rotate"
         )
+    if model.is_mm_prefix_lm:
+        raise UnsupportedError(
+            "a model whose image tokens attend in both directions",
+            "a token's score is complete only where it is seen by later tokens alone",
+            "Use --language-model-only to serve its text alone",
+        )
     if model.using_transformers_backend():
         raise UnsupportedError(
             "a model through vLLM's Transformers backend",
@@ -201,29 +208,26 @@ def _model(vllm_config: Any) -> None:
         )
 
 
-def _sliding_window(vllm_config: Any) -> None:
-    model = vllm_config.model_config
-    window = model.get_sliding_window()
-    layer_types = getattr(model.hf_text_config, "layer_types", None)
-    if window is not None and (layer_types is None or "sliding_attention" in layer_types):
-        raise unsupported.sliding_window(window)
-    if model.attention_chunk_size is not None:
-        raise UnsupportedError(
-            f"chunked local attention (attention_chunk_size {model.attention_chunk_size})",
-            "such a layer needs a cache of its own kind",
-        )
+def _windows(vllm_config: Any) -> None:
+    hybrid.check_windows(vllm_config, _table_limit(vllm_config.model_config))
+
+
+def _table_limit(model_config: Any) -> int:
+    """Positions in the rotary tables of layers that CASCADE does not serve."""
+    text, limit = model_config.hf_text_config, position_limit(model_config)
+    ropes = getattr(text, "rope_parameters", None) or {}
+    # Parameters of their own, which are not scaled, whatever those of the other layers are.
+    return min(limit, text.max_position_embeddings) if hybrid.SLIDING in ropes else limit
 
 
 def _rope(vllm_config: Any) -> None:
-    from vllm.transformers_utils.config import iter_rope_parameters
-
     model = vllm_config.model_config
     text = model.hf_text_config
     why = "CASCADE rotates keys itself, by their place in the cache, and knows plain RoPE only"
     if model.uses_alibi:
         raise unsupported.alibi()
     embedding = getattr(text, "position_embedding_type", None)
-    ropes = list(iter_rope_parameters(text))
+    ropes = hybrid.full_attention_ropes(text)
     if embedding not in POSITION_EMBEDDING_TYPES:
         raise UnsupportedError(f"position embeddings of type {embedding!r}", why)
     if not ropes:

@@ -199,7 +199,7 @@ def test_the_models_own_limit_is_no_longer_than_a_window_switched_off(limit_of):
                 "qwen2",
                 sliding_window=512,
                 use_sliding_window=True,
-                max_window_layers=1,
+                max_window_layers=0,
             ),
             "window 512 tokens",
         ),

@@ -31,6 +31,21 @@ LLAMA = {
     "eos_token_id": 1,
 }
 
+# Of other architectures; head size and blocks are such that vLLM's own CPU backend takes them too.
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
 
 def save_llama(folder: Path, seed: int = 0, **changes: Any) -> str:
     """Write a random Llama to `folder`.
@@ -55,3 +70,52 @@ def random_prompt(num_tokens: int, seed: int) -> list[int]:
     """Token ids of a prompt that repeats itself now and then, as text does."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, 256, (num_tokens,), generator=generator).tolist()
+
+
+def save_random(folder: Path, model_type: str, seed: int = 0, **changes: Any) -> str:
+    """Write a random model of any architecture that transformers has to `folder`.
+
+    Args:
+        folder: Where to; made if missing.
+        model_type: Of the configuration, as in config.json.
+        seed: Of the weights.
+        changes: Fields of the configuration beside `SMALL`.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **{**SMALL, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.named_parameters():
+        if name.endswith("sinks"):
+            tensor.data = 2 * torch.randn(tensor.shape, generator=generator)
+        if tensor.dim() > 1:
+            # Outputs about as large as inputs, so that every layer has its say in the logits.
+            scale = tensor.shape[-1] ** -0.5
+            tensor.data = torch.randn(tensor.shape, generator=generator) * scale
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def save_gemma3(folder: Path, **changes: Any) -> str:
+    """Write a random Gemma 3 of two full-attention layers among three with a window.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"] * 2
+    fields = {
+        "num_hidden_layers": 5,
+        "layer_types": kinds[:5],
+        "sliding_window": 64,
+        # Sharper attention than a random model's own, so that a wrong rotation shows.
+        "query_pre_attn_scalar": 4,
+    }
+    return save_random(folder, "gemma3_text", **{**fields, **changes})

@@ -176,9 +176,10 @@ def test_the_cpu_takes_cascade_and_leaves_other_backends_alone():
     cpu = AttentionBackendEnum.CPU_ATTN.get_path()
     assert choose(AttentionBackendEnum.CASCADE, layer) == plugin.BACKEND_PATH
     assert choose(None, layer) == choose(AttentionBackendEnum.FLASH_ATTN, layer) == cpu
+    assert choose(AttentionBackendEnum.CASCADE, layer._replace(has_sink=True)).endswith("Backend")
     with pytest.raises(ValueError, match="MLA not supported") as refused:
-        choose(AttentionBackendEnum.CASCADE, layer._replace(use_mla=True, has_sink=True))
-    assert "attention sinks not supported" in str(refused.value)
+        choose(AttentionBackendEnum.CASCADE, layer._replace(use_mla=True, has_sliding_window=True))
+    assert "sliding window not supported" in str(refused.value)
 
 
 @pytest.fixture

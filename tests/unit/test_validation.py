@@ -13,6 +13,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_cascade import plugin, validation
 from vllm_cascade.config import ConfigError
+from vllm_cascade.hybrid import delegate_windows
 from vllm_cascade.selection import check_selection, selects_cascade
 from vllm_cascade.unsupported import UnsupportedError
 from vllm_cascade.validation import check_layer, validate
@@ -97,6 +98,11 @@ def rope(**parameters):
     }
 
 
+MIXED = {
+    "sliding_window": 512,
+    "hf_text_config.layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
 # What is spoilt (a path in the configuration, or in the model's) -> words of the message.
 SPOILT = [
     ({"device_config.device_type": "xpu"}, "a model on 'xpu'.*NVIDIA"),
@@ -106,13 +112,33 @@ SPOILT = [
     ({"attn_type": "hybrid"}, "type 'hybrid'"),
     ({"use_mla": True}, "MLA.*latent"),
     ({"model_impl": "transformers"}, "Transformers backend.*--model-impl vllm"),
-    ({"sliding_window": 512}, "sliding-window layers .window 512 tokens"),
+    ({"sliding_window": 512}, "sliding-window layers alone .window 512 tokens"),
+    (
+        {"sliding_window": 512, "hf_text_config.layer_types": ["sliding_attention"] * 2},
+        "sliding-window layers alone .window 512 tokens",
+    ),
+    (MIXED | {"max_model_len": 4097}, "max_model_len 4097 .*--max-model-len 4096 or less"),
+    (
+        MIXED
+        | {
+            "max_model_len": 3000,
+            "hf_text_config.max_position_embeddings": 2048,
+            "hf_text_config.rope_parameters": {
+                "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+            },
+        },
+        "--max-model-len 2048 or less",
+    ),
+    (MIXED | {"cache_config.block_size": 16}, "block size 16 .*on a CPU.*multiples of 32"),
     (
         {
-            "sliding_window": 512,
-            "hf_text_config.layer_types": ["full_attention", "sliding_attention"],
+            "hf_text_config.rope_parameters": {
+                "full_attention": {"rope_theta": 1e6, "rope_type": "longrope"},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+            }
         },
-        "window 512",
+        "RoPE of type 'longrope'",
     ),
     ({"attention_chunk_size": 8192}, "chunked local attention .attention_chunk_size 8192"),
     ({"uses_alibi": True}, "ALiBi"),
@@ -145,7 +171,7 @@ SPOILT = [
     ({"cache_config.cache_dtype": "bfloat16"}, "dtype 'bfloat16'"),
     ({"original_max_model_len": -1}, "auto-fit.*--max-model-len as a number"),
     ({"dtype": torch.float64}, "dtype not supported"),
-    ({"is_mm_prefix_lm": True}, "multimodal token full attention"),
+    ({"is_mm_prefix_lm": True}, "image tokens attend in both.*--language-model-only"),
     ({"rswa_window": 8}, "R-SWA not supported"),
     ({"attention_config.use_non_causal": True}, "non-causal attention not supported"),
     ({"attention_config.backend_per_kind": {"full_attention": "CPU_ATTN"}}, "full_attention = CPU"),
@@ -176,6 +202,7 @@ def spoil(vllm_config, path, value):
         ({}, None, "compute capability None"),
         ({"head_size": 72}, (9, 0), "head size 72 on a GPU.*64, 80, 96, 128, 256"),
         ({"cache_config.block_size": 256}, (9, 0), "block size 256 .*--block-size"),
+        ({"hf_text_config.model_type": "gpt_oss"}, (9, 0), "learned attention sinks on a GPU"),
         (
             {
                 "additional_config.cascade": {
@@ -249,6 +276,53 @@ def test_full_attention_layers_with_an_unused_window_are_served(served):
     served.model_config.sliding_window = 512
     served.model_config.hf_text_config.layer_types = ["full_attention"] * 2
     validate(served)
+
+
+@pytest.mark.parametrize("sliding", ["default", "longrope"])
+def test_sliding_windows_beside_full_attention_are_left_to_vllm(served, sliding):
+    cascade = served.attention_config.backend
+    for path, value in MIXED.items():
+        spoil(served, path, value)
+    served.model_config.hf_text_config.rope_parameters = {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": sliding},
+    }
+    for _ in range(2):  # the second time nothing is left to do
+        validate(served)
+        delegate_windows(served)
+        assert served.attention_config.backend is None
+        assert served.attention_config.backend_per_kind == {"full_attention": cascade}
+    assert selects_cascade(served.attention_config)
+
+
+@pytest.mark.parametrize("given", ["CASCADE", "CPU_ATTN", None])
+def test_only_cascade_for_a_mixed_model_is_delegated(served, given):
+    plain = given == "CASCADE"
+    for path, value in {} if plain else MIXED.items():
+        spoil(served, path, value)
+    if not plain:
+        served.attention_config.backend = given and SimpleNamespace(name=given)
+    before = served.attention_config.backend
+    delegate_windows(served)
+    assert served.attention_config.backend is before
+    assert not served.attention_config.backend_per_kind
+
+
+def test_pages_stretched_to_those_of_other_layers_are_refused():
+    from dataclasses import replace
+
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_cascade.config import CascadeOptions
+    from vllm_cascade.spec import CascadeSpec
+
+    config = CascadeOptions().resolve(block_size=16, max_model_len=9000, position_limit=4096)
+    full = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    spec = CascadeSpec.of(full, config)
+    assert replace(spec) == spec
+    for stretched in ({"block_size": 32}, {"page_size_padded": spec.page_size_bytes + 64}):
+        with pytest.raises(UnsupportedError, match="more KV memory per block"):
+            replace(spec, **stretched)
 
 
 def test_full_attention_by_kind_is_served(served):
@@ -334,6 +408,10 @@ def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
     check_layer(**LAYER | {"kv_cache_dtype": kv_cache_dtype, "logits_soft_cap": soft_cap})
 
 
+def test_sinks_are_served_on_a_cpu():
+    check_layer(**LAYER | {"sinks": torch.zeros(4)})
+
+
 @pytest.mark.parametrize(
     ("spoilt", "words"),
     [
@@ -346,7 +424,7 @@ def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
         ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
         ({"attn_type": "encoder_only"}, "encoder_only attention"),
         ({"kv_sharing_target_layer_name": "layers.3.attn"}, "KV cache of layers.3.attn"),
-        ({"sinks": torch.zeros(4)}, "learned attention sinks"),
+        ({"sinks": torch.zeros(4, device="meta")}, "learned attention sinks"),
     ],
 )
 def test_a_layer_that_is_not_plain_is_refused(spoilt, words):
