@@ -1,0 +1,72 @@
+"""Learned sink logits: they join the softmax's denominator and get neither value nor score."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_cascade.kernels import cpu_attention
+from vllm_cascade.kernels.pages import Pages
+
+KV_HEADS, SHARED, HEAD, BLOCK = 2, 3, 16, 16
+HEADS = KV_HEADS * SHARED
+KEYS, QUERIES = 45, 20
+SINKS = torch.tensor([-3.0, 0.5, 2.0, 40.0, -60.0, 4.0])
+
+
+def expected(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first: int) -> tuple:
+    """Output and probabilities [heads, queries, keys] of causal attention in float64."""
+    q, k, v = (x.double().transpose(0, 1) for x in (query, key, value))
+    k, v = (x.repeat_interleave(SHARED, dim=0) for x in (k, v))
+    logits = q @ k.transpose(1, 2) * HEAD**-0.5
+    places = first + torch.arange(len(query))
+    logits[:, places[:, None] < torch.arange(len(key))] = float("-inf")
+    column = SINKS.double()[:, None, None].expand(-1, len(query), 1)
+    probs = torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
+    return (probs @ v).transpose(0, 1), probs
+
+
+def run(single: bool) -> None:
+    torch.manual_seed(1)
+    query = 2 * torch.randn(QUERIES, HEADS, HEAD)
+    key, value = torch.randn(2, KEYS, KV_HEADS, HEAD).unbind()
+    num_blocks = -(-KEYS // BLOCK)
+    pool = torch.full((num_blocks + 1, KV_HEADS, BLOCK, 2 * HEAD + 1), float("nan"))
+    pages = Pages(pool[..., :-1].contiguous(), torch.zeros(num_blocks + 1, KV_HEADS, BLOCK), None)
+    blocks = torch.tensor([3, 1, 2])
+    at = torch.arange(KEYS)
+    pages.write(key, value, blocks[at // BLOCK], at % BLOCK, None)
+    still = torch.zeros(KEYS, HEAD // 2)
+    rotary = cpu_attention.Rotary(still + 1, still, is_neox=True)  # no rotation
+    scoring = cpu_attention.Scoring(2.0, "max")
+    output = torch.full_like(query, float("nan"))
+    if single:
+        query, output = query[:1], output[:1]
+        batch = cpu_attention.DecodeBatch(
+            rows=torch.tensor([0]),
+            places=torch.tensor([KEYS - 1]),
+            block_ids=blocks,
+            block_row=torch.zeros(num_blocks, dtype=torch.int64),
+            block_place=torch.arange(num_blocks),
+            carry=torch.ones(1),
+            weights=torch.ones(1),
+        )
+        cpu_attention.decode(output, query, pages, batch, rotary, HEAD**-0.5, scoring, SINKS)
+    else:
+        segment = cpu_attention.PrefillSegment(
+            0, QUERIES, blocks, KEYS - QUERIES, carry=1.0, weights=torch.ones(QUERIES)
+        )
+        cpu_attention.prefill(output, query, pages, segment, rotary, HEAD**-0.5, scoring, SINKS)
+    attended, probs = expected(query, key, value, KEYS - len(query))
+    torch.testing.assert_close(output.double(), attended, rtol=1e-4, atol=1e-5)
+    gained = probs.view(KV_HEADS, SHARED, len(query), KEYS).amax(1).square().sum(1)
+    assert pages.score is not None
+    score = pages.score[blocks].transpose(0, 1).flatten(1)[:, :KEYS]
+    torch.testing.assert_close(score.double(), gained, rtol=1e-4, atol=1e-6)
+
+
+def test_of_a_chunk() -> None:
+    run(single=False)
+
+
+def test_of_a_single_token() -> None:
+    run(single=True)
