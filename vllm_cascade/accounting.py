@@ -89,7 +89,7 @@ def startup_line(
     return (
         f"CASCADE: {config.summary()}, at most {max_blocks} blocks of {page_size_bytes} bytes per "
         f"request and layer, {max_blocks * page_size_bytes * num_layers} bytes per request in all "
-        f"{num_layers} layers of a rank"
+        f"{num_layers} CASCADE layers of a rank"
     )
 
 

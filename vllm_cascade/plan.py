@@ -39,6 +39,10 @@ class Plan:
         page_size_bytes: Bytes of a block in a layer, scores included.
         layer_bytes: Bytes of the longest request in a layer.
         full_attention_layer_bytes: The same with full attention.
+        num_window_layers: Sliding-window layers, which are vLLM's own.
+        window_bytes: Bytes of the longest request in all of those, and of what vLLM pads where it
+            groups unequal numbers of layers.
+        full_attention_window_bytes: The same where the other layers have full attention.
         kv_memory_bytes: Memory for KV on each GPU, or None.
     """
 
@@ -52,17 +56,21 @@ class Plan:
     page_size_bytes: int
     layer_bytes: int
     full_attention_layer_bytes: int
+    num_window_layers: int
+    window_bytes: int
+    full_attention_window_bytes: int
     kv_memory_bytes: int | None
 
     @property
     def request_bytes(self) -> int:
         """Bytes of the longest request in all layers."""
-        return self.layer_bytes * self.num_layers
+        return self.layer_bytes * self.num_layers + self.window_bytes
 
     @property
     def full_attention_bytes(self) -> int:
         """Bytes of the longest request in all layers, with full attention."""
-        return self.full_attention_layer_bytes * self.num_layers
+        own = self.full_attention_layer_bytes * self.num_layers
+        return own + self.full_attention_window_bytes
 
     @property
     def concurrency(self) -> int | None:
@@ -97,6 +105,12 @@ class Plan:
         """All numbers, for a reader."""
         config, ranks = self.config, self.tensor_parallel_size
         each = f" on each of {ranks} ranks" if ranks > 1 else ""
+        windows = ""
+        if self.num_window_layers:
+            windows = (
+                f" and {self.num_window_layers} sliding-window layers, "
+                f"{self.window_bytes:,} bytes of it theirs"
+            )
         limit = f"the model's own limit is {self.position_limit:,} tokens"
         settled = " ".join(f"{name}={value}" for name, value in asdict(config).items())
         rows = [
@@ -111,7 +125,7 @@ class Plan:
             (
                 "memory",
                 f"{self.layer_bytes:,} bytes in a layer{each}, {_size(self.request_bytes)} in all "
-                f"{self.num_layers}, scores included",
+                f"{self.num_layers}{windows}, scores included",
             ),
             ("full attention", f"{_size(self.full_attention_bytes)} at the same max_model_len"),
         ]
@@ -208,34 +222,68 @@ def _vllm_config(
 
 
 def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+    from vllm_cascade.hybrid import SLIDING, is_hybrid
     from vllm_cascade.spec import CascadeSpec
     from vllm_cascade.validation import position_limit, resolve_options
 
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     block_size = vllm_config.cache_config.block_size
     config = resolve_options(vllm_config, block_size)
-    full = FullAttentionSpec(
-        block_size=block_size,
-        num_kv_heads=model_config.get_num_kv_heads(parallel),
-        head_size=model_config.get_head_size(),
-        dtype=model_config.dtype,
-    )
+    shape = {
+        "block_size": block_size,
+        "num_kv_heads": model_config.get_num_kv_heads(parallel),
+        "head_size": model_config.get_head_size(),
+        "dtype": model_config.dtype,
+    }
+    full = FullAttentionSpec(**shape)
     spec = CascadeSpec.of(full, config)
+    num_layers, kinds = _num_layers(model_config, parallel), []
+    if is_hybrid(model_config):
+        kinds = model_config.hf_text_config.layer_types
+    window = None
+    if kinds:
+        window = SlidingWindowSpec(**shape, sliding_window=model_config.get_sliding_window())
     return Plan(
         model=model,
         config=config,
         dtype=str(model_config.dtype).removeprefix("torch."),
         position_limit=position_limit(model_config),
         tensor_parallel_size=parallel.tensor_parallel_size,
-        num_layers=_num_layers(model_config, parallel),
+        num_layers=num_layers,
         max_blocks=build_layout(config).max_blocks,
         page_size_bytes=spec.page_size_bytes,
         layer_bytes=spec.max_memory_usage_bytes(vllm_config),
         full_attention_layer_bytes=full.max_memory_usage_bytes(vllm_config),
+        num_window_layers=kinds.count(SLIDING),
+        window_bytes=_beside(vllm_config, spec, window, kinds),
+        full_attention_window_bytes=_beside(vllm_config, full, window, kinds),
         kv_memory_bytes=None if kv_memory_gib is None else int(kv_memory_gib * GIB),
     )
+
+
+def _beside(vllm_config: Any, spec: Any, window: Any, kinds: list[str]) -> int:
+    """Bytes of the longest request beside those in its own pages of layers of `spec`.
+
+    Args:
+        vllm_config: vLLM's complete configuration.
+        spec: Of each full-attention layer.
+        window: Of each sliding-window layer.
+        kinds: The kinds of the model's layers, in order; empty where all are alike.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    from vllm_cascade.hybrid import FULL
+
+    if not kinds:
+        return 0
+    # An engine settles it when it knows all backends; here no bytes depend on it.
+    vllm_config.cache_config.kv_cache_layout = "LBHNC"
+    specs = {f"layers.{i}": spec if kind == FULL else window for i, kind in enumerate(kinds)}
+    groups = kv_cache_utils.get_kv_cache_groups(vllm_config, specs)
+    total = kv_cache_utils._max_memory_usage_bytes_from_groups(vllm_config, groups)
+    return int(total - kinds.count(FULL) * spec.max_memory_usage_bytes(vllm_config))
 
 
 def _num_layers(model_config: Any, parallel_config: Any) -> int:

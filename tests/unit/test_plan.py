@@ -85,6 +85,35 @@ def test_a_request_within_the_budget_takes_what_it_needs(model):
     assert plan.concurrency is None
 
 
+def test_windows_are_counted_as_vllm_groups_them(model):
+    """Five layers with a window fill two groups of three beside a group of three; one is padding."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"] * 2
+    kinds[3] = kinds[7] = "full_attention"
+    kinds[5] = "sliding_attention"
+    changes = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 8,
+        "layer_types": kinds,
+        "sliding_window": 256,
+    }
+    plan = make_plan(
+        model(**changes),
+        {"cache_tokens": 512, "num_sub_caches": 4, "stride": 128},
+        max_model_len=2048,
+        block_size=32,
+        kv_memory_gib=0.5,
+    )
+    assert (plan.num_layers, plan.num_window_layers) == (3, 5)
+    # A step may compute the whole prompt before any of it leaves the window; and vLLM adds a block.
+    blocks = 2048 // 32 + 1
+    assert plan.window_bytes == blocks * 2 * 3 * plan.page_size_bytes
+    assert plan.full_attention_window_bytes == blocks * 2 * 3 * 32 * KV_HEADS * HEAD_SIZE * 2 * 2
+    assert plan.request_bytes == 3 * plan.layer_bytes + plan.window_bytes
+    assert plan.concurrency == GIB // 2 // plan.request_bytes
+    assert "5 sliding-window layers" in plan.as_text()
+
+
 def test_layers_of_other_kinds_are_not_counted():
     from vllm_cascade.plan import _num_layers
 
