@@ -86,7 +86,7 @@ def test_a_request_within_the_budget_takes_what_it_needs(model):
 
 
 def test_windows_are_counted_as_vllm_groups_them(model):
-    """Five layers with a window fill two groups of three beside a group of three; one is padding."""
+    """Five layers with a window fill two groups of three beside one of three; one is padding."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"] * 2
     kinds[3] = kinds[7] = "full_attention"
     kinds[5] = "sliding_attention"
