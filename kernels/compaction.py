@@ -1,4 +1,4 @@
-"""Chooses the survivors of merge groups and moves them, in at most two launches of fixed size.
+"""Moves the survivors of merge groups, in at most two launches of fixed size.
 
 Nearly every step has nothing to merge, and the launches sit in a CUDA graph all the same. So both
 are small grids of persistent programs that look at the number of groups of all rows first, and
@@ -13,238 +13,22 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_cascade.kernels.mean_keys import (
+    MAX_KEYS,
+    MAX_PARTS,
+    PARTS_TILE,
+    ROWS_AT_A_TIME,
+    mean_key,
+    rows_with_groups,
+    store_distinctiveness,
+    sum_unit_keys,
+)
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
+from vllm_cascade.kernels.survivors import store_sources, store_worth
 
 MAX_WINDOW = 1024
-MAX_KEYS = 2**22
 PROGRAMS_PER_SM = 4
-
-# Rows looked at together.
-_ROWS = 1024
-# A row's keys are summed in at most this many parts, in as many as there is room for.
-_MAX_PARTS = 64
-_PARTS_TILE = 16
-# Sums of unit keys are kept as integers in units of 2**-40: at most 2**22 keys stay in range.
-_SCALE = tl.constexpr(float(2**40))
-_POISON = tl.constexpr(-(2**63))
-_SMALLEST = tl.constexpr(torch.finfo(torch.float32).min)
-
-
-@triton.jit
-def _rows_with_groups(num_groups_ptr, num_rows, ROWS: tl.constexpr):
-    """How many rows have something to merge."""
-    total = 0
-    for start in range(0, num_rows, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        counts = tl.load(num_groups_ptr + rows, mask=rows < num_rows, other=0)
-        total += tl.sum((counts > 0).to(tl.int32))
-    return total
-
-
-@triton.jit
-def _unit(x):
-    """Rows of `x` [M, N] float32 scaled to length one; a zero row stays zero, NaN stays NaN."""
-    # Correctly rounded: keys alike but for their length should stay alike.
-    length = tl.sqrt_rn(tl.sum(x * x, 1))
-    length = tl.where(length < 1e-30, 1e-30, length)
-    return x * tl.div_rn(tl.zeros_like(length) + 1.0, length)[:, None]
-
-
-@triton.jit
-def _sum_of_unit_keys(
-    kv_ptr,
-    block_table_at,
-    num_keys,
-    head,
-    part,
-    parts,
-    kv_stride_block,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Sum of one part of a row's unit keys: [CHANNELS] int64, `_POISON` where one is NaN.
-
-    A tile is summed in float32, and which keys are in it depends on nothing but their places; the
-    tiles' sums are added as integers. So the total over all parts is the same, to the bit, however
-    many parts there are.
-    """
-    channels = tl.arange(0, CHANNELS)
-    num_tiles = tl.cdiv(num_keys, KEYS)
-    share = tl.cdiv(num_tiles, parts)
-    total = tl.zeros([CHANNELS], tl.int64)
-    poisoned = tl.zeros([CHANNELS], tl.int32)
-    last = tl.minimum(part * share + share, num_tiles)
-    for tile in tl.range(part * share, last, num_stages=STAGES):
-        places = tile * KEYS + tl.arange(0, KEYS)
-        held = places < num_keys
-        blocks = tl.load(block_table_at + places // BLOCK_SIZE, mask=held, other=0).to(tl.int64)
-        slots = head * BLOCK_SIZE + places % BLOCK_SIZE
-        key_at = kv_ptr + blocks * kv_stride_block + slots * (2 * HEAD_SIZE)
-        # [KEYS, CHANNELS]
-        key = tl.load(
-            key_at[:, None] + channels[None, :],
-            mask=held[:, None] & (channels[None, :] < HEAD_SIZE),
-            other=0.0,
-        )
-        tile_sum = tl.sum(_unit(key.to(tl.float32)), 0)
-        is_nan = tile_sum != tile_sum
-        poisoned |= is_nan.to(tl.int32)
-        total += (tl.where(is_nan, 0.0, tile_sum) * _SCALE).to(tl.int64)
-    return tl.where(poisoned > 0, tl.full([CHANNELS], _POISON, tl.int64), total)
-
-
-@triton.jit
-def _mean_key(
-    sums_ptr,
-    first_sum,
-    parts,
-    head,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Direction of the mean of all unit keys of a row: [CHANNELS] float32, NaN if any is."""
-    channels = tl.arange(0, CHANNELS)
-    total = tl.zeros([CHANNELS], tl.int64)
-    poisoned = 0
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        at = ((first_sum + part).to(tl.int64) * NUM_KV_HEADS + head) * HEAD_SIZE
-        # [PARTS, CHANNELS]
-        sums = tl.load(
-            sums_ptr + at[:, None] + channels[None, :],
-            mask=(part[:, None] < parts) & (channels[None, :] < HEAD_SIZE),
-            other=0,
-        )
-        poisoned += tl.sum(tl.sum((sums == _POISON).to(tl.int32), 1))
-        total += tl.sum(sums, 0)
-    mean = total.to(tl.float32) / _SCALE
-    length = tl.sqrt(tl.sum(mean * mean))
-    mean = mean / tl.where(length < 1e-30, 1e-30, length)
-    return tl.where(poisoned > 0, float("nan"), mean)
-
-
-@triton.jit
-def _store_distinctiveness(
-    distinct_at,
-    kv_ptr,
-    groups_at,
-    mean,
-    head,
-    kv_stride_block,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Store minus the cosine of each of a group's keys to the direction `mean`."""
-    channels = tl.arange(0, CHANNELS)
-    for start in range(0, GROUP, KEYS):
-        places = start + tl.arange(0, KEYS)
-        blocks = tl.load(groups_at + places // BLOCK_SIZE).to(tl.int64)
-        slots = head * BLOCK_SIZE + places % BLOCK_SIZE
-        key_at = kv_ptr + blocks * kv_stride_block + slots * (2 * HEAD_SIZE)
-        # [KEYS, CHANNELS]
-        key = tl.load(
-            key_at[:, None] + channels[None, :], mask=channels[None, :] < HEAD_SIZE, other=0.0
-        )
-        cosine = tl.sum(_unit(key.to(tl.float32)) * mean[None, :], 1)
-        tl.store(distinct_at + places, -cosine)
-
-
-@triton.jit
-def _comparable(x):
-    """NaN below everything, infinities as the extreme finite values of their sign or beyond."""
-    return tl.where(x != x, float("-inf"), tl.where(x < _SMALLEST, _SMALLEST, x))
-
-
-@triton.jit
-def _load_score(score_ptr, groups_at, places, head, score_stride_block, BLOCK_SIZE: tl.constexpr):
-    blocks = tl.load(groups_at + places // BLOCK_SIZE).to(tl.int64)
-    slots = head * BLOCK_SIZE + places % BLOCK_SIZE
-    return _comparable(tl.load(score_ptr + blocks * score_stride_block + slots))
-
-
-@triton.jit
-def _count_below(x, places, others, other_places, WINDOW: tl.constexpr):
-    """How many `others` of the same window are smaller than each `x`, or equal and older."""
-    # [len(x), len(others)]
-    mine, other = x[:, None], others[None, :]
-    place, other_place = places[:, None], other_places[None, :]
-    below = (other < mine) | ((other == mine) & (other_place < place))
-    below = below & (other_place // WINDOW == place // WINDOW)
-    return tl.sum(below.to(tl.int32), 1)
-
-
-@triton.jit
-def _store_worth(
-    worth_at,
-    distinct_at,
-    score_ptr,
-    groups_at,
-    head,
-    key_weight,
-    score_stride_block,
-    BLOCK_SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SPAN: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-):
-    """Store rank(score) + key_weight * rank(distinctiveness) of each token of a group."""
-    for start in range(0, GROUP, TOKENS):
-        places = start + tl.arange(0, TOKENS)
-        score = _load_score(score_ptr, groups_at, places, head, score_stride_block, BLOCK_SIZE)
-        score_rank = tl.zeros([TOKENS], tl.int32)
-        distinct_rank = tl.zeros([TOKENS], tl.int32)
-        if HAS_WEIGHT:
-            distinct = _comparable(tl.load(distinct_at + places))
-        span = start // SPAN * SPAN
-        for other_start in range(span, span + SPAN, TOKENS):
-            others = other_start + tl.arange(0, TOKENS)
-            other_score = _load_score(
-                score_ptr, groups_at, others, head, score_stride_block, BLOCK_SIZE
-            )
-            score_rank += _count_below(score, places, other_score, others, WINDOW)
-            if HAS_WEIGHT:
-                other_distinct = _comparable(tl.load(distinct_at + others))
-                distinct_rank += _count_below(distinct, places, other_distinct, others, WINDOW)
-        worth = score_rank.to(tl.float32)
-        if HAS_WEIGHT:
-            worth += key_weight * distinct_rank.to(tl.float32)
-        tl.store(worth_at + places, worth)
-
-
-@triton.jit
-def _store_sources(
-    source_at,
-    worth_at,
-    GROUP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    """Store the survivors' places in a group, in order: the better half of every window."""
-    taken = 0
-    for start in range(0, GROUP, TOKENS):
-        places = start + tl.arange(0, TOKENS)
-        worth = tl.load(worth_at + places)
-        rank = tl.zeros([TOKENS], tl.int32)
-        span = start // SPAN * SPAN
-        for other_start in range(span, span + SPAN, TOKENS):
-            others = other_start + tl.arange(0, TOKENS)
-            rank += _count_below(worth, places, tl.load(worth_at + others), others, WINDOW)
-        survives = (rank >= WINDOW // 2).to(tl.int32)
-        target = taken + tl.cumsum(survives, 0) - survives
-        tl.store(source_at + target, places, mask=survives > 0)
-        taken += tl.sum(survives)
 
 
 @triton.jit
@@ -297,67 +81,6 @@ def _move(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_sums", "table_stride_row"],
-    do_not_specialize_on_alignment=["num_groups_ptr", "num_keys_ptr", "block_table_ptr"],
-)
-def _unit_key_sums_kernel(
-    kv_ptr,
-    num_groups_ptr,
-    num_keys_ptr,
-    block_table_ptr,
-    sums_ptr,
-    num_rows,
-    num_sums,
-    kv_stride_block,
-    table_stride_row,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
-    ROWS: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
-):
-    total_rows = _rows_with_groups(num_groups_ptr, num_rows, ROWS)
-    if total_rows == 0:
-        return
-    parts = tl.minimum(num_sums // total_rows, MAX_PARTS)
-    channels = tl.arange(0, CHANNELS)
-    rows_before = 0
-    for start in range(0, num_rows, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        counts = tl.load(num_groups_ptr + rows, mask=rows < num_rows, other=0)
-        has_groups = (counts > 0).to(tl.int32)
-        ends = tl.cumsum(has_groups, 0)
-        rows_here = tl.sum(has_groups)
-        # Heads go fastest: they share blocks.
-        num_items = rows_here * parts * NUM_KV_HEADS
-        for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-            head = item % NUM_KV_HEADS
-            part = item // NUM_KV_HEADS % parts
-            index = item // NUM_KV_HEADS // parts
-            row = (start + tl.sum((ends <= index).to(tl.int32))).to(tl.int64)
-            total = _sum_of_unit_keys(
-                kv_ptr,
-                block_table_ptr + row * table_stride_row,
-                tl.load(num_keys_ptr + row),
-                head,
-                part,
-                parts,
-                kv_stride_block,
-                HEAD_SIZE,
-                BLOCK_SIZE,
-                CHANNELS,
-                KEYS,
-                STAGES,
-            )
-            at = ((rows_before + index) * parts + part).to(tl.int64) * NUM_KV_HEADS + head
-            tl.store(sums_ptr + at * HEAD_SIZE + channels, total, mask=channels < HEAD_SIZE)
-        rows_before += rows_here
-
-
-@triton.jit(
     do_not_specialize=["num_rows", "num_sums", "groups_stride_row", "groups_stride_group"],
     do_not_specialize_on_alignment=["groups_ptr", "num_groups_ptr"],
 )
@@ -398,7 +121,7 @@ def _merge_kernel(
     HAS_TOKEN: tl.constexpr,
     HAS_COUNTERS: tl.constexpr,
 ):
-    total_rows = _rows_with_groups(num_groups_ptr, num_rows, ROWS)
+    total_rows = rows_with_groups(num_groups_ptr, num_rows, ROWS)
     if total_rows == 0:
         return
     parts = tl.minimum(num_sums // total_rows, MAX_PARTS)
@@ -425,7 +148,7 @@ def _merge_kernel(
             groups_at = groups_ptr + row * groups_stride_row + group * groups_stride_group
             if HAS_WEIGHT:
                 row_index = rows_before + tl.sum(tl.where(local_rows < local_row, has_groups, 0))
-                mean = _mean_key(
+                mean = mean_key(
                     sums_ptr,
                     row_index * parts,
                     parts,
@@ -435,7 +158,7 @@ def _merge_kernel(
                     CHANNELS,
                     PARTS,
                 )
-                _store_distinctiveness(
+                store_distinctiveness(
                     distinct_at,
                     kv_ptr,
                     groups_at,
@@ -449,7 +172,7 @@ def _merge_kernel(
                     KEYS,
                 )
                 tl.debug_barrier()
-            _store_worth(
+            store_worth(
                 worth_at,
                 distinct_at,
                 score_ptr,
@@ -465,7 +188,7 @@ def _merge_kernel(
                 HAS_WEIGHT,
             )
             tl.debug_barrier()
-            _store_sources(source_at, worth_at, GROUP, WINDOW, TOKENS, SPAN)
+            store_sources(source_at, worth_at, GROUP, WINDOW, TOKENS, SPAN)
             tl.debug_barrier()
             _move(
                 kv_ptr,
@@ -587,7 +310,7 @@ def make_scratch(
         properties = torch.cuda.get_device_properties(device)
         num_programs = programs_per_sm * properties.multi_processor_count
     # One sum per row is enough; with more, few rows spread over the device as well.
-    num_sums = max(max_rows, 4 * _MAX_PARTS)
+    num_sums = max(max_rows, 4 * MAX_PARTS)
     return Scratch(
         torch.empty(num_sums, num_kv_heads, head_size, dtype=torch.int64, device=device),
         torch.empty(num_programs, 2, max_group, dtype=torch.float32, device=device),
@@ -667,29 +390,16 @@ def merge_groups(
     group = blocks * block_size
     num_programs = scratch.sources.shape[0]
     config = config or launch_config(head_size, pages.kv.element_size(), group)
-    channels = triton.next_power_of_2(head_size)
     if key_weight:
-        _unit_key_sums_kernel[(num_programs,)](
-            pages.kv,
-            merges.num_groups,
-            merges.num_keys,
-            merges.block_table,
+        sum_unit_keys(
+            pages,
+            merges,
             scratch.sums,
-            num_rows,
-            scratch.sums.shape[0],
-            pages.kv.stride(0),
-            merges.block_table.stride(0),
-            NUM_KV_HEADS=num_kv_heads,
-            HEAD_SIZE=head_size,
-            BLOCK_SIZE=block_size,
-            CHANNELS=channels,
-            KEYS=config.sum_keys,
-            STAGES=config.sum_stages,
-            ROWS=_ROWS,
-            MAX_PARTS=_MAX_PARTS,
+            num_programs,
+            tile_keys=config.sum_keys,
             num_warps=config.sum_warps,
-            num_stages=1,
-            maxnreg=config.max_registers,
+            num_stages=config.sum_stages,
+            max_registers=config.max_registers,
         )
     token = pages.token if pages.token is not None else pages.score
     _merge_kernel[(num_programs,)](
@@ -714,7 +424,7 @@ def merge_groups(
         NUM_KV_HEADS=num_kv_heads,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,
-        CHANNELS=channels,
+        CHANNELS=triton.next_power_of_2(head_size),
         GROUP=group,
         WINDOW=window,
         KEYS=config.group_keys,
@@ -722,9 +432,9 @@ def merge_groups(
         SPAN=max(window, config.tokens),
         MOVE=config.move,
         MOVE_CHANNELS=triton.next_power_of_2(2 * head_size),
-        ROWS=_ROWS,
-        MAX_PARTS=_MAX_PARTS,
-        PARTS=_PARTS_TILE,
+        ROWS=ROWS_AT_A_TIME,
+        MAX_PARTS=MAX_PARTS,
+        PARTS=PARTS_TILE,
         HAS_WEIGHT=bool(key_weight),
         HAS_TOKEN=pages.token is not None,
         HAS_COUNTERS=counters is not None,

@@ -1,0 +1,98 @@
+"""Which tokens of a merge group survive: device functions of the merge kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_SMALLEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+@triton.jit
+def _comparable(x):
+    """NaN below everything, infinities as the extreme finite values of their sign or beyond."""
+    return tl.where(x != x, float("-inf"), tl.where(x < _SMALLEST, _SMALLEST, x))
+
+
+@triton.jit
+def _load_score(score_ptr, groups_at, places, head, score_stride_block, BLOCK_SIZE: tl.constexpr):
+    blocks = tl.load(groups_at + places // BLOCK_SIZE).to(tl.int64)
+    slots = head * BLOCK_SIZE + places % BLOCK_SIZE
+    return _comparable(tl.load(score_ptr + blocks * score_stride_block + slots))
+
+
+@triton.jit
+def _count_below(x, places, others, other_places, WINDOW: tl.constexpr):
+    """How many `others` of the same window are smaller than each `x`, or equal and older."""
+    # [len(x), len(others)]
+    mine, other = x[:, None], others[None, :]
+    place, other_place = places[:, None], other_places[None, :]
+    below = (other < mine) | ((other == mine) & (other_place < place))
+    below = below & (other_place // WINDOW == place // WINDOW)
+    return tl.sum(below.to(tl.int32), 1)
+
+
+@triton.jit
+def store_worth(
+    worth_at,
+    distinct_at,
+    score_ptr,
+    groups_at,
+    head,
+    key_weight,
+    score_stride_block,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPAN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):
+    """Store rank(score) + key_weight * rank(distinctiveness) of each token of a group."""
+    for start in range(0, GROUP, TOKENS):
+        places = start + tl.arange(0, TOKENS)
+        score = _load_score(score_ptr, groups_at, places, head, score_stride_block, BLOCK_SIZE)
+        score_rank = tl.zeros([TOKENS], tl.int32)
+        distinct_rank = tl.zeros([TOKENS], tl.int32)
+        if HAS_WEIGHT:
+            distinct = _comparable(tl.load(distinct_at + places))
+        span = start // SPAN * SPAN
+        for other_start in range(span, span + SPAN, TOKENS):
+            others = other_start + tl.arange(0, TOKENS)
+            other_score = _load_score(
+                score_ptr, groups_at, others, head, score_stride_block, BLOCK_SIZE
+            )
+            score_rank += _count_below(score, places, other_score, others, WINDOW)
+            if HAS_WEIGHT:
+                other_distinct = _comparable(tl.load(distinct_at + others))
+                distinct_rank += _count_below(distinct, places, other_distinct, others, WINDOW)
+        worth = score_rank.to(tl.float32)
+        if HAS_WEIGHT:
+            worth += key_weight * distinct_rank.to(tl.float32)
+        tl.store(worth_at + places, worth)
+
+
+@triton.jit
+def store_sources(
+    source_at,
+    worth_at,
+    GROUP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Store the survivors' places in a group, in order: the better half of every window."""
+    taken = 0
+    for start in range(0, GROUP, TOKENS):
+        places = start + tl.arange(0, TOKENS)
+        worth = tl.load(worth_at + places)
+        rank = tl.zeros([TOKENS], tl.int32)
+        span = start // SPAN * SPAN
+        for other_start in range(span, span + SPAN, TOKENS):
+            others = other_start + tl.arange(0, TOKENS)
+            rank += _count_below(worth, places, tl.load(worth_at + others), others, WINDOW)
+        survives = (rank >= WINDOW // 2).to(tl.int32)
+        target = taken + tl.cumsum(survives, 0) - survives
+        tl.store(source_at + target, places, mask=survives > 0)
+        taken += tl.sum(survives)
