@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from reference.attention import reduce_heads
-from vllm_cascade.kernels.segments import KEY_PADDING
+
+# Zeros after each segment's values: as many as the widest tile of FlashAttention-3 has keys.
+KEY_PADDING = 192
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, is_neox: bool) -> Tensor:
