@@ -7,6 +7,8 @@ import sys
 
 from e2e.support import ROOT
 
+PLANNED = "a request holds at most R"
+
 
 def test_memory_is_what_the_plan_predicts() -> None:
     """The program refuses a row whose blocks, bytes or preemptions are not the plan's."""
@@ -16,6 +18,6 @@ def test_memory_is_what_the_plan_predicts() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    (planned,) = (words[7] for words in lines if words[:6] == "a request holds at most R".split())
+    (planned,) = (words[7] for words in lines if " ".join(words[:6]) == PLANNED)
     held = [words[1] for words in lines if words[:1] == ["blocks_per_request"]]
     assert held == [planned, planned]
