@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
 from vllm_cascade.config import PRESETS, CascadeOptions
+from vllm_cascade.evaluation.command import add_commands
 
 INVALID = 2  # as argparse exits for a bad command line
 
@@ -48,9 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; the process's own unless given.
 
     Returns:
-        The exit code: 2 if the model cannot be served as asked, else 0.
+        The exit code: 2 if the model cannot be served or measured as asked, 1 if an engine failed,
+        else 0.
     """
     given = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = given.run
+    return run(given)
+
+
+def _plan(given: argparse.Namespace) -> int:
     from vllm_cascade.plan import PlanError, make_plan
 
     options = {f.name: getattr(given, f.name) for f in fields(CascadeOptions)}
@@ -94,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu-memory", type=_positive, metavar="GIB", help="memory for KV on each GPU"
     )
     plan.add_argument("--json", action="store_true", help="print a JSON object")
+    plan.set_defaults(run=_plan)
+    add_commands(commands)
     return parser
 
 

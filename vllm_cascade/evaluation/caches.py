@@ -1,0 +1,142 @@
+"""The caches to compare, as the command line names them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from typing import Any
+
+from vllm_cascade.config import PRESETS, CascadeOptions, ConfigError
+from vllm_cascade.evaluation import EvaluationError
+
+FULL = "full"
+# What has no meaning where no token ever competes.
+NOT_OF_WINDOW = (
+    "num_sub_caches",
+    "selection_window",
+    "score_power",
+    "key_weight",
+    "score_reduction",
+    "score_decay",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A cache under its name in the results.
+
+    Attributes:
+        label: As given on the command line, with swept values added.
+        cascade: Options as in ``additional_config``; None is vLLM's own attention.
+    """
+
+    label: str
+    cascade: dict[str, Any] | None = field(hash=False)
+
+
+def parse_caches(
+    specs: Sequence[str], shared: Mapping[str, Any], sweep: Mapping[str, Sequence[Any]]
+) -> list[Cache]:
+    """Caches from the command line, each cascade crossed with all swept values.
+
+    Args:
+        specs: "full", or a policy and its options: "blend:cache_tokens=2048,stride=256".
+        shared: Options of every cascade; a cache's own win.
+        sweep: Option to values. Those that a window has no use for leave it alone.
+
+    Raises:
+        EvaluationError: An unknown cache, a value that no cascade takes, or a cache given twice.
+    """
+    caches = [
+        cache
+        for spec in specs
+        for cache in ([_full(spec)] if _is_full(spec) else _swept(spec, shared, sweep))
+    ]
+    labels = [cache.label for cache in caches]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise EvaluationError(f"cache {label!r} is given twice: leave one out")
+    return caches
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Options written "name=value,name=value"; values as in JSON, or plain words.
+
+    Raises:
+        EvaluationError: A part without "=", or a name given twice.
+    """
+    options: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or name in options:
+            why = "is given twice" if equals else "is no name=value"
+            raise EvaluationError(f"{part!r} {why}: write options as name=value,name=value")
+        options[name] = _value(value)
+    return options
+
+
+def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Swept options, each written "name=value,value".
+
+    Raises:
+        EvaluationError: No values, or an option that no cascade has.
+    """
+    sweep: dict[str, list[Any]] = {}
+    known = [f.name for f in fields(CascadeOptions)]
+    for text in texts:
+        name, _, values = text.partition("=")
+        if name not in known or not values or name in sweep or name == "policy":
+            raise EvaluationError(
+                f"--sweep {text!r}: write name=value,value, each name once, of {', '.join(known)} "
+                "but policy, which is a cache's name"
+            )
+        sweep[name] = [_value(value) for value in values.split(",")]
+    return sweep
+
+
+def _is_full(spec: str) -> bool:
+    return spec.partition(":")[0] == FULL
+
+
+def _full(spec: str) -> Cache:
+    if spec != FULL:
+        raise EvaluationError(f"cache {spec!r}: full attention has no options; write {FULL!r}")
+    return Cache(FULL, None)
+
+
+def _swept(spec: str, shared: Mapping[str, Any], sweep: Mapping[str, Sequence[Any]]) -> list[Cache]:
+    policy, _, rest = spec.partition(":")
+    if policy not in PRESETS:
+        raise EvaluationError(
+            f"no cache {policy!r}: choose from {', '.join((FULL, *PRESETS))}, options after a colon"
+        )
+    window = policy == "window"
+    common = {k: v for k, v in shared.items() if not (window and k in NOT_OF_WINDOW)}
+    names = [name for name in sweep if not (window and name in NOT_OF_WINDOW)]
+    caches = []
+    for values in product(*(sweep[name] for name in names)):
+        point = dict(zip(names, values, strict=True))
+        own = parse_options(rest)
+        for name in point:
+            if name in own:
+                raise EvaluationError(f"cache {spec!r} sets {name}, which --sweep varies")
+        if "policy" in own or "policy" in common:
+            raise EvaluationError("policy is a cache's name: do not give it as an option")
+        cascade = {"policy": policy, **common, **own, **point}
+        shown = ",".join(filter(None, [rest, *(f"{k}={v}" for k, v in point.items())]))
+        label = f"{policy}:{shown}" if shown else policy
+        try:
+            CascadeOptions.parse(cascade)
+        except ConfigError as error:
+            raise EvaluationError(f"cache {label!r}: {error}") from error
+        caches.append(Cache(label, cascade))
+    return caches
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,266 @@
+"""A vLLM engine in a process of its own, and what its requests held."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_cascade.evaluation import EvaluationError
+
+LOG_LINES = 30
+# Prefix caching off: a prompt that begins like one before it would seem to cost nothing.
+FIXED = {"enable_prefix_caching": False, "skip_tokenizer_init": True}
+
+
+class EngineError(RuntimeError):
+    """The engine's process failed; the message ends with what it printed last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to ask of the engine.
+
+    Attributes:
+        token_ids: The prompt.
+        max_tokens: Tokens to generate, greedily and past an end token; at least 2, since a
+            finished request holds no block.
+        logprobs: Whether to return the prompt's log-probabilities.
+    """
+
+    token_ids: list[int]
+    max_tokens: int
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one request gave and took.
+
+    Attributes:
+        token_ids: The generated tokens.
+        num_prompt_tokens: Length of the prompt.
+        logprobs: Of the prompt's tokens but the first, in nats; empty unless asked for.
+        num_blocks: Most KV blocks held at the end of any step.
+        kv_bytes: Bytes of those blocks, over all layers.
+        prefill_s: Seconds from the batch's start until the first generated token.
+        total_s: Seconds until the last one.
+    """
+
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    logprobs: tuple[float, ...]
+    num_blocks: int
+    kv_bytes: int
+    prefill_s: float
+    total_s: float
+
+
+Progress = Callable[[int, int], None]
+
+
+class _Batch:
+    """Requests that run together in an engine whose core lives in this process."""
+
+    def __init__(self, llm: Any, requests: Sequence[Request]) -> None:
+        self.engine = llm.llm_engine
+        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.requests = requests
+        self.computed = [0] * len(requests)
+        self.held: list[tuple[int, int]] = [(0, 0)] * len(requests)
+        self.first_s = [0.0] * len(requests)
+        groups = self.scheduler.kv_cache_config.kv_cache_groups
+        self.block_bytes = [g.kv_cache_spec.page_size_bytes * len(g.layer_names) for g in groups]
+
+    def run(self, progress: Progress) -> list[Completion]:
+        """Answer all of them; `progress` gets prompt tokens computed, and requests finished."""
+        from vllm import SamplingParams
+
+        start = time.perf_counter()
+        for number, request in enumerate(self.requests):
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=request.max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                prompt_logprobs=0 if request.logprobs else None,
+                flat_logprobs=True,
+            )
+            prompt = {"prompt_token_ids": request.token_ids}
+            self.engine.add_request(str(number), prompt, params)
+        done: dict[int, Completion] = {}
+        while self.engine.has_unfinished_requests():
+            outputs = self.engine.step()
+            seconds = time.perf_counter() - start
+            self._watch()
+            for output in outputs:
+                number = int(output.request_id)
+                self.first_s[number] = self.first_s[number] or seconds
+                if output.finished:
+                    done[number] = self._completion(number, output, seconds)
+                    self.computed[number] = len(self.requests[number].token_ids)
+            progress(sum(self.computed), len(done))
+        return [done[number] for number in range(len(self.requests))]
+
+    def _watch(self) -> None:
+        for running in self.scheduler.running:
+            # vLLM appends a random suffix to the ids inside the engine.
+            number = int(running.request_id.partition("-")[0])
+            computed = min(running.num_computed_tokens, len(self.requests[number].token_ids))
+            self.computed[number] = max(self.computed[number], computed)
+            groups = self.scheduler.kv_cache_manager.get_block_ids(running.request_id)
+            sizes = [len(group) for group in groups]
+            num_bytes = sum(n * b for n, b in zip(sizes, self.block_bytes, strict=True))
+            self.held[number] = max(self.held[number], (sum(sizes), num_bytes))
+
+    def _completion(self, number: int, output: Any, seconds: float) -> Completion:
+        request, num_blocks = self.requests[number], self.held[number]
+        logprobs: tuple[float, ...] = ()
+        if request.logprobs:
+            flat = output.prompt_logprobs
+            spans = zip(flat.start_indices, flat.end_indices, strict=True)
+            logprobs = tuple(flat.logprobs[start] for start, end in spans if end > start)
+            if len(logprobs) != len(request.token_ids) - 1:
+                raise RuntimeError(
+                    f"{len(logprobs)} log-probabilities of {len(request.token_ids)} tokens"
+                )
+        return Completion(
+            token_ids=tuple(output.outputs[0].token_ids),
+            num_prompt_tokens=len(request.token_ids),
+            logprobs=logprobs,
+            num_blocks=num_blocks[0],
+            kv_bytes=num_blocks[1],
+            prefill_s=self.first_s[number],
+            total_s=seconds,
+        )
+
+
+def serve(model: str, options: dict[str, Any], log: str, pipe: Any) -> None:
+    """Answer what comes through the pipe until it closes; the body of the engine's process."""
+    # vLLM logs to both streams: they go to a file that is shown only if the process fails.
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    # The engine core stays in this process so that its block pool can be read between steps.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm import LLM
+
+    llm = LLM(model, **FIXED, **options)
+    # The first step of an engine is slower than the rest.
+    _Batch(llm, [Request([1, 2, 3, 4], 2)]).run(lambda computed, finished: None)
+    pipe.send("ready")
+    while True:
+        try:
+            requests = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_Batch(llm, requests).run(lambda *done: pipe.send(done)))
+
+
+class Engine:
+    """A vLLM engine in a process of its own, so that its memory comes back; a context manager.
+
+    Args:
+        model: As for `vllm.LLM`.
+        options: Keyword arguments for `vllm.LLM`.
+
+    Raises:
+        EngineError: From any method.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._log = Path(self._folder.name) / "engine.log"
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (model, options, str(self._log), theirs)
+        self._process = context.Process(target=serve, args=arguments)
+        self._process.start()
+        theirs.close()
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        progress: Progress = lambda computed, finished: None,
+    ) -> list[Completion]:
+        """Answer requests, batched as vLLM sees fit.
+
+        Args:
+            requests: All are given to the engine at once.
+            progress: Called after each step with the prompt tokens computed and the requests
+                finished so far.
+        """
+        self._pipe.send(list(requests))
+        while not isinstance(message := self._receive(), list):
+            progress(*message)
+        return message
+
+    def close(self) -> None:
+        """End the process and give its memory back."""
+        self._pipe.close()
+        self._process.join()
+        self._folder.cleanup()
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+            raise EngineError(f"the engine ended with {self._process.exitcode}:\n{tail}") from None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def resolve(model: str, options: dict[str, Any]) -> tuple[int, Any]:
+    """Check an engine's options as vLLM would, without starting it.
+
+    Args:
+        model: As for `vllm.LLM`.
+        options: Keyword arguments for `vllm.LLM`.
+
+    Returns:
+        The model's own position limit, and the `CascadeConfig` (None for another backend).
+
+    Raises:
+        EvaluationError: With vLLM's or the plugin's own words.
+    """
+    # vLLM warns of much that its own process says again.
+    with contextlib.redirect_stdout(sys.stderr):
+        from pydantic import ValidationError
+        from vllm.engine.arg_utils import EngineArgs
+
+        from vllm_cascade.plugin import register
+        from vllm_cascade.validation import position_limit, resolve_options
+
+        register()
+        try:
+            vllm_config = EngineArgs(model=model, **FIXED, **options).create_engine_config()
+        except ValidationError as error:
+            said = "; ".join(part["msg"].removeprefix("Value error, ") for part in error.errors())
+            raise EvaluationError(said) from error
+        except Exception as error:  # what was given may be wrong in any way
+            raise EvaluationError(str(error) or type(error).__name__) from error
+        config = None
+        if options.get("attention_backend") == "CASCADE":
+            config = resolve_options(vllm_config, vllm_config.cache_config.block_size)
+        return position_limit(vllm_config.model_config), config

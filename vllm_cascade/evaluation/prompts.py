@@ -1,0 +1,189 @@
+"""Prompts of an exact number of tokens, with something to find in them."""
+
+from __future__ import annotations
+
+import random
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from vllm_cascade.evaluation import EvaluationError
+from vllm_cascade.evaluation.texts import Texts
+
+FILLERS = ("words", "sentences", "book")
+SENTENCES = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+)
+WORDS_A_LINE = 12
+BODY = "[[body]]"  # stands for the filler while a chat template is applied
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt and what would answer it.
+
+    Attributes:
+        task: Name of the task.
+        filler: Name of the text around what is to be found; "" where the task has its own.
+        length: Tokens of the prompt.
+        index: Its number among the prompts of this task, filler and length.
+        seed: Of all that was drawn for it.
+        depth: Where in the filler the thing asked for stands, 0 to 1; None if in several places.
+        expected: What the answer has to contain; empty for perplexity.
+        max_tokens: Tokens to generate.
+        token_ids: The prompt, special tokens included.
+    """
+
+    task: str
+    filler: str
+    length: int
+    index: int
+    seed: str
+    depth: float | None
+    expected: tuple[str, ...]
+    max_tokens: int
+    token_ids: list[int] = field(repr=False)
+
+
+class PromptBuilder:
+    """Puts prompts together from lines of tokens.
+
+    Lines are tokenized one by one, so that a prompt's length is a sum and is met exactly.
+
+    Args:
+        tokenizer: The model's, of the transformers library.
+        texts: What fills the prompts.
+        chat: Whether to apply the tokenizer's chat template.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Texts, chat: bool) -> None:
+        self.tokenizer = tokenizer
+        self.texts = texts
+        self.chat = chat
+        self._lines: dict[str, list[int]] = {}
+        self._books: dict[int, list[str]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a piece of text, without special tokens."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def filler(self, name: str, rng: random.Random) -> Iterator[list[int]]:
+        """Lines of filler without end, as tokens.
+
+        Args:
+            name: One of `FILLERS`.
+            rng: Draws the words, or where the book starts.
+        """
+        if name == "words":
+            while True:
+                yield self.encode(" ".join(rng.choices(self.texts.words, k=WORDS_A_LINE)) + ".\n")
+        elif name == "sentences":
+            while True:
+                yield self._line(SENTENCES)
+        elif name == "book":
+            sentences = self._sentences(rng.randrange(len(self.texts.books)))
+            start = rng.randrange(len(sentences))
+            while True:
+                for sentence in sentences[start:]:
+                    yield self._line(sentence + "\n")
+                start = 0
+        else:
+            raise EvaluationError(f"no filler {name!r}: choose from {', '.join(FILLERS)}")
+
+    def build(
+        self,
+        length: int,
+        introduction: str,
+        filler: Iterator[list[int]],
+        needles: Sequence[tuple[float, str]],
+        question: str,
+        answer_start: str,
+    ) -> list[int]:
+        """A prompt of exactly `length` tokens.
+
+        Args:
+            length: Tokens, those of the chat template included.
+            introduction: Stands first.
+            filler: Lines; the last one taken is cut to fit.
+            needles: Share of the filler that stands before it, and a line to hide.
+            question: Stands last, but for the chat template.
+            answer_start: How the model's own answer begins.
+
+        Raises:
+            EvaluationError: `length` has no room for the rest.
+        """
+        head, tail = self._frame(introduction, question, answer_start)
+        hidden = [(depth, self.encode(text)) for depth, text in needles]
+        room = length - len(head) - len(tail) - sum(len(line) for _, line in hidden)
+        if room < 1:
+            raise EvaluationError(
+                f"a prompt of {length} tokens has no room for filler: give --lengths of more than "
+                f"{length - room}"
+            )
+        lines: list[list[int]] = []
+        left = room
+        while left > 0:
+            lines.append(next(filler)[:left])
+            left -= len(lines[-1])
+        starts = [0, *accumulate(len(line) for line in lines)]
+        # The deepest first: it does not move those that stand before it.
+        for depth, line in sorted(hidden, key=lambda pair: pair[0], reverse=True):
+            lines.insert(bisect_left(starts, min(depth * room, starts[-2])), line)
+        return [*head, *(token for line in lines for token in line), *tail]
+
+    def book_part(self, length: int, index: int, rng: random.Random) -> list[int]:
+        """A book's tokens from somewhere in it, `length` in all.
+
+        Raises:
+            EvaluationError: The book is shorter.
+        """
+        number = index % len(self.texts.books)
+        sentences = self._sentences(number)
+        start = self.encode_start()
+        tokens = [token for s in sentences for token in self._line(s + "\n")]
+        spare = len(tokens) + len(start) - length
+        if spare < 0:
+            raise EvaluationError(
+                f"book {number + 1} has {len(tokens):,} tokens, fewer than {length:,}: give a "
+                "longer one with --texts, or smaller --lengths"
+            )
+        at = rng.randrange(spare + 1)
+        return [*start, *tokens[at : at + length - len(start)]]
+
+    def encode_start(self) -> list[int]:
+        """The tokens that the model wants before any text."""
+        return list(self.tokenizer.encode("", add_special_tokens=True))
+
+    def _frame(
+        self, introduction: str, question: str, answer_start: str
+    ) -> tuple[list[int], list[int]]:
+        """What stands before and after the filler."""
+        if not self.chat:
+            head = [*self.encode_start(), *self.encode(introduction)]
+            return head, self.encode(f"\n{question} {answer_start}")
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{introduction}{BODY}\n{question}"}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,  # there is no room for thoughts before the answer
+        )
+        before, found, after = text.partition(BODY)
+        if not found:
+            raise EvaluationError(
+                "the model's chat template leaves the user's text out: give --no-chat"
+            )
+        return self.encode(before), self.encode(after + answer_start)
+
+    def _sentences(self, number: int) -> list[str]:
+        if number not in self._books:
+            parts = re.split(r"(?<=[.?!]) |\n", self.texts.books[number])
+            self._books[number] = [part for part in parts if part]
+        return self._books[number]
+
+    def _line(self, text: str) -> list[int]:
+        if text not in self._lines:
+            self._lines[text] = self.encode(text)
+        return self._lines[text]
