@@ -1,0 +1,112 @@
+"""The figures of README's tables are those of the committed rows."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+
+
+def rows(name: str, **chosen: str) -> list[dict[str, str]]:
+    """Rows of a result file with these values, in order."""
+    with (RESULTS / name).open(newline="") as file:
+        found = [
+            row
+            for row in csv.DictReader(file)
+            if all(row[column] == value for column, value in chosen.items())
+        ]
+    assert found, (name, chosen)
+    return found
+
+
+def cells(label: str) -> list[list[str]]:
+    """Cells of README's table rows whose first cell starts with `label`."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    tables = ([c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|")
+    found = [row for row in tables if row[0].startswith(label)]
+    assert found, label
+    return found
+
+
+def agrees(cell: str, value: float, which: int = 0) -> bool:
+    """Whether a number in a cell is `value`, rounded to as many digits as are shown."""
+    shown = NUMBER.findall(cell)[which].replace(",", "")
+    digits = len(shown.partition(".")[2])
+    return abs(float(shown) - value) <= 0.5001 * 10.0**-digits
+
+
+def layer_rows() -> Iterator[tuple[list[str], str, float]]:
+    """README's cells, the name in the CSV, and milliseconds in the cells' unit."""
+    prefill = cells("prefill of 1,048,576 tokens")[0]
+    same = cells("the same")
+    yield prefill, "prefill_1m_fa3", 1e3
+    yield same[0], "prefill_1m_fa2", 1e3
+    yield same[1], "prefill_1m_wide_fa3", 1e3
+    yield cells("prefill of 16,384 tokens")[0], "prefill_16k_fa3", 1.0
+    yield cells("decode, 64 requests")[0], "decode_fa3", 1.0
+
+
+def test_layer() -> None:
+    for shown, name, unit in layer_rows():
+        theirs, ours = rows("gpu_layer.csv", row=name)
+        assert agrees(shown[2], float(theirs["ms_p50"]) / unit), name
+        assert agrees(shown[3], float(ours["ms_p50"]) / unit), name
+        assert agrees(shown[4], float(ours["ratio"])), name
+    assert len({row["commit"] for row in rows("gpu_layer.csv")}) == 1, "README says: of one run"
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("first token of a 120,000-token", "first_token_120k"),
+        ("first token of a 500,000-token", "first_token_500k"),
+        ("64 requests of 1,000 tokens in", "throughput"),
+    ],
+)
+def test_serving(label: str, name: str) -> None:
+    (shown,) = cells(label)
+    theirs, ours = rows("gpu_serving.csv", row=name)
+    assert (theirs["side"], ours["side"]) == ("FLASH_ATTN", "CASCADE")
+    assert agrees(shown[1], float(theirs["s_p50"]))
+    assert agrees(shown[2], float(ours["s_p50"]))
+    assert agrees(shown[3], float(ours["ratio"]))
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [("one request of 1,000,000", "million"), ("24 requests of 24,000", "24_full_caches")],
+)
+def test_memory(label: str, name: str) -> None:
+    (shown,) = cells(label)
+    (row,) = rows("gpu_million.csv", row=name)
+    assert row["kv_mib_predicted"] == row["kv_mib_measured"]
+    assert agrees(shown[1], float(row["blocks_per_request"]), -1)
+    assert agrees(shown[2], float(row["kv_mib_measured"]) / 1024)
+    assert agrees(shown[3], float(row["kv_mib_full_attention"]) / 1024)
+    assert agrees(shown[4], float(row["first_token_s"]))
+    assert row["preemptions"] == "0"
+
+
+@pytest.mark.parametrize("first", [1, 8193, 57345, 122881, 188417])
+def test_perplexity(first: int) -> None:
+    (shown,) = cells(f"{first:,} - ")
+    caches = ["full", "window", "paper", "blend_auto"]
+    for cell, cache in zip(shown[1:], caches, strict=True):
+        (row,) = rows("streaming_perplexity.csv", cache=cache, first_token=str(first))
+        assert agrees(cell, float(row["perplexity"])), cache
+        assert agrees(shown[0], float(row["last_token"]), 1)
+
+
+def test_plot_is_drawn_from_the_rows() -> None:
+    text = (RESULTS / "streaming_perplexity.csv").read_text(encoding="utf-8")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    plot = (RESULTS / "streaming_perplexity.svg").read_text(encoding="utf-8")
+    assert f"rows {digest}" in plot, "run python benchmarks/plots.py"
