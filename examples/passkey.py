@@ -5,8 +5,7 @@ of 2,048 tokens. The cascade has the same budget: by plain attention scores in f
 by the default policy `blend`. Each engine runs in a process of its own, one after the other; blocks
 and bytes are read from the engine's pool while it works.
 
-    python examples/passkey.py                  the demo: three prompts
-    python examples/passkey.py --count 20       how often each cache answers right, five depths
+How often each cache is right over many prompts is what `vllm-cascade eval` measures.
 """
 
 import argparse
@@ -16,7 +15,10 @@ from typing import Any
 
 import prepare_model
 from engine import Completion, Engine
-from texts import Passkey, passkey
+from vllm_cascade.evaluation.prompts import Prompt, PromptBuilder
+from vllm_cascade.evaluation.runner import answer_text
+from vllm_cascade.evaluation.tasks import TaskOptions, make_prompts
+from vllm_cascade.evaluation.texts import load_texts
 
 BUDGET = {"cache_tokens": 2048, "num_sink_tokens": 64, "stride": 256}
 PLAIN_SCORES = {"selection_window": 64, "score_power": 1, "key_weight": 0}
@@ -28,7 +30,8 @@ CACHES: dict[str, dict[str, Any] | None] = {
     "cascade, paper": BUDGET | {"policy": "paper", "num_sub_caches": 4},
 }
 SHOWN = ["full attention", "window", "cascade, plain scores", "cascade, blend"]
-ANSWER_TOKENS = 8
+# Filler and length of each prompt.
+PROMPTS = [("sentences", 4096), ("book", 4096), ("sentences", 8000)]
 
 
 def engine_options(cache: str, dtype: str) -> dict[str, Any]:
@@ -56,85 +59,59 @@ class Status:
             print(line, flush=True)
 
 
-def make_passkeys(tokenizer: Any, count: int, prompt_tokens: int) -> list[Passkey]:
-    """The demo's three prompts, or `count` of each filler and of that length, at five depths."""
-
-    def num_tokens(text: str) -> int:
-        return len(tokenizer(text)["input_ids"])
-
-    if count == 0:
-        return [
-            passkey("sentences", num_tokens, 4096, 0.1, seed=1),
-            passkey("bible", num_tokens, 4096, 0.1, seed=2),
-            passkey("sentences", num_tokens, 8000, 0.2, seed=3),
-        ]
+def make_passkeys(tokenizer: Any) -> list[Prompt]:
+    """The demo's prompts; the passkey stands in the first fifth of each."""
+    builder = PromptBuilder(tokenizer, load_texts(None), chat=False)
     return [
-        passkey(filler, num_tokens, prompt_tokens, 0.1 + 0.2 * (seed % 5), seed)
-        for filler in ("sentences", "bible")
-        for seed in range(count)
+        prompt
+        for filler, length in PROMPTS
+        for prompt in make_prompts(builder, "passkey", filler, length, 1, 0, TaskOptions())
     ]
 
 
 def answer(
-    cache: str, dtype: str, tokenizer: Any, passkeys: list[Passkey], status: Status
-) -> list[Completion]:
-    """What one cache answers to every prompt."""
-    completions: list[Completion] = []
+    cache: str, dtype: str, tokenizer: Any, passkeys: list[Prompt], status: Status
+) -> list[tuple[str, Completion]]:
+    """What one cache answers to every prompt, and what that took."""
+    answers: list[tuple[str, Completion]] = []
     status.show(f"{cache}: starting the engine", keep=True)
     with Engine(**engine_options(cache, dtype)) as engine:
         for index, hidden in enumerate(passkeys):
-            prompt = tokenizer(hidden.prompt)["input_ids"]
             where = f"{cache}: prompt {index + 1} of {len(passkeys)}"
 
-            def progress(done: int, where: str = where, of: int = len(prompt)) -> None:
+            def progress(done: int, where: str = where, of: int = hidden.length) -> None:
                 status.show(f"{where}, {done:,} of {of:,} tokens read")
 
             progress(0)
-            got = engine.complete(prompt, ANSWER_TOKENS, progress)
-            text = " ".join(got.text.split())
+            got = engine.complete(hidden.token_ids, hidden.max_tokens, progress)
+            text = " ".join(answer_text(tokenizer, got.token_ids).split())
             status.show(f"{where} answered in {got.total_s:.1f} s: {text}", keep=True)
-            completions.append(got)
-    return completions
+            answers.append((text, got))
+    return answers
 
 
 def answer_rows(
-    passkeys: list[Passkey], answers: dict[str, list[Completion]]
+    passkeys: list[Prompt], answers: dict[str, list[tuple[str, Completion]]]
 ) -> list[tuple[str, ...]]:
     """One row for each prompt and cache: what it answered, and what that took."""
     rows = [("prompt", "cache", "answer", "", "KV blocks", "KV memory", "seconds")]
     for index, hidden in enumerate(passkeys):
-        for number, (cache, completions) in enumerate(answers.items()):
-            got = completions[index]
-            title = f"{got.num_prompt_tokens:,} tokens, {hidden.filler}, key {hidden.answer}"
+        (key,) = hidden.expected
+        title = f"{hidden.length:,} tokens, {hidden.filler}, key {key}"
+        for cache, given in answers.items():
+            text, got = given[index]
             rows.append(
                 (
-                    "" if number else title,
+                    title,
                     cache,
-                    " ".join(got.text.split()),
-                    "right" if hidden.answer in got.text else "wrong",
+                    text,
+                    "right" if key in text else "wrong",
                     f"{got.num_blocks}",
                     f"{got.kv_bytes / 2**20:.0f} MiB",
                     f"{got.total_s:.1f}",
                 )
             )
-    return rows
-
-
-def rate_rows(
-    passkeys: list[Passkey], answers: dict[str, list[Completion]]
-) -> list[tuple[str, ...]]:
-    """One row for each cache: how many answers are right, by filler."""
-    fillers = list(dict.fromkeys(hidden.filler for hidden in passkeys))
-    rows = [("cache", *fillers, "most KV blocks", "seconds a prompt")]
-    for cache, completions in answers.items():
-        shares = []
-        for filler in fillers:
-            pairs = zip(passkeys, completions, strict=True)
-            right = [p.answer in c.text for p, c in pairs if p.filler == filler]
-            shares.append(f"{sum(right)} of {len(right)}")
-        blocks = max(c.num_blocks for c in completions)
-        seconds = sum(c.total_s for c in completions) / len(completions)
-        rows.append((cache, *shares, f"{blocks}", f"{seconds:.1f}"))
+            title = ""
     return rows
 
 
@@ -148,8 +125,6 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=0, help="prompts of each filler; 0: the demo")
-    parser.add_argument("--tokens", type=int, default=4096, help="length of those prompts")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=SHOWN)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
@@ -159,13 +134,13 @@ def main() -> int:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(prepare_model.FOLDER)
-    passkeys, status = make_passkeys(tokenizer, arguments.count, arguments.tokens), Status()
+    passkeys, status = make_passkeys(tokenizer), Status()
     answers = {
         cache: answer(cache, arguments.dtype, tokenizer, passkeys, status)
         for cache in arguments.caches
     }
     print()
-    print_table((rate_rows if arguments.count else answer_rows)(passkeys, answers))
+    print_table(answer_rows(passkeys, answers))
     return 0
 
 

@@ -97,6 +97,9 @@ def _guarded(command: Any, given: argparse.Namespace) -> int:
     except (EvaluationError, EngineError) as error:
         print(f"vllm-cascade: {error}", file=sys.stderr)
         return INVALID if isinstance(error, EvaluationError) else FAILED
+    except KeyboardInterrupt:
+        print("vllm-cascade: stopped; the same command goes on from here", file=sys.stderr)
+        return FAILED
     return 0
 
 

@@ -63,7 +63,7 @@ def make_prompts(
 ) -> list[Prompt]:
     """Prompts of one task, filler and length; prompt i is the same whatever the count.
 
-    Depths go round five equal bands, as in the paper's protocol (arXiv 2406.17808, section 4).
+    Depths go round five equal bands, as in the paper's protocol (arXiv 2406.17808).
     """
     prompts = []
     for index in range(count):
