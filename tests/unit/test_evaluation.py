@@ -46,8 +46,8 @@ class Tokenizer:
         return f"<user>{messages[0]['content']}</user><assistant>"
 
 
-def prompts_of(task, *, filler="words", length=3000, count=5, seed=0, chat=False):
-    builder = PromptBuilder(Tokenizer(), TEXTS, chat)
+def prompts_of(task, *, filler="words", length=3000, count=5, seed=0, chat=False, texts=TEXTS):
+    builder = PromptBuilder(Tokenizer(), texts, chat)
     return make_prompts(builder, task, filler, length, count, seed, TaskOptions())
 
 
@@ -88,6 +88,13 @@ def test_no_depth_is_beyond_the_filler():
     assert built(1.0).index("KEY") > 700
 
 
+def test_needles_in_one_place_keep_their_order():
+    builder = PromptBuilder(Tokenizer(), TEXTS, chat=False)
+    filler = builder.filler("sentences", random.Random(0))
+    needles = [(0.3, "ONE\n"), (0.3001, "TWO\n")]
+    assert "ONE\nTWO\n" in Tokenizer().decode(builder.build(2000, "A", filler, needles, "Q", "B"))
+
+
 def test_prompts_do_not_depend_on_how_many_are_made():
     assert prompts_of("multikey", count=2) == prompts_of("multikey", count=5)[:2]
     assert prompts_of("multikey", seed=1) != prompts_of("multikey", seed=2)
@@ -114,7 +121,8 @@ def test_each_key_is_hidden_and_the_asked_one_expected():
 
 
 def test_a_looked_up_key_has_one_line():
-    for prompt in prompts_of("lookup"):
+    # Of one word, so that keys would often be the same by chance.
+    for prompt in prompts_of("lookup", length=20_000, texts=Texts((BOOK,), ("word",))):
         text, (value,) = text_of(prompt), prompt.expected
         asked = re.search(r'value of "([\w-]+)"\?', text)[1]
         assert re.findall(rf'"{asked}": (\d+)\n', text) == [value]
@@ -211,6 +219,11 @@ def test_caches_are_crossed_with_the_sweep():
         "selection_window": 64,
         "stride": 256,
     }
+
+
+def test_a_caches_own_options_win():
+    (cache,) = parse_caches(["blend:stride=256"], parse_options("stride=128"), {})
+    assert cache.cascade == {"policy": "blend", "stride": 256}
 
 
 @pytest.mark.parametrize(

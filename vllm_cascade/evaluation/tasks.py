@@ -16,7 +16,7 @@ INTRODUCTION = (
 )
 DEPTH_BANDS = 5
 NUMBER_TOKENS = 8  # of five digits, in tokenizers that take them one by one too
-NAME_TOKENS = 8
+NAME_TOKENS = 12  # with what is said around it
 
 
 @dataclass(frozen=True, slots=True)
