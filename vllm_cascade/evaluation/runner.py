@@ -87,17 +87,21 @@ def plan_runs(
             **engine_args,
             "max_model_len": longest,
         }
-        if cache.cascade is not None:
+        checked = options
+        if cache.cascade is None:
+            # vLLM's own word on a length beyond the model's is to set an environment variable.
+            checked = {name: value for name, value in options.items() if name != "max_model_len"}
+        else:
             options["attention_backend"] = "CASCADE"
             options["additional_config"] = {"cascade": cache.cascade}
         try:
-            limit, config = resolve(model, options)
+            limit, config = resolve(model, checked)
         except EvaluationError as error:
             raise EvaluationError(f"cache {cache.label!r}: {error}") from error
         if config is None and longest > limit:
             raise EvaluationError(
-                f"cache {cache.label!r}: lengths {lengths} and an answer take {longest:,} tokens, "
-                f"the model was made for {limit:,}: give smaller --lengths, or leave "
+                f"cache {cache.label!r}: the longest prompt and its answer take {longest:,} "
+                f"tokens, the model was made for {limit:,}: give smaller --lengths, or leave "
                 f"{cache.label!r} out"
             )
         if config is not None and not allow_under_budget:
