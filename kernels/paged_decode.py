@@ -14,37 +14,27 @@ angles of its first places, which stay in registers, and the few queries by the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from vllm_cascade.kernels.decode_combine import combine
+from vllm_cascade.kernels.decode_launch import (
+    MAX_BLOCK_SIZE,
+    Config,
+    Scratch,
+    keys_per_split,
+    launch_config,
+    make_scratch,
+)
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import LOG2_E
 from vllm_cascade.kernels.segments import DecodeRows
 
+__all__ = ["Config", "Scratch", "decode", "launch_config", "make_scratch"]
+
 # What tl.dot asks of every dimension.
 MIN_DOT = 16
-# Rows of logits end on a whole block, and on a whole tile, of any size up to this.
-MAX_BLOCK_SIZE = 128
-
-
-@triton.jit
-def _split_keys(length, num_splits, MIN_KEYS: tl.constexpr, KEYS: tl.constexpr):
-    """Keys per split of a row: even, whole tiles, and no fewer than pay for a program."""
-    active = tl.maximum(tl.minimum(tl.cdiv(length, MIN_KEYS), num_splits), 1)
-    return tl.cdiv(tl.cdiv(length, active), KEYS) * KEYS
-
-
-@triton.jit
-def _join(lse_ptr, active, SPLITS: tl.constexpr):
-    """Log-sum-exp (base 2) of a query head over its splits, and each split's share of it."""
-    split = tl.arange(0, SPLITS)
-    lse = tl.load(lse_ptr + split, mask=split < active, other=float("-inf"))
-    top = tl.max(lse, axis=0)
-    total = top + tl.log2(tl.sum(tl.exp2(lse - top), axis=0))
-    return total, tl.exp2(lse - total)
 
 
 @triton.jit
@@ -88,7 +78,7 @@ def _split_kernel(
     split = tl.program_id(2)
     place = tl.load(places_ptr + row)
     length = place + 1
-    split_keys = _split_keys(length, tl.num_programs(2), MIN_KEYS, KEYS)
+    split_keys = keys_per_split(length, tl.num_programs(2), MIN_KEYS, KEYS)
     start = split * split_keys
     if start >= length:
         return
@@ -214,226 +204,6 @@ def _split_kernel(
     tl.store(partial_at, acc / norm[:, None], mask=in_group & (channel < HEAD_SIZE)[None, :])
 
 
-@triton.jit
-def _combine_kernel(
-    output_ptr,
-    score_ptr,
-    counter_ptr,
-    partial_ptr,
-    lse_ptr,
-    logits_ptr,
-    rows_ptr,
-    places_ptr,
-    block_table_ptr,
-    carry_ptr,
-    weights_ptr,
-    power,
-    num_splits,
-    output_stride_token,
-    output_stride_head,
-    score_stride_block,
-    table_stride_row,
-    logits_stride_head,
-    max_splits,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr,
-    MIN_KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SCORED: tl.constexpr,
-    MEAN: tl.constexpr,
-    COUNTED: tl.constexpr,
-):
-    kv_head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    piece = tl.program_id(2)
-    place = tl.load(places_ptr + row)
-    if place < 0:
-        return
-    length = place + 1
-    active = tl.cdiv(length, _split_keys(length, num_splits, MIN_KEYS, KEYS))
-    head = (row * tl.num_programs(0) + kv_head) * GROUP
-
-    if piece < GROUP:
-        # [SPLITS]
-        split_at = (head + piece) * max_splits
-        _, share = _join(lse_ptr + split_at, active, SPLITS)
-        split = tl.arange(0, SPLITS)
-        channel = tl.arange(0, CHANNELS)
-        # [SPLITS, CHANNELS]
-        held = (split < active)[:, None] & (channel < HEAD_SIZE)[None, :]
-        partial_at = partial_ptr + (split_at + split)[:, None] * HEAD_SIZE + channel[None, :]
-        partial = tl.load(partial_at, mask=held, other=0.0)
-        output = tl.sum(partial * share[:, None], axis=0)
-        output_at = output_ptr + tl.load(rows_ptr + row).to(tl.int64) * output_stride_token
-        output_at += (kv_head * GROUP + piece) * output_stride_head + channel
-        tl.store(output_at, output.to(output_ptr.dtype.element_ty), mask=channel < HEAD_SIZE)
-
-    if COUNTED:
-        tl.atomic_add(counter_ptr, length.to(tl.int64), mask=piece == 0)
-
-    if SCORED:
-        carry = tl.load(carry_ptr + row)
-        weight = tl.load(weights_ptr + row)
-        TILE: tl.constexpr = BLOCKS * BLOCK_SIZE
-        piece_keys = tl.cdiv(tl.cdiv(length, tl.num_programs(2)), TILE) * TILE
-        start = piece * piece_keys
-        for base in range(start, tl.minimum(start + piece_keys, length), TILE):
-            first = base + tl.arange(0, BLOCKS) * BLOCK_SIZE
-            slot = tl.arange(0, BLOCK_SIZE)
-            # [BLOCKS, BLOCK_SIZE]
-            key_place = first[:, None] + slot[None, :]
-            # Whole blocks are loaded and stored, in wide words; what lies past the end keeps its
-            # bits.
-            held = (first < length)[:, None]
-            logits_at = logits_ptr + head * logits_stride_head + key_place
-            best = tl.full([BLOCKS, BLOCK_SIZE], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCKS, BLOCK_SIZE], tl.float32)
-            for member in tl.static_range(GROUP):
-                norm, _ = _join(lse_ptr + (head + member) * max_splits, active, SPLITS)
-                logit = tl.load(logits_at + member * logits_stride_head, mask=held, other=0.0)
-                if MEAN:
-                    total += tl.exp2((logit - norm) * power)
-                else:
-                    best = tl.maximum(best, logit - norm, propagate_nan=tl.PropagateNan.ALL)
-            gained = total / GROUP if MEAN else tl.exp2(best * power)
-            table_at = block_table_ptr + row * table_stride_row + first // BLOCK_SIZE
-            block = tl.load(table_at, mask=first < length, other=0).to(tl.int64)
-            score_at = score_ptr + (block * score_stride_block + kv_head * BLOCK_SIZE)[:, None]
-            score_at += slot[None, :]
-            score = tl.load(score_at, mask=held, other=0.0)
-            # The query's own key has no score yet: whatever its slot holds is dropped.
-            kept = tl.where(key_place < place, score * carry, 0.0)
-            score = tl.where(key_place < length, kept + gained * weight, score)
-            tl.store(score_at, score, mask=held)
-
-
-@dataclass(frozen=True, slots=True)
-class Scratch:
-    """Intermediate results of `decode`, shared by all layers.
-
-    Args:
-        partial: [max_rows, num_heads, max_splits, head_size] float32 partial outputs.
-        lse: [max_rows, num_heads, max_splits] float32 log-sum-exps, base 2.
-        logits: [max_rows, num_heads, max_places] float32 scaled logits, base 2; `max_places` is
-            rounded up.
-        max_places: Most keys of a row.
-    """
-
-    partial: torch.Tensor
-    lse: torch.Tensor
-    logits: torch.Tensor
-    max_places: int
-
-
-def make_scratch(
-    max_rows: int,
-    num_heads: int,
-    head_size: int,
-    max_places: int,
-    max_splits: int,
-    device: torch.device,
-    scored: bool = True,
-) -> Scratch:
-    """Allocate all that `decode` needs beside its arguments.
-
-    Args:
-        max_rows: Rows per launch; more are processed in turn.
-        num_heads: Query heads.
-        head_size: Channels of a head.
-        max_places: Most keys of a row.
-        max_splits: Most splits of a row.
-        device: Where.
-        scored: Whether any call keeps scores; else there is no room for logits.
-
-    Returns:
-        Uninitialised tensors.
-    """
-    padded = triton.cdiv(max_places, MAX_BLOCK_SIZE) * MAX_BLOCK_SIZE if scored else 0
-    kinds = {"dtype": torch.float32, "device": device}
-    return Scratch(
-        partial=torch.empty(max_rows, num_heads, max_splits, head_size, **kinds),
-        lse=torch.empty(max_rows, num_heads, max_splits, **kinds),
-        logits=torch.empty(max_rows, num_heads, padded, **kinds),
-        max_places=max_places,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """How `decode` is launched.
-
-    Args:
-        keys: Keys of a tile.
-        splits: Programs per row and KV head.
-        min_keys: Fewest keys worth a program.
-        by_place: Turn each key by the angles of its own place instead of composing rotations.
-        num_warps: Warps of a split program.
-        num_stages: Depth of its loads.
-        max_registers: Registers of its threads, or None for as many as it wants. Composed rotations
-            keep a table in registers: bounds that were tried made it spill.
-        score_tile: Keys of a tile of the second launch.
-        score_pieces: Programs per row and KV head of the second launch, where scores are kept.
-        score_warps: Warps of such a program.
-    """
-
-    keys: int
-    splits: int
-    min_keys: int
-    by_place: bool
-    num_warps: int
-    num_stages: int
-    max_registers: int | None
-    score_tile: int
-    score_pieces: int
-    score_warps: int
-
-
-def launch_config(
-    num_rows: int,
-    num_kv_heads: int,
-    head_size: int,
-    max_places: int,
-    element_size: int,
-    exact_table: bool,
-) -> Config:
-    """Choose the launch from shapes alone.
-
-    Args:
-        num_rows: Rows of one launch.
-        num_kv_heads: KV heads.
-        head_size: Channels of a head.
-        max_places: Most keys of a row.
-        element_size: Bytes of an element of the pages.
-        exact_table: Whether the rotary table is float32, so that rotations compose.
-
-    Returns:
-        Tile sizes and numbers of programs.
-    """
-    # Many more programs than an H200 runs at a time (about 400), or the last ones leave it idle.
-    # With many rows short ones are not split at all, with few even a short split pays.
-    programs = num_rows * num_kv_heads
-    min_keys = 2048 if programs >= 512 else 512 if programs >= 64 else 256
-    most = max(1, min(64, max_places // min_keys))
-    splits = min(most, triton.next_power_of_2(triton.cdiv(4096, programs)))
-    return Config(
-        keys=32,
-        splits=splits,
-        min_keys=min_keys,
-        by_place=not exact_table,
-        # Two warps hold the offset table of a tile and its keys without spilling.
-        num_warps=2 if element_size == 2 and head_size <= 128 else 4,
-        num_stages=3 if element_size == 2 else 2,
-        max_registers=None,
-        score_tile=512,
-        score_pieces=max(1, min(64, triton.cdiv(max_places, 2048))),
-        score_warps=4,
-    )
-
-
 def decode(
     output: torch.Tensor,
     query: torch.Tensor,
@@ -502,12 +272,11 @@ def decode(
         raise ValueError(f"a tile has at most {MAX_BLOCK_SIZE} keys, got {config.keys}")
 
     group = num_heads // num_kv_heads
-    score = pages.score if scored and pages.score is not None else scratch.lse
     for begin in range(0, len(batch.rows), max_rows):
-        some = slice(begin, begin + max_rows)
-        rows, places, table = batch.rows[some], batch.places[some], batch.block_table[some]
+        part = slice(begin, begin + max_rows)
+        some = DecodeRows(*(getattr(batch, name)[part] for name in DecodeRows.__slots__))
         chosen = config or launch_config(
-            len(rows),
+            len(some.rows),
             num_kv_heads,
             head_size,
             scratch.max_places,
@@ -515,7 +284,7 @@ def decode(
             exact_table,
         )
         splits = min(chosen.splits, max_splits)
-        _split_kernel[(num_kv_heads, len(rows), splits)](
+        _split_kernel[(num_kv_heads, len(some.rows), splits)](
             scratch.partial,
             scratch.lse,
             scratch.logits,
@@ -523,15 +292,15 @@ def decode(
             pages.kv,
             cos,
             sin,
-            rows,
-            places,
-            table,
+            some.rows,
+            some.places,
+            some.block_table,
             scale * LOG2_E,
             cos.shape[0],
             query.stride(0),
             query.stride(1),
             pages.kv.stride(0),
-            table.stride(0),
+            some.block_table.stride(0),
             scratch.logits.stride(1),
             max_splits,
             GROUP=group,
@@ -552,37 +321,4 @@ def decode(
             num_stages=chosen.num_stages,
             maxnreg=chosen.max_registers,
         )
-        pieces = max(group, chosen.score_pieces) if scored else group
-        _combine_kernel[(num_kv_heads, len(rows), pieces)](
-            output,
-            score,
-            counter if counter is not None else rows,
-            scratch.partial,
-            scratch.lse,
-            scratch.logits,
-            rows,
-            places,
-            table,
-            batch.carry[some],
-            batch.weights[some],
-            float(power),
-            splits,
-            output.stride(0),
-            output.stride(1),
-            score.stride(0),
-            table.stride(0),
-            scratch.logits.stride(1),
-            max_splits,
-            GROUP=group,
-            HEAD_SIZE=head_size,
-            BLOCK_SIZE=block_size,
-            KEYS=chosen.keys,
-            MIN_KEYS=chosen.min_keys,
-            SPLITS=triton.next_power_of_2(splits),
-            CHANNELS=triton.next_power_of_2(head_size),
-            BLOCKS=max(1, chosen.score_tile // block_size),
-            SCORED=scored,
-            MEAN=reduction == "mean",
-            COUNTED=counter is not None,
-            num_warps=chosen.score_warps if scored else 4,
-        )
+        combine(output, pages, some, power, reduction, splits, scratch, scored, counter, chosen)

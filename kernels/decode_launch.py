@@ -1,0 +1,142 @@
+"""How paged decode is cut into programs, and what its two launches hand on to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+# Rows of logits end on a whole block, and on a whole tile, of any size up to this.
+MAX_BLOCK_SIZE = 128
+
+
+@triton.jit
+def keys_per_split(length, num_splits, MIN_KEYS: tl.constexpr, KEYS: tl.constexpr):
+    """Keys per split of a row: even, whole tiles, and no fewer than pay for a program."""
+    active = tl.maximum(tl.minimum(tl.cdiv(length, MIN_KEYS), num_splits), 1)
+    return tl.cdiv(tl.cdiv(length, active), KEYS) * KEYS
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Intermediate results of `decode`, shared by all layers.
+
+    Args:
+        partial: [max_rows, num_heads, max_splits, head_size] float32 partial outputs.
+        lse: [max_rows, num_heads, max_splits] float32 log-sum-exps, base 2.
+        logits: [max_rows, num_heads, max_places] float32 scaled logits, base 2; `max_places` is
+            rounded up.
+        max_places: Most keys of a row.
+    """
+
+    partial: torch.Tensor
+    lse: torch.Tensor
+    logits: torch.Tensor
+    max_places: int
+
+
+def make_scratch(
+    max_rows: int,
+    num_heads: int,
+    head_size: int,
+    max_places: int,
+    max_splits: int,
+    device: torch.device,
+    scored: bool = True,
+) -> Scratch:
+    """Allocate all that `decode` needs beside its arguments.
+
+    Args:
+        max_rows: Rows per launch; more are processed in turn.
+        num_heads: Query heads.
+        head_size: Channels of a head.
+        max_places: Most keys of a row.
+        max_splits: Most splits of a row.
+        device: Where.
+        scored: Whether any call keeps scores; else there is no room for logits.
+
+    Returns:
+        Uninitialised tensors.
+    """
+    padded = triton.cdiv(max_places, MAX_BLOCK_SIZE) * MAX_BLOCK_SIZE if scored else 0
+    kinds = {"dtype": torch.float32, "device": device}
+    return Scratch(
+        partial=torch.empty(max_rows, num_heads, max_splits, head_size, **kinds),
+        lse=torch.empty(max_rows, num_heads, max_splits, **kinds),
+        logits=torch.empty(max_rows, num_heads, padded, **kinds),
+        max_places=max_places,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How `decode` is launched.
+
+    Args:
+        keys: Keys of a tile.
+        splits: Programs per row and KV head.
+        min_keys: Fewest keys worth a program.
+        by_place: Turn each key by the angles of its own place instead of composing rotations.
+        num_warps: Warps of a split program.
+        num_stages: Depth of its loads.
+        max_registers: Registers of its threads, or None for as many as it wants. Composed rotations
+            keep a table in registers: bounds that were tried made it spill.
+        score_tile: Keys of a tile of the second launch.
+        score_pieces: Programs per row and KV head of the second launch, where scores are kept.
+        score_warps: Warps of such a program.
+    """
+
+    keys: int
+    splits: int
+    min_keys: int
+    by_place: bool
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+    score_tile: int
+    score_pieces: int
+    score_warps: int
+
+
+def launch_config(
+    num_rows: int,
+    num_kv_heads: int,
+    head_size: int,
+    max_places: int,
+    element_size: int,
+    exact_table: bool,
+) -> Config:
+    """Choose the launch from shapes alone.
+
+    Args:
+        num_rows: Rows of one launch.
+        num_kv_heads: KV heads.
+        head_size: Channels of a head.
+        max_places: Most keys of a row.
+        element_size: Bytes of an element of the pages.
+        exact_table: Whether the rotary table is float32, so that rotations compose.
+
+    Returns:
+        Tile sizes and numbers of programs.
+    """
+    # Many more programs than an H200 runs at a time (about 400), or the last ones leave it idle.
+    # With many rows short ones are not split at all, with few even a short split pays.
+    programs = num_rows * num_kv_heads
+    min_keys = 2048 if programs >= 512 else 512 if programs >= 64 else 256
+    most = max(1, min(64, max_places // min_keys))
+    splits = min(most, triton.next_power_of_2(triton.cdiv(4096, programs)))
+    return Config(
+        keys=32,
+        splits=splits,
+        min_keys=min_keys,
+        by_place=not exact_table,
+        # Two warps hold the offset table of a tile and its keys without spilling.
+        num_warps=2 if element_size == 2 and head_size <= 128 else 4,
+        num_stages=3 if element_size == 2 else 2,
+        max_registers=None,
+        score_tile=512,
+        score_pieces=max(1, min(64, triton.cdiv(max_places, 2048))),
+        score_warps=4,
+    )
