@@ -31,7 +31,13 @@ def config_of(max_model_len: int, **options: object) -> CascadeConfig:
     )
 
 
-def oracle(config: CascadeConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+def oracle(
+    config: CascadeConfig,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+):
     """Outputs [tokens, heads, head] and kept tokens at every boundary, in float64."""
     parameters = CascadeParameters.like(config)
     tokens = len(q)
@@ -56,6 +62,7 @@ def oracle(config: CascadeConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
             weight,
             config.score_power,
             config.score_reduction,
+            None if sinks is None else sinks.double().view(KV_HEADS, SHARED, 1),
         )
         outputs.append(out.permute(2, 0, 1, 3).reshape(end - start, -1, HEAD))
         score.scatter_add_(1, held, gain)

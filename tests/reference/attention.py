@@ -62,6 +62,7 @@ def scored_attention(
     query_weight: Tensor,
     score_power: float,
     score_reduction: str,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend causally from the newest n of m places, and sum what the queries give each key.
 
@@ -72,11 +73,12 @@ def scored_attention(
         query_weight: [n], the weight of each query in the sum.
         score_power: Exponent on the attention probability.
         score_reduction: "max" or "mean" over `group`.
+        sinks: [num_kv_heads, group, 1] logits that only take part in the denominator, or None.
 
     Returns:
         The output [num_kv_heads, group, n, head_size] and the gain in score [num_kv_heads, m].
     """
-    probability = _probabilities(query, key)
+    probability = _probabilities(query, key, sinks)
     gain = reduce_heads(probability**score_power, score_reduction)
     return probability @ value[:, None], torch.einsum("hnm,n->hm", gain, query_weight)
 
@@ -101,8 +103,24 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, chunk: int = 256) 
     return torch.cat(parts, dim=2)
 
 
-def _probabilities(query: Tensor, key: Tensor) -> Tensor:
+def with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Append the logits of the sinks as a last column, if there are any.
+
+    Args:
+        logits: [..., keys].
+        sinks: One logit a row, as broadcast to [...], or None.
+
+    Returns:
+        [..., keys + 1], or `logits`.
+    """
+    if sinks is None:
+        return logits
+    column = sinks.to(logits.dtype).expand(logits.shape[:-1])
+    return torch.cat((logits, column[..., None]), dim=-1)
+
+
+def _probabilities(query: Tensor, key: Tensor, sinks: Tensor | None = None) -> Tensor:
     queries, keys = query.shape[2], key.shape[1]
     logits = query @ key[:, None].transpose(-1, -2) * query.shape[-1] ** -0.5
     future = torch.ones(queries, keys, dtype=torch.bool).triu(diagonal=keys - queries + 1)
-    return logits.masked_fill_(future, -torch.inf).softmax(-1)
+    return with_sinks(logits.masked_fill_(future, -torch.inf), sinks).softmax(-1)[..., :keys]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reference.attention import with_sinks
+
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, is_neox: bool) -> Tensor:
     """Rotate the first ``2 * cos.shape[-1]`` channels of `x` [n, head_size] by row."""
@@ -35,6 +37,7 @@ def decode(
     scratch: Any = None,
     scored: bool = True,
     counter: Tensor | None = None,
+    sinks: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """Attend one query of each row to all it holds, and score the keys.
@@ -53,6 +56,7 @@ def decode(
         scratch: Not used.
         scored: Whether to update the scores.
         counter: Gains the number of keys of each row and KV head.
+        sinks: [num_heads] logits that only take part in the denominator, or None.
         dtype: Of the computation.
     """
     _, num_kv_heads, block_size, _ = pages.kv.shape
@@ -71,7 +75,8 @@ def decode(
             heads = slice(head * group, (head + 1) * group)
             own = (angle[0][place:], angle[1][place:])
             asked = _turn(query[row, heads].to(dtype), *own, is_neox)
-            probs = torch.softmax((asked @ key.T) * scale, dim=-1)
+            logits = with_sinks((asked @ key.T) * scale, None if sinks is None else sinks[heads])
+            probs = logits.softmax(-1)[:, : place + 1]
             output[row, heads] = (probs @ held[:, head_size:]).to(output.dtype)
             if counter is not None:
                 counter += place + 1

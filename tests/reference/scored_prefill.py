@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference.attention import reduce_heads
+from reference.attention import reduce_heads, with_sinks
 
 # Zeros after each segment's values: as many as the widest tile of FlashAttention-3 has keys.
 KEY_PADDING = 192
@@ -92,12 +92,21 @@ def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def attend(
-    out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Any, scale: float
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Any,
+    scale: float,
+    sinks: Tensor | None = None,
 ) -> None:
     """As the kernel's wrapper of this name; computes in the dtype of `query`."""
     for first, last, start, end in _segments(segments):
         logits = _logits(query[first:last], key[start:end], scale)
-        attended = logits.softmax(-1) @ value[start:end].transpose(0, 1)[:, None]
+        logits = with_sinks(logits, None if sinks is None else sinks.view(*logits.shape[:2], 1))
+        probability = logits.softmax(-1)[..., : end - start]
+        attended = probability @ value[start:end].transpose(0, 1)[:, None]
         out[first:last] = attended.flatten(0, 1).transpose(0, 1)
         lse[:, first:last] = logits.logsumexp(-1).flatten(0, 1)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
+from reference import paged_decode, scored_prefill
+from reference.attention import scored_attention
 from vllm_cascade.kernels import cpu_attention
 from vllm_cascade.kernels.pages import Pages
 
@@ -70,3 +74,49 @@ def test_of_a_chunk() -> None:
 
 def test_of_a_single_token() -> None:
     run(single=True)
+
+
+def test_of_the_references() -> None:
+    """Each gives outputs, scores and log-sum-exps as of the softmax over one more column."""
+    torch.manual_seed(2)
+    query = 2 * torch.randn(QUERIES, HEADS, HEAD, dtype=torch.float64)
+    key, value = torch.randn(2, KEYS, KV_HEADS, HEAD, dtype=torch.float64).unbind()
+    attended, probs = expected(query, key, value, KEYS - QUERIES)
+    gained = probs.view(KV_HEADS, SHARED, QUERIES, KEYS).square().amax(1)
+    same = {"rtol": 0, "atol": 1e-13}
+
+    split = query.transpose(0, 1).view(KV_HEADS, SHARED, QUERIES, HEAD)
+    sinks = SINKS.view(KV_HEADS, SHARED, 1)
+    ones = torch.ones(QUERIES, dtype=torch.float64)
+    keys, values = key.transpose(0, 1), value.transpose(0, 1)
+    output, score = scored_attention(split, keys, values, ones, 2.0, "max", sinks)
+    torch.testing.assert_close(output.flatten(0, 1).transpose(0, 1), attended, **same)
+    torch.testing.assert_close(score, gained.sum(1), **same)
+
+    segments = SimpleNamespace(
+        query_spans=torch.tensor([[0, QUERIES]]), key_spans=torch.tensor([[0, KEYS]])
+    )
+    lse = torch.empty(HEADS, QUERIES, dtype=torch.float64)
+    scored_prefill.attend(output := query.clone(), lse, query, key, value, segments, 0.25, SINKS)
+    torch.testing.assert_close(output, attended, **same)
+    logits = 0.25 * torch.einsum("nhd,mhd->hnm", query, key.repeat_interleave(SHARED, dim=1))
+    first_key = (logits[..., 0] - lse).exp()
+    torch.testing.assert_close(first_key, probs[..., 0], **same)
+
+    kv = torch.cat((keys, values), dim=-1)[None]
+    pages = SimpleNamespace(kv=kv, score=torch.zeros(1, KV_HEADS, KEYS, dtype=torch.float64))
+    one = torch.ones(1, dtype=torch.float64)
+    batch = SimpleNamespace(
+        rows=torch.tensor([QUERIES - 1]),
+        places=torch.tensor([KEYS - 1]),
+        block_table=torch.zeros(1, 1, dtype=torch.int64),
+        carry=one,
+        weights=one,
+    )
+    still = torch.zeros(KEYS, HEAD // 2, dtype=torch.float64)
+    table = (still + 1, still, True)
+    paged_decode.decode(
+        output := query.clone(), query, pages, batch, *table, 0.25, 2.0, "max", sinks=SINKS
+    )
+    torch.testing.assert_close(output[-1], attended[-1], **same)
+    torch.testing.assert_close(pages.score[0], gained[:, -1], **same)
