@@ -272,17 +272,25 @@ def _beside(vllm_config: Any, spec: Any, window: Any, kinds: list[str]) -> int:
         window: Of each sliding-window layer.
         kinds: The kinds of the model's layers, in order; empty where all are alike.
     """
-    from vllm.v1.core import kv_cache_utils
-
     from vllm_cascade.hybrid import FULL
 
     if not kinds:
         return 0
+    builder: tuple[Any, ...]
+    try:  # vLLM 0.33
+        from vllm.v1.core import kv_cache_planning as planning
+        from vllm.v1.core.kv_cache_config_builder import get_kv_cache_config_builder
+
+        builder = (get_kv_cache_config_builder(vllm_config),)
+    except ImportError:
+        from vllm.v1.core import kv_cache_utils as planning
+
+        builder = ()
     # An engine settles it when it knows all backends; here no bytes depend on it.
     vllm_config.cache_config.kv_cache_layout = "LBHNC"
     specs = {f"layers.{i}": spec if kind == FULL else window for i, kind in enumerate(kinds)}
-    groups = kv_cache_utils.get_kv_cache_groups(vllm_config, specs)
-    total = kv_cache_utils._max_memory_usage_bytes_from_groups(vllm_config, groups)
+    groups = planning.get_kv_cache_groups(vllm_config, specs)
+    total = planning._max_memory_usage_bytes_from_groups(*builder, vllm_config, groups)
     return int(total - kinds.count(FULL) * spec.max_memory_usage_bytes(vllm_config))
 
 

@@ -111,10 +111,10 @@ def test_one_misfit_leaves_all_others_unapplied():
         apply_all((a_patch(), a_patch(name="test_patch_2", signature="(other)")))
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.33.0rc1", "1.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.34.0rc1", "1.0", "dev"])
 def test_another_vllm_is_refused(monkeypatch, version):
     monkeypatch.setattr("vllm.version.__version__", version)
-    with pytest.raises(PatchError, match=r">=0\.32\.0,<0\.33"):
+    with pytest.raises(PatchError, match=r">=0\.32\.0,<0\.34"):
         a_patch().apply()
 
     monkeypatch.setattr(plugin, "register_name", lambda: pytest.fail("touched"))
@@ -124,7 +124,9 @@ def test_another_vllm_is_refused(monkeypatch, version):
         assert part in str(refused.value)
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1.dev3+g12ab", "0.32.4"])
+@pytest.mark.parametrize(
+    "version", ["0.32.0", "0.32.0+cpu", "0.32.1.dev3+g12ab", "0.32.4", "0.33.0"]
+)
 def test_builds_of_the_range_are_accepted(version):
     assert in_range(version, patches.VLLM_RANGE)
 

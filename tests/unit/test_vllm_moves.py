@@ -1,0 +1,207 @@
+"""vLLM moves under the plugin: the check says what moved, and which file depends on it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_cascade.patches import PATCHES
+from vllm_cascade.patches.hooks import OVERRIDES
+from vllm_cascade.patches.moves import Function, imports, needs, plugin_files, report
+from vllm_cascade.patches.source import Source
+
+VLLM = Path(importlib.util.find_spec("vllm").origin).parent
+MANAGERS = "v1/core/single_type_kv_cache_manager.py"
+GUARDED = {
+    ("vllm_cascade/plan.py", "planning"),
+    ("vllm_cascade/plan.py", "get_kv_cache_config_builder"),
+    ("vllm_cascade/gpu_layer.py", "FA3_AVAILABLE"),
+    ("vllm_cascade/gpu_layer.py", "flash_attn_varlen_func"),
+}
+
+
+def moved(folder: Path, file: str, old: str, new: str | None) -> Path:
+    """A vLLM that differs from the installed one in one file, where `old` became `new`.
+
+    Args:
+        folder: Where to make it; all other files are links.
+        file: Path under `vllm/`.
+        old: Text that the file has.
+        new: What stands there instead; None to leave the file out.
+    """
+    here, there = folder / "vllm", VLLM
+    for part in Path(file).parts:
+        here.mkdir()
+        for sibling in there.iterdir():
+            if sibling.name != part:
+                os.symlink(sibling, here / sibling.name)
+        here, there = here / part, there / part
+    text = there.read_text()
+    assert old in text
+    if new is not None:
+        here.write_text(text.replace(old, new))
+    return folder
+
+
+def messages(root: Path) -> list[str]:
+    text, in_place = report(root, PATCHES)
+    found = [line for line in text.splitlines() if line.startswith("MOVED")]
+    assert in_place is not bool(found)
+    return found
+
+
+def test_the_installed_vllm_has_all_that_the_plugin_builds_on() -> None:
+    text, in_place = report(VLLM, PATCHES)
+    assert in_place, text
+    assert all(kind in text for kind in ("replaces", "imports", "looks up", "overrides", "reads"))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        pytest.param(
+            "config/model.py",
+            "def _get_and_verify_max_len(",
+            "def _verify_max_len(",
+            [
+                "patches/long_max_model_len.py: replaces vllm.config.model._get_and_verify_max_len",
+                "gone",
+            ],
+            id="a patched function is renamed",
+        ),
+        pytest.param(
+            "model_executor/model_loader/base_loader.py",
+            'model_config: ModelConfig, prefix: str = ""',
+            "model_config: ModelConfig, device: str",
+            [
+                "patches/rope_at_logical_place.py",
+                "expected (self, vllm_config, model_config, prefix='')",
+                "found (self, vllm_config, model_config, device)",
+            ],
+            id="a patched function has another signature",
+        ),
+        pytest.param(
+            MANAGERS,
+            "class CircularBufferManager",
+            "class RingManager",
+            [f"vllm_cascade/manager.py: imports vllm.{MANAGERS[:-3].replace('/', '.')}", "gone"],
+            id="a base class is removed",
+        ),
+        pytest.param(
+            MANAGERS,
+            "apply_admission_cap: bool = False",
+            "admission_cap: bool = False",
+            ["manager.py (CascadeManager): overrides", "get_num_blocks_to_allocate", "now it is"],
+            id="an overridden method has another parameter",
+        ),
+        pytest.param(
+            MANAGERS,
+            "def pop_blocks_for_free",
+            "def take_blocks_for_free",
+            ["manager.py (CascadeManager): overrides", "pop_blocks_for_free, which is gone"],
+            id="an overridden method is gone",
+        ),
+        pytest.param(
+            "v1/attention/backend.py",
+            "seq_lens_cpu_upper_bound",
+            "seq_lens_bound",
+            ["backend.py: reads", "CommonAttentionMetadata.seq_lens_cpu_upper_bound", "gone"],
+            id="a field is gone",
+        ),
+        pytest.param(
+            "v1/kv_cache_spec_registry.py",
+            "def _ensure_registered",
+            "def _fill",
+            ["plugin.py: looks up", "KVCacheSpecRegistry._ensure_registered, which is gone"],
+            id="what is looked up on an import is gone",
+        ),
+        pytest.param(
+            "v1/worker/utils.py",
+            "def customize_attention_spec(",
+            "def customize_attention_spec(layer, ",
+            ["expected (backend, spec), found (layer, backend, spec)"],
+            id="a hook is called otherwise",
+        ),
+        pytest.param(
+            "plugins/__init__.py",
+            "vllm.stat_logger_plugins",
+            "vllm.loggers",
+            ["pyproject.toml: relies on", "found 'vllm.loggers'"],
+            id="an entry point has another name",
+        ),
+        pytest.param(
+            "v1/attention/selector.py",
+            "",
+            None,
+            ["selection.py: imports vllm.v1.attention.selector.AttentionSelectorConfig", "gone"],
+            id="a module is gone",
+        ),
+    ],
+)
+def test_what_moved_is_named(
+    tmp_path: Path, file: str, old: str, new: str | None, said: list[str]
+) -> None:
+    found = messages(moved(tmp_path, file, old, new))
+    assert any(all(part in line for part in said) for line in found), found
+
+
+def test_where_a_moved_function_went_is_named(tmp_path: Path) -> None:
+    root = moved(tmp_path, MANAGERS, "class CircularBufferManager", "class RingManager")
+    (root / "vllm" / "rings.py").write_text("class CircularBufferManager: ...")
+    assert any("defined in vllm.rings" in line for line in messages(root))
+
+
+def test_all_that_the_plugin_replaces_in_vllms_classes_is_listed() -> None:
+    source, found = Source(VLLM), {}
+    for user, path in plugin_files():
+        module = ast.parse(path.read_text())
+        names = imports(module)
+        for node in module.body:
+            bases = [ast.unparse(base).partition("[")[0] for base in getattr(node, "bases", ())]
+            above = [names[base][0][0] for base in bases if base in names]
+            members = []
+            for part in node.body if above else ():
+                if isinstance(part, Function):
+                    members.append(part.name)
+                elif isinstance(part, ast.AnnAssign | ast.Assign):
+                    target = part.target if isinstance(part, ast.AnnAssign) else part.targets[0]
+                    members.append(ast.unparse(target))
+            kept = [m for m in members if any(source.find(f"{base}.{m}") for base in above)]
+            if kept:
+                found[f"{user}:{node.name}"] = tuple(kept)
+    assert found == OVERRIDES
+
+
+def test_one_name_stands_for_one_thing_of_vllms() -> None:
+    for user, path in plugin_files():
+        for name, (paths, needed) in imports(ast.parse(path.read_text())).items():
+            assert (len(paths) == 1 and needed) or (user, name) in GUARDED
+
+
+def test_every_patch_is_checked() -> None:
+    checked = {need.paths[0] for need in needs(PATCHES, Source(VLLM)) if need.kind == "replaces"}
+    assert checked == {patch.target for patch in PATCHES}
+
+
+def check(path: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vllm_cascade.patches", "--check", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=path, timeout=120)
+
+
+def test_the_command_tells_by_its_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
+    root = moved(tmp_path / "moved", "config/model.py", "def _get_and_verify_max_len(", "def f(")
+    failed = check(root)
+    assert failed.returncode == 1 and "MOVED patches/long_max_model_len.py" in failed.stdout
+    nothing = check(tmp_path)
+    assert nothing.returncode == 2 and "no vLLM sources" in nothing.stderr
+    done = check(VLLM.parent)
+    assert done.returncode == 0 and "MOVED" not in done.stdout
