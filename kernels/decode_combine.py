@@ -8,16 +8,26 @@ import triton.language as tl
 
 from vllm_cascade.kernels.decode_launch import Config, Scratch, keys_per_split
 from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.primitives import load_sink
 from vllm_cascade.kernels.segments import DecodeRows
 
 
 @triton.jit
-def _join(lse_ptr, active, SPLITS: tl.constexpr):
-    """Log-sum-exp (base 2) of a query head over its splits, and each split's share of it."""
+def _join(lse_ptr, active, sinks_ptr, member, SPLITS: tl.constexpr):
+    """Log-sum-exp (base 2) of a query head over its splits, and each split's share of it.
+
+    A sink counts in the former; what it takes is missing from the latter.
+    """
     split = tl.arange(0, SPLITS)
     lse = tl.load(lse_ptr + split, mask=split < active, other=float("-inf"))
     top = tl.max(lse, axis=0)
-    total = top + tl.log2(tl.sum(tl.exp2(lse - top), axis=0))
+    if sinks_ptr is None:
+        norm = tl.sum(tl.exp2(lse - top), axis=0)
+    else:
+        sink = load_sink(sinks_ptr, member)
+        top = tl.maximum(top, sink)
+        norm = tl.sum(tl.exp2(lse - top), axis=0) + tl.exp2(sink - top)
+    total = top + tl.log2(norm)
     return total, tl.exp2(lse - total)
 
 
@@ -34,6 +44,7 @@ def _combine_kernel(
     block_table_ptr,
     carry_ptr,
     weights_ptr,
+    sinks_ptr,
     power,
     num_splits,
     output_stride_token,
@@ -63,11 +74,13 @@ def _combine_kernel(
     length = place + 1
     active = tl.cdiv(length, keys_per_split(length, num_splits, MIN_KEYS, KEYS))
     head = (row * tl.num_programs(0) + kv_head) * GROUP
+    if sinks_ptr is not None:
+        sinks_ptr += kv_head * GROUP
 
     if piece < GROUP:
         # [SPLITS]
         split_at = (head + piece) * max_splits
-        _, share = _join(lse_ptr + split_at, active, SPLITS)
+        _, share = _join(lse_ptr + split_at, active, sinks_ptr, piece, SPLITS)
         split = tl.arange(0, SPLITS)
         channel = tl.arange(0, CHANNELS)
         # [SPLITS, CHANNELS]
@@ -100,7 +113,8 @@ def _combine_kernel(
             best = tl.full([BLOCKS, BLOCK_SIZE], float("-inf"), tl.float32)
             total = tl.zeros([BLOCKS, BLOCK_SIZE], tl.float32)
             for member in tl.static_range(GROUP):
-                norm, _ = _join(lse_ptr + (head + member) * max_splits, active, SPLITS)
+                lse_at = lse_ptr + (head + member) * max_splits
+                norm, _ = _join(lse_at, active, sinks_ptr, member, SPLITS)
                 logit = tl.load(logits_at + member * logits_stride_head, mask=held, other=0.0)
                 if MEAN:
                     total += tl.exp2((logit - norm) * power)
@@ -128,6 +142,7 @@ def combine(
     scratch: Scratch,
     scored: bool,
     counter: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     config: Config,
 ) -> None:
     """Write the rows' outputs and, from their logits, what their keys' scores become.
@@ -142,6 +157,7 @@ def combine(
         scratch: What the first launch left.
         scored: Whether to update the scores.
         counter: [1] int64, or None. Gains the number of keys of each row and KV head.
+        sinks: [num_heads] logits that only take part in the softmax's denominator, or None.
         config: The launch.
     """
     _, num_kv_heads, block_size, _ = pages.kv.shape
@@ -161,6 +177,7 @@ def combine(
         batch.block_table,
         batch.carry,
         batch.weights,
+        sinks,
         float(power),
         splits,
         output.stride(0),

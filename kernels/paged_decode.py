@@ -2,9 +2,9 @@
 
 Two launches. The first splits each row's keys over programs, which leave a normalised partial
 output, its log-sum-exp and, where scores are kept, every logit. The second joins the splits and
-turns the logits into scores with the log-sum-exp of all keys. How many programs there are depends
-on the number of rows and on the bound of the scratch, never on lengths, so both can be captured in
-a CUDA graph; programs beyond a row's length return at once.
+turns the logits into scores with the log-sum-exp of all keys, and of a sink if there is one. How
+many programs there are depends on the number of rows and on the bound of the scratch, never on
+lengths, so both can be captured in a CUDA graph; programs beyond a row's length return at once.
 
 Keys lie in the pages before RoPE. Turning a key at place ``base + o`` by its whole angle takes a
 row of the rotary table per key, as much traffic as the keys themselves. As rotations compose,
@@ -218,6 +218,7 @@ def decode(
     scratch: Scratch,
     scored: bool = True,
     counter: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> None:
     """Attend one query of each row to all it holds, and score the keys.
@@ -237,6 +238,7 @@ def decode(
         scratch: From `make_scratch`.
         scored: Whether to update the scores.
         counter: [1] int64, or None. Gains the number of keys of each row and KV head.
+        sinks: [num_heads] logits that only take part in the softmax's denominator, or None.
         config: The launch; by default `launch_config`'s.
 
     Raises:
@@ -263,6 +265,8 @@ def decode(
         raise ValueError(f"reduction is 'max' or 'mean', got {reduction!r}")
     if scratch.partial.shape[1] != num_heads or scratch.partial.shape[3] != head_size:
         raise ValueError(f"scratch is for {list(scratch.partial.shape)}")
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"one sink for each of {num_heads} heads, got {list(sinks.shape)}")
     if scored and (pages.score is None or scratch.logits.shape[2] < scratch.max_places):
         raise ValueError("to keep scores, pages and scratch need room for them")
     exact_table = cos.dtype == torch.float32
@@ -321,4 +325,6 @@ def decode(
             num_stages=chosen.num_stages,
             maxnreg=chosen.max_registers,
         )
-        combine(output, pages, some, power, reduction, splits, scratch, scored, counter, chosen)
+        combine(
+            output, pages, some, power, reduction, splits, scratch, scored, counter, sinks, chosen
+        )

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_cascade.kernels.primitives import LOG2_E
+from vllm_cascade.kernels.primitives import LOG2_E, load_sink
 from vllm_cascade.kernels.segments import Segments
 
 
@@ -22,6 +22,7 @@ def _attend_kernel(
     value_ptr,
     query_spans_ptr,
     key_spans_ptr,
+    sinks_ptr,
     factor,
     out_stride_token,
     out_stride_head,
@@ -90,6 +91,14 @@ def _attend_kernel(
         attended = attended * shrink[:, None]
         attended += tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         highest = higher
+    if sinks_ptr is not None:
+        # A key that everyone sees, without value.
+        sink = load_sink(sinks_ptr, head)
+        higher = tl.maximum(highest, sink)
+        shrink = tl.exp2(highest - higher)
+        total = total * shrink + tl.exp2(sink - higher)
+        attended = attended * shrink[:, None]
+        highest = higher
     out = attended / total[:, None]
     tl.store(
         out_ptr + query_row * out_stride_token + head * out_stride_head + channel[None, :],
@@ -109,6 +118,7 @@ def attend(
     value: torch.Tensor,
     segments: Segments,
     scale: float,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend causally in every segment, aligned at the end as FlashAttention does.
 
@@ -116,12 +126,14 @@ def attend(
 
     Args:
         out: [>= num_queries, num_heads, head_size] in the dtype of `query`, written.
-        lse: [num_heads, >= num_queries] float32, written: natural log of the summed exponentials.
+        lse: [num_heads, >= num_queries] float32, written: natural log of the summed exponentials,
+            the sink's included.
         query: [>= num_queries, num_heads, head_size], rotated and packed.
         key: [>= num_rows, num_kv_heads, head_size], rotated.
         value: As `key`.
         segments: Where each segment's queries and keys start.
         scale: Factor on the logits.
+        sinks: [num_heads] logits that only take part in the softmax's denominator, or None.
     """
     _, num_heads, head_size = query.shape
     num_segments = len(segments.carry)
@@ -129,6 +141,7 @@ def attend(
         return
     assert out.shape[1:] == query.shape[1:] and lse.shape[0] == num_heads
     assert lse.dtype == torch.float32 and lse.stride(1) == 1
+    assert sinks is None or sinks.shape == (num_heads,)
     assert out.stride(2) == query.stride(2) == key.stride(2) == value.stride(2) == 1
     block_d = max(16, triton.next_power_of_2(head_size))
     is_single = query.dtype == torch.float32
@@ -142,6 +155,7 @@ def attend(
         value,
         segments.query_spans,
         segments.key_spans,
+        sinks,
         scale * LOG2_E,
         out.stride(0),
         out.stride(1),

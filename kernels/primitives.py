@@ -11,6 +11,12 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
+def load_sink(sinks_ptr, head):
+    """Logit of a query head's sink, in units of log 2 like those of keys."""
+    return tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
 def load_angles(cos_line, sin_line, valid, ROTARY_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Cosines and sines [rows, BLOCK_D], float32; zero past the table's width.
 

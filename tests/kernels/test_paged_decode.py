@@ -100,6 +100,7 @@ class Case:
         angle = torch.arange(max(shape.places) + 1)[:, None] * speed
         self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)
         self.scale = shape.head_size**-0.5
+        self.sinks: torch.Tensor | None = None
 
     def scratch(self, max_rows: int = 8, max_splits: int = 8) -> paged_decode.Scratch:
         scratch = paged_decode.make_scratch(
@@ -123,7 +124,7 @@ class Case:
         arguments += [self.shape.is_neox, self.scale, self.shape.power, self.shape.reduction]
         if module is paged_decode:
             options.setdefault("scratch", self.scratch())
-        module.decode(*arguments, counter=counter, **options)
+        module.decode(*arguments, counter=counter, sinks=self.sinks, **options)
         return output, counter
 
     def copied(self) -> Pages:
@@ -221,6 +222,27 @@ def launch(case: Case, **changes: object) -> paged_decode.Config:
 def test_launches_agree(changes: dict[str, object], device: torch.device) -> None:
     case = Case(Shape(places=(31, 32, 33, 63, 64, 191, 256)), device)
     check(case, config=launch(case, **changes))
+
+
+@pytest.mark.parametrize("splits", [1, 8])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(),
+        Shape(dtype=torch.float16, num_heads=5, num_kv_heads=1, reduction="mean"),
+        pytest.param(Shape(dtype=torch.bfloat16, num_heads=64, num_kv_heads=8), marks=on_gpu),
+    ],
+    ids=str,
+)
+def test_sinks_join_the_denominator(shape: Shape, splits: int, device: torch.device) -> None:
+    """Below, among and above the logits of keys."""
+    case = Case(shape, device)
+    sinks = torch.tensor([0.5, 40.0, 6.0, -60.0, 3.0])
+    case.sinks = sinks.repeat(13)[: shape.num_heads].to(device, shape.dtype)
+    check(case, config=launch(case, splits=splits, min_keys=32))
+    case.sinks = case.sinks[:-1]
+    with pytest.raises(ValueError, match="one sink for each"):
+        case.run(paged_decode, case.copied(), case.query)
 
 
 def test_chosen_launch(device: torch.device) -> None:

@@ -205,25 +205,41 @@ SHAPES = [
 ]
 
 
+def check_attention(case: Case, out: Tensor, lse: Tensor, sinks: Tensor | None = None) -> None:
+    """Compare packed outputs and log-sum-exps [num_heads, num_queries] with the reference's."""
+    num_queries = case.segments.num_queries
+
+    def expected(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out_at = torch.empty_like(out, dtype=dtype)
+        lse_at = torch.empty_like(lse, dtype=dtype)
+        query, key, value = (x.to(dtype) for x in (case.query, case.key, case.value))
+        reference.attend(out_at, lse_at, query, key, value, case.segments, case.scale, sinks)
+        return out_at, lse_at
+
+    assert out.shape[0] == lse.shape[1] == num_queries
+    exact, exact_lse = expected(torch.float64)
+    assert_close(out, exact, expected(out.dtype)[0])
+    # Another order of summing a row's products, in which errors of one sign may meet.
+    assert_close(lse, exact_lse, expected(torch.float32)[1], slack=4)
+
+
+def sinks_of(num_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[num_heads] logits below, among and above those of keys."""
+    return torch.tensor([0.5, 40.0, 6.0, -60.0, 3.0] * 13, device=device)[:num_heads].to(dtype)
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention(shape, device):
+def test_attention(shape, has_sinks, device):
     case = make_case(shape, device)
     num_queries = case.segments.num_queries
     out = torch.full_like(case.query, NAN)
     lse = torch.full((shape.num_heads, num_queries + 9), NAN, device=device)
-    prefill_attention.attend(out, lse, case.query, case.key, case.value, case.segments, case.scale)
-
-    def expected(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        out_at = torch.empty_like(case.query, dtype=dtype)
-        lse_at = torch.empty_like(lse, dtype=dtype)
-        query, key, value = (x.to(dtype) for x in (case.query, case.key, case.value))
-        reference.attend(out_at, lse_at, query, key, value, case.segments, case.scale)
-        return out_at[:num_queries], lse_at[:, :num_queries]
-
-    exact, exact_lse = expected(torch.float64)
-    assert_close(out[:num_queries], exact, expected(shape.dtype)[0])
-    # Another order of summing a row's products, in which errors of one sign may meet.
-    assert_close(lse[:, :num_queries], exact_lse, expected(torch.float32)[1], slack=4)
+    sinks = sinks_of(shape.num_heads, shape.dtype, device) if has_sinks else None
+    prefill_attention.attend(
+        out, lse, case.query, case.key, case.value, case.segments, case.scale, sinks
+    )
+    check_attention(case, out[:num_queries], lse[:, :num_queries], sinks)
     assert out[num_queries:].isnan().all() and lse[:, num_queries:].isnan().all()
 
 
