@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_cascade.config import PRESETS, CascadeOptions
 from vllm_cascade.evaluation.command import add_commands
+from vllm_cascade.inspection.command import add_command
 
 INVALID = 2  # as argparse exits for a bad command line
 
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print a JSON object")
     plan.set_defaults(run=_plan)
     add_commands(commands)
+    add_command(commands)
     return parser
 
 

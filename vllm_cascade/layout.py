@@ -35,6 +35,8 @@ class Epoch:
         table: Row entry at each place, in blocks: earlier tokens' blocks, then the epoch's own.
         groups: [num_groups, blocks_per_group] row entries of the groups that merge at the end,
             each oldest first. Survivors fill the first half of a group's entries.
+        sub_caches: Tokens held from earlier epochs in sub-cache 0 .. N-1; the epoch's own tokens
+            join sub-cache 0.
     """
 
     start: int
@@ -42,6 +44,7 @@ class Epoch:
     prefix_tokens: int
     table: Entries
     groups: Entries
+    sub_caches: tuple[int, ...]
 
     def place(self, token: int) -> int:
         """Logical place (and rotary position) of one of this epoch's own tokens."""
@@ -105,6 +108,23 @@ class Layout:
         places = epoch.place(num_tokens)
         return epoch.table[: -(-places // self.config.block_size)], places
 
+    def parts(self, num_tokens: int) -> dict[str, int]:
+        """The parts of what `held` gives, oldest first.
+
+        Args:
+            num_tokens: Tokens computed, at least 1.
+
+        Returns:
+            "sinks", "sub-cache N-1" .. "sub-cache 0" to the places each takes; all but the sinks
+            are sub-cache 0's until the first boundary.
+        """
+        epoch = self.epochs[self.epoch_of(num_tokens)]
+        places = epoch.place(num_tokens)
+        older = epoch.sub_caches[1:]
+        parts = {"sinks": min(self.config.num_sink_tokens, places)}
+        parts |= {f"sub-cache {i}": older[i - 1] for i in range(len(older), 0, -1)}
+        return parts | {"sub-cache 0": places - sum(parts.values())}
+
     def segments(self, start: int, end: int) -> list[Segment]:
         """Cut the tokens ``start .. end - 1`` of a request where epochs end.
 
@@ -149,7 +169,8 @@ def build_layout(config: CascadeConfig) -> Layout:
     filling = number * config.sub_cache_tokens // stride
     end = min(config.num_sink_tokens + (filling + 1) * stride, config.max_model_len)
     table = list(range(-(-end // block)))
-    first = Epoch(0, end, 0, _array(table), _no_groups(config))
+    sub_caches = (0,) * number
+    first = Epoch(0, end, 0, _array(table), _no_groups(config), sub_caches)
     if end == config.max_model_len:
         return Layout(config, (first,), len(table))
 
@@ -163,9 +184,10 @@ def build_layout(config: CascadeConfig) -> Layout:
         last = end == config.max_model_len
         groups = _no_groups(config) if last else _array(_move(caches, size, config))
         groups = groups.reshape(-1, config.group_tokens // block)
-        epochs.append(Epoch(start, end, prefix * block, epoch_table, groups))
+        epochs.append(Epoch(start, end, prefix * block, epoch_table, groups, sub_caches))
         if last:
             return Layout(config, tuple(epochs), used)
+        sub_caches = tuple(len(cache) * block for cache in caches)
         kept = sinks + [entry for cache in reversed(caches) for entry in cache]
         start, end, prefix = end, min(end + stride, config.max_model_len), len(kept)
         # The lowest free entries: so no entry beyond the most blocks ever held is named.

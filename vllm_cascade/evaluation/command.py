@@ -55,21 +55,23 @@ def _add_eval(commands: Any) -> None:
         metavar="NAME=VALUE,...",
         help="cross these values over every cascade; may be given again",
     )
-    command.add_argument("--lengths", nargs="+", type=_length, default=[4096], metavar="TOKENS")
     command.add_argument(
-        "--count", type=_length, default=10, help="prompts of each task, filler and length"
+        "--lengths", nargs="+", type=positive_int, default=[4096], metavar="TOKENS"
+    )
+    command.add_argument(
+        "--count", type=positive_int, default=10, help="prompts of each task, filler and length"
     )
     command.add_argument(
         "--perplexity-count",
-        type=_length,
+        type=positive_int,
         default=2,
         metavar="COUNT",
         help="texts for perplexity, which reads the longest length only",
     )
     command.add_argument("--fillers", nargs="+", default=["words"], choices=FILLERS)
-    command.add_argument("--keys", type=_length, default=4, help="of multikey, in a prompt")
-    command.add_argument("--repeats", type=_length, default=6, help="of a passkey's line")
-    command.add_argument("--hops", type=_length, default=4, help="of a chain of variables")
+    command.add_argument("--keys", type=positive_int, default=4, help="of multikey, in a prompt")
+    command.add_argument("--repeats", type=positive_int, default=6, help="of a passkey's line")
+    command.add_argument("--hops", type=positive_int, default=4, help="of a chain of variables")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument(
         "--texts", type=Path, metavar="FOLDER", help="books (*.txt) and words.txt to use instead"
@@ -84,7 +86,7 @@ def _add_eval(commands: Any) -> None:
         help="CUDA graphs for decode; without them the engine starts sooner",
     )
     command.add_argument(
-        "--engine-args", type=_object, default={}, metavar="JSON", help="more for vllm.LLM"
+        "--engine-args", type=json_object, default={}, metavar="JSON", help="more for vllm.LLM"
     )
     command.set_defaults(run=lambda given: _guarded(_evaluate, given))
 
@@ -174,14 +176,16 @@ def _versions() -> dict[str, str]:
     return {"vllm-cascade": __version__} | {n: importlib.metadata.version(n) for n in found}
 
 
-def _length(text: str) -> int:
+def positive_int(text: str) -> int:
+    """A number of tokens or prompts, as argparse reads it."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above zero")
     return value
 
 
-def _object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """Keyword arguments in JSON, as argparse reads them."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

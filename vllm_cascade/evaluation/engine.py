@@ -18,6 +18,7 @@ from vllm_cascade.evaluation import EvaluationError
 LOG_LINES = 30
 # Prefix caching off: a prompt that begins like one before it would seem to cost nothing.
 FIXED = {"enable_prefix_caching": False, "skip_tokenizer_init": True}
+KEPT_TOKENS = "kept_tokens"  # what is asked for instead of requests
 
 
 class EngineError(RuntimeError):
@@ -161,10 +162,13 @@ def serve(model: str, options: dict[str, Any], log: str, pipe: Any) -> None:
     pipe.send("ready")
     while True:
         try:
-            requests = pipe.recv()
+            asked = pipe.recv()
         except EOFError:
             return
-        pipe.send(_Batch(llm, requests).run(lambda *done: pipe.send(done)))
+        if asked == KEPT_TOKENS:
+            pipe.send(llm.collective_rpc(KEPT_TOKENS))
+            continue
+        pipe.send(_Batch(llm, asked).run(lambda *done: pipe.send(done)))
 
 
 class Engine:
@@ -209,6 +213,12 @@ class Engine:
         while not isinstance(message := self._receive(), list):
             progress(*message)
         return message
+
+    def kept_tokens(self) -> list[list[dict[str, Any]]]:
+        """Per rank, what `trace.WorkerExtension` reads from the pages, the last request last."""
+        self._pipe.send(KEPT_TOKENS)
+        kept: list[list[dict[str, Any]]] = self._receive()
+        return kept
 
     def close(self) -> None:
         """End the process and give its memory back."""

@@ -1,0 +1,163 @@
+"""Which tokens of one text each layer and KV head kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_cascade.config import CascadeConfig
+from vllm_cascade.layout import build_layout
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MAX_TOKENS_OF_A_CHARACTER = 4  # bytes in UTF-8
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One text, and what a cascade still holds of it.
+
+    Attributes:
+        model: As for `vllm.LLM`.
+        config: The cascade.
+        token_ids: All tokens computed: the prompt, and what was generated but for the last.
+        pieces: The text of each token.
+        num_prompt_tokens: How many of them are the prompt's.
+        answer: All of the generated text.
+        layers: Layer name to [num_kv_heads][num_kept] token indices, ascending.
+
+    Raises:
+        ValueError: A head holds other than one token for each place, in ascending order.
+    """
+
+    model: str
+    config: CascadeConfig
+    token_ids: list[int]
+    pieces: list[str]
+    num_prompt_tokens: int
+    answer: str
+    layers: dict[str, list[list[int]]]
+
+    def __post_init__(self) -> None:
+        for name, heads in self.layers.items():
+            for head, kept in enumerate(heads):
+                ascending = all(a < b for a, b in pairwise([-1, *kept, len(self.token_ids)]))
+                if len(kept) != self.num_kept or not ascending:
+                    raise ValueError(
+                        f"{name}, KV head {head}: its {len(kept)} token indices are not "
+                        f"{self.num_kept} in ascending order"
+                    )
+
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        """The parts of the cache, oldest first, and the tokens that each head holds in them."""
+        return build_layout(self.config).parts(len(self.token_ids))
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens that each head holds."""
+        return sum(self.parts.values())
+
+    @property
+    def num_heads(self) -> int:
+        """Pairs of a layer and one of its KV heads."""
+        return sum(len(heads) for heads in self.layers.values())
+
+    @cached_property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """[num_tokens] pairs of a layer and a KV head that hold each token."""
+        held = [kept for heads in self.layers.values() for kept in heads]
+        return np.bincount(np.concatenate(held), minlength=len(self.token_ids))
+
+    def starts(self, kept: Sequence[int]) -> list[int]:
+        """The first token of each part of the cache in one head; of an empty part, the next's."""
+        places = np.cumsum([0, *self.parts.values()])[:-1]
+        ends = [*kept, len(self.token_ids)]
+        return [ends[place] for place in places]
+
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Part of the cache to the first and the last token that any head holds in it."""
+        starts = [self.starts(kept) for heads in self.layers.values() for kept in heads]
+        found, place = {}, 0
+        for index, (part, size) in enumerate(self.parts.items()):
+            place += size
+            if size:
+                last = max(kept[place - 1] for heads in self.layers.values() for kept in heads)
+                found[part] = (min(start[index] for start in starts), last)
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for scripts."""
+        return {
+            "model": self.model,
+            "cascade": asdict(self.config),
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "answer": self.answer,
+            "token_ids": self.token_ids,
+            "pieces": self.pieces,
+            "parts": self.parts,
+            "layers": self.layers,
+        }
+
+    def as_text(self) -> str:
+        """What became of the text, in a few lines."""
+        total, config = len(self.token_ids), self.config
+        lines = [
+            f"{total:,} tokens computed, {self.num_prompt_tokens:,} of them the prompt's; "
+            f"answer: {self.answer!r}",
+            f"{config.policy}: {config.cache_tokens:,} tokens in {config.num_sub_caches} "
+            f"sub-caches, {config.num_sink_tokens} sinks, stride {config.stride:,}, "
+            f"reach {config.reach:,} tokens",
+            f"each of {self.num_heads} layer and KV head pairs kept {self.num_kept:,} tokens "
+            f"({self.num_kept / total:.1%}); all of them kept "
+            f"{np.count_nonzero(self.counts == self.num_heads):,}, none of them "
+            f"{np.count_nonzero(self.counts == 0):,} ({np.mean(self.counts == 0):.1%})",
+        ]
+        for part, (first, last) in self.spans().items():
+            lines.append(
+                f"  {part:<13}{self.parts[part]:>8,} tokens a head, from {first:,} to {last:,}"
+            )
+        return "\n".join(lines)
+
+
+def layers_of(ranks: Sequence[Mapping[str, list[list[int]]]]) -> dict[str, list[list[int]]]:
+    """One layer's heads from all ranks that share them.
+
+    Args:
+        ranks: Of each rank, in order: layer name to [its KV heads][num_kept] token indices.
+    """
+    layers: dict[str, list[list[int]]] = {}
+    for rank in ranks:
+        for name, heads in rank.items():
+            layers.setdefault(name, []).extend(heads)
+    return layers
+
+
+def pieces_of(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """The text of each token; of a character in several tokens, the last one has it.
+
+    Args:
+        tokenizer: A tokenizer of the transformers library.
+        token_ids: Tokens of one text.
+    """
+    pieces: list[str] = []
+    pending: list[int] = []
+    for index, token_id in enumerate(token_ids):
+        pending.append(token_id)
+        text = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
+        unfinished = text.endswith(REPLACEMENT) and len(pending) < MAX_TOKENS_OF_A_CHARACTER
+        if unfinished and index + 1 < len(token_ids):
+            pieces.append("")
+            continue
+        # A text of its own loses the space that SentencePiece's tokens begin with.
+        name = tokenizer.convert_ids_to_tokens(pending[0])
+        if isinstance(name, str) and name.startswith("\u2581") and not text.startswith(" "):
+            text = f" {text}"
+        pieces.append(text)
+        pending = []
+    return pieces
