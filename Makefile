@@ -28,7 +28,7 @@ setup: $(SETUP) ## make .venv with vLLM and this package
 # only, and do not import beside every build of PyTorch.
 $(SETUP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[$(BUILD),demo,test,dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[$(BUILD),demo,plots,test,dev]'
 	$(if $(filter cpu,$(BUILD)),$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec)
 	touch $@
 
@@ -69,10 +69,11 @@ check: $(SETUP) ## ruff and mypy
 bench: $(SETUP) $(MODEL) ## time of prefill against vLLM's own attention
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/cpu_prefill.py
 
-readme: $(SETUP) ## write README's patch table from the patches' records
+readme: $(SETUP) ## write README's tables from the patches' records and the benchmarks' rows
 	$(BIN)/python -m vllm_cascade.patches > .venv/patches.md
 	sed -i -e '/^<!-- patches -->$$/,/^<!-- \/patches -->$$/{//!d}' \
 		-e '/^<!-- patches -->$$/r .venv/patches.md' README.md
+	$(BIN)/python benchmarks/tables.py README.md
 
 clean: ## remove what the targets made, .venv and the model included
 	rm -rf .venv .models build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
