@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -66,7 +65,7 @@ class CascadeBackend(AttentionBackend):
 
     @classmethod
     def supports_sink(cls) -> bool:
-        return current_platform.is_cpu()
+        return True
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

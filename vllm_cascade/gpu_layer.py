@@ -26,6 +26,8 @@ from vllm_cascade.kernels.segments import KEY_PADDING
 MAX_DECODE_ROWS = 64
 # FlashAttention-3, as vLLM ships it.
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
+# It takes so many sinks, in bfloat16; others, rounded, would not be those that decode reads.
+FLASH_MAX_SINKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,14 @@ class Shape:
         num_kv_heads: KV heads on this rank.
         head_size: Channels of a head.
         dtype: Of activations and pages.
+        sinks: Dtype of the learned logits of sinks, or None where there are none.
     """
 
     num_heads: int
     num_kv_heads: int
     head_size: int
     dtype: torch.dtype
+    sinks: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -178,6 +182,9 @@ def flash_attention(shape: Shape) -> Callable[..., Any] | None:
         return None
     if torch.cuda.get_device_capability()[0] != 9:
         return None
+    takes_sinks = shape.sinks == torch.bfloat16 and shape.num_heads <= FLASH_MAX_SINKS
+    if shape.sinks is not None and not takes_sinks:
+        return None
     try:
         from vllm.vllm_flash_attn import FA3_AVAILABLE, flash_attn_varlen_func
     except ImportError:
@@ -196,6 +203,7 @@ class GpuLayer:
         sin: As `cos`.
         is_neox: Which channels are paired.
         workspace: Shared scratch.
+        sinks: [num_heads] learned logits that join the softmax's denominator, or None.
     """
 
     def __init__(
@@ -207,12 +215,14 @@ class GpuLayer:
         sin: torch.Tensor,
         is_neox: bool,
         workspace: Workspace,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         self.config = config
         self.shape = shape
         self.scale = scale
         self.cos, self.sin, self.is_neox = cos, sin, is_neox
         self.workspace = workspace
+        self.sinks = sinks
         self.flash = flash_attention(shape)
 
     def forward(
@@ -264,6 +274,7 @@ class GpuLayer:
             space.decode,
             scored=config.needs_scores,
             counter=space.counters[:1] if config.needs_scores else None,
+            sinks=self.sinks,
         )
         if step.merges is not None:
             self._merge(pages, step.merges)
@@ -315,11 +326,13 @@ class GpuLayer:
         value: torch.Tensor,
         launch: Launch,
     ) -> torch.Tensor:
-        """Write `output`; return the log-sum-exps [num_heads, num_queries]."""
+        """Write `output`; return the log-sum-exps [num_heads, num_queries], sinks included."""
         segments = launch.segments
         if self.flash is None:
             lse = self.workspace.lse[:, : segments.num_queries]
-            prefill_attention.attend(output, lse, query, key, value, segments, self.scale)
+            prefill_attention.attend(
+                output, lse, query, key, value, segments, self.scale, self.sinks
+            )
             return lse
         # Flattened, the spans read as starts: every other segment is padding and has no queries.
         _, lse = self.flash(
@@ -335,6 +348,7 @@ class GpuLayer:
             return_softmax_lse=True,
             out=output,
             fa_version=3,
+            s_aux=self.sinks,
         )
         return lse
 

@@ -53,7 +53,6 @@ class CascadeImpl(AttentionImpl[Any]):
             logits_soft_cap=logits_soft_cap,
             attn_type=attn_type,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
-            sinks=sinks,
         )
         CascadeImpl._vllm_config = get_current_vllm_config()
         self.config = self.resolve_config(self._vllm_config.cache_config.block_size)
@@ -94,7 +93,11 @@ class CascadeImpl(AttentionImpl[Any]):
 
         vllm_config = self._vllm_config
         shape = Shape(
-            self.num_heads, self.num_kv_heads, self.head_size, vllm_config.model_config.dtype
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            vllm_config.model_config.dtype,
+            None if self.sinks is None else self.sinks.dtype,
         )
         scheduler = vllm_config.scheduler_config
         workspace = shared_workspace(
@@ -105,7 +108,7 @@ class CascadeImpl(AttentionImpl[Any]):
             cos.device,
         )
         self.worker = GpuLayer(
-            self.config, shape, self.scale, cos, sin, rope.is_neox_style, workspace
+            self.config, shape, self.scale, cos, sin, rope.is_neox_style, workspace, self.sinks
         )
 
     def forward(

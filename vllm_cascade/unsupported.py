@@ -28,13 +28,6 @@ def sliding_window(window: int) -> UnsupportedError:
     )
 
 
-def sinks() -> UnsupportedError:
-    """A learned logit of each head joins the softmax's denominator."""
-    return UnsupportedError(
-        "learned attention sinks on a GPU", "only its attention on a CPU takes them into account"
-    )
-
-
 def soft_cap(cap: float) -> UnsupportedError:
     """The model caps attention logits at `cap`."""
     return UnsupportedError(

@@ -19,7 +19,6 @@ MIN_CAPABILITY = (8, 0)
 GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
 GPU_BLOCK_SIZES = (16, 32, 64, 128)
 GPU_MAX_WINDOW = 1024
-SINK_MODELS = ("gpt_oss",)
 SHARED_KV = ("num_kv_shared_layers", "use_cla")
 
 
@@ -112,7 +111,6 @@ def check_layer(
     logits_soft_cap: float | None,
     attn_type: str,
     kv_sharing_target_layer_name: str | None,
-    sinks: Any,
 ) -> None:
     """Refuse an attention layer that only the model's code shows to be unsupported.
 
@@ -135,8 +133,6 @@ def check_layer(
         raise unsupported.shared_kv(
             f"a layer that shares the KV cache of {kv_sharing_target_layer_name}"
         )
-    if sinks is not None and sinks.device.type != "cpu":
-        raise unsupported.sinks()
     if kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise unsupported.kv_dtype(kv_cache_dtype)
 
@@ -164,8 +160,6 @@ def _gpu(vllm_config: Any) -> None:
             f"head size {head_size} on a GPU",
             f"its kernels are tested with head sizes {', '.join(map(str, GPU_HEAD_SIZES))}",
         )
-    if vllm_config.model_config.hf_text_config.model_type in SINK_MODELS:
-        raise unsupported.sinks()
     block_size = vllm_config.cache_config.block_size
     if block_size not in GPU_BLOCK_SIZES:
         raise UnsupportedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,22 +14,33 @@ from reference.attention import rope_table
 from vllm_cascade.config import CascadeConfig
 
 MAX_TOKENS = 4096
+# Of each query head; below, among and above the logits of keys.
+SINKS = torch.tensor([-3.0, 0.5, 2.0, 40.0, -60.0, 4.0])
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Engine(Pool):
     """The least that runs a layer, with room for one full cache at a time."""
 
-    def __init__(self, config: CascadeConfig, num_requests: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: CascadeConfig,
+        num_requests: int,
+        dtype: torch.dtype,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
         from vllm_cascade.gpu_layer import GpuLayer, Shape, make_workspace
         from vllm_cascade.gpu_metadata import Planner
 
         super().__init__(config, num_requests, dtype, DEVICE)
-        shape = Shape(KV_HEADS * SHARED, KV_HEADS, HEAD, dtype)
+        if sinks is not None:
+            sinks = sinks.to(DEVICE, dtype)
+        shape = Shape(KV_HEADS * SHARED, KV_HEADS, HEAD, dtype, None if sinks is None else dtype)
         workspace = make_workspace(config, shape, MAX_TOKENS, num_requests, DEVICE)
         self.counters = workspace.counters.zero_()
         cos, sin = (x.to(DEVICE) for x in rope_table(config.max_places, HEAD, THETA, torch.float32))
-        self.layer = GpuLayer(config, shape, HEAD**-0.5, cos, sin, True, workspace)
+        table = (cos, sin, True)
+        self.layer = GpuLayer(config, shape, HEAD**-0.5, *table, workspace, sinks)
         self.planner = Planner(self.layout, DEVICE, num_requests, max_keys=700)
         self.pairs = 0
 
@@ -75,17 +87,29 @@ def test_layer_equals_oracle(options: dict, longest_cut: int) -> None:
                 assert torch.equal(kept[r][end].long(), boundaries[end]), (r, end)
 
 
+def test_sinks_are_in_outputs_and_scores() -> None:
+    """By single tokens and in chunks; what they take of the softmax changes what is kept."""
+    config = config_of(420, policy="paper", cache_tokens=64, num_sub_caches=2)
+    last = config.num_sink_tokens + 4 * config.stride
+    outputs, kept, (q, k, v) = play(partial(Engine, sinks=SINKS), config, [last], 40, seed=3)
+    expected, boundaries = oracle(config, q[0], k[0], v[0], SINKS)
+    torch.testing.assert_close(outputs[0], expected.float(), rtol=2e-4, atol=2e-5)
+    assert torch.equal(kept[0][last].long(), boundaries[last])
+    assert not torch.equal(oracle(config, q[0], k[0], v[0])[1][last], boundaries[last])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("seed", range(3))
-def test_long_mixed_batches(dtype: torch.dtype, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "sinks"), [(0, None), (1, None), (2, None), (3, SINKS)])
+def test_long_mixed_batches(dtype: torch.dtype, seed: int, sinks: torch.Tensor | None) -> None:
     """Some 200 steps of prefill and decode in any mixture, many boundaries in one step."""
     config = config_of(1500, policy="blend")
     lengths = [1500, 900, 31, 320, 433, 1300]
-    outputs, kept, (q, k, v) = play(Engine, config, lengths, 60, seed=seed, dtype=dtype)
+    engine_of = partial(Engine, sinks=sinks)
+    outputs, kept, (q, k, v) = play(engine_of, config, lengths, 60, seed=seed, dtype=dtype)
     unit = torch.finfo(dtype).eps
     for r in range(len(lengths)):
-        expected, boundaries = oracle(config, q[r], k[r], v[r])
+        expected, boundaries = oracle(config, q[r], k[r], v[r], sinks)
         assert outputs[r].isfinite().all()
         last = lengths[r]
         if dtype == torch.float32:

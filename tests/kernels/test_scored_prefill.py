@@ -7,6 +7,7 @@ The bound on an error is that of the same computation by eager PyTorch in the ke
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -241,6 +242,47 @@ def test_attention(shape, has_sinks, device):
     )
     check_attention(case, out[:num_queries], lse[:, :num_queries], sinks)
     assert out[num_queries:].isnan().all() and lse[:, num_queries:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(64, 8, 64, dtype=torch.bfloat16),
+        # So few queries that keys are split.
+        Shape(8, 1, 64, dtype=torch.bfloat16, lengths=((20, 4000),)),
+        Shape(8, 2, 128, dtype=torch.bfloat16),
+    ],
+    ids=["head-64", "split", "head-128"],
+)
+def test_flash_attention(shape, has_sinks):
+    """Its log-sum-exps count the sinks, as the scores of keys need them."""
+    from vllm_cascade import gpu_layer
+
+    device = torch.device("cuda")
+    case = make_case(shape, device)
+    num_queries, num_rows = case.segments.num_queries, case.segments.num_rows
+    sinks = sinks_of(shape.num_heads, shape.dtype, device) if has_sinks else None
+    heads = gpu_layer.Shape(
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_size,
+        shape.dtype,
+        None if sinks is None else sinks.dtype,
+    )
+    layer = gpu_layer.GpuLayer(None, heads, case.scale, None, None, True, None, sinks)
+    if layer.flash is None:
+        pytest.skip("needs FlashAttention-3")
+    out = torch.full_like(case.query[:num_queries], NAN)
+    lse = layer._attend(
+        out,
+        case.query[:num_queries],
+        case.key[:num_rows],
+        case.value[:num_rows],
+        SimpleNamespace(segments=case.segments),
+    )
+    check_attention(case, out, lse, sinks)
 
 
 def normalizers(case: Case, dtype: torch.dtype) -> Tensor:

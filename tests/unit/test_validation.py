@@ -25,7 +25,6 @@ LAYER = {
     "logits_soft_cap": None,
     "attn_type": "decoder",
     "kv_sharing_target_layer_name": None,
-    "sinks": None,
 }
 
 
@@ -202,7 +201,6 @@ def spoil(vllm_config, path, value):
         ({}, None, "compute capability None"),
         ({"head_size": 72}, (9, 0), "head size 72 on a GPU.*64, 80, 96, 128, 256"),
         ({"cache_config.block_size": 256}, (9, 0), "block size 256 .*--block-size"),
-        ({"hf_text_config.model_type": "gpt_oss"}, (9, 0), "learned attention sinks on a GPU"),
         (
             {
                 "additional_config.cascade": {
@@ -408,10 +406,6 @@ def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
     check_layer(**LAYER | {"kv_cache_dtype": kv_cache_dtype, "logits_soft_cap": soft_cap})
 
 
-def test_sinks_are_served_on_a_cpu():
-    check_layer(**LAYER | {"sinks": torch.zeros(4)})
-
-
 @pytest.mark.parametrize(
     ("spoilt", "words"),
     [
@@ -424,7 +418,6 @@ def test_sinks_are_served_on_a_cpu():
         ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
         ({"attn_type": "encoder_only"}, "encoder_only attention"),
         ({"kv_sharing_target_layer_name": "layers.3.attn"}, "KV cache of layers.3.attn"),
-        ({"sinks": torch.zeros(4, device="meta")}, "learned attention sinks"),
     ],
 )
 def test_a_layer_that_is_not_plain_is_refused(spoilt, words):
