@@ -270,14 +270,14 @@ function makeSelects() {
   fill("head", "all", Array.from({ length: numHeads }, (_, i) => `${i}`));
 }
 
-function makeLegend() {
+function makeLegends() {
   const one = chosen.length === 1;
-  const entries = one
-    ? data.parts.map(({ name }, part) => [partClass(part), name])
-    : LEVELS.map(([name, , label]) => [name, label]);
-  $("of").textContent = one ? "kept in" : "share of heads that kept it";
-  $("legend").replaceChildren(element("li", one ? "forgotten" : "none", "none"),
-    ...entries.map(([name, label]) => element("li", label, name)));
+  const fill = (id, title, entries) => $(id).replaceChildren(title,
+    ...entries.map(([name, label]) => element("span", label, name)));
+  fill("shares", one ? "map: share that is kept" : "share of heads that kept it",
+    [["none", "none"], ...LEVELS.map(([name, , label]) => [name, label])]);
+  fill("kept-in", one ? "text: kept in" : "", !one ? [] :
+    [...data.parts.map(({ name }, part) => [partClass(part), name]), ["none", "forgotten"]]);
 }
 
 function choose() {
@@ -285,7 +285,7 @@ function choose() {
   chosen = pairs.filter((pair) =>
     (layer === "" || pair.layer === Number(layer)) && (head === "" || pair.head === Number(head)));
   countShares();
-  makeLegend();
+  makeLegends();
   drawMap();
   for (const chunk of shown) paint(chunk);
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import re
 from collections.abc import Sequence
@@ -28,9 +27,7 @@ def page(kept: Kept) -> str:
     parts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
     # Nothing in a script ends it but "</script", and nothing but "<!--" changes how it is read.
     parts["data"] = json.dumps(data_of(kept), ensure_ascii=False).replace("<", "\\u003c")
-    parts["title"] = html.escape(
-        f"What {kept.config.policy} kept of {len(kept.token_ids):,} tokens"
-    )
+    parts["title"] = f"What {kept.config.policy} kept of {len(kept.token_ids):,} tokens"
     template = (folder / "page.html").read_text(encoding="utf-8")
     # In one pass: a prompt may hold what looks like a place to fill.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
