@@ -106,6 +106,8 @@ TINY = Sizes(
         "max_num_batched_tokens": 512,
         "block_size": 32,
         "enforce_eager": True,
+        # Full attention has no room for the longest context.
+        "kv_cache_memory_bytes": 2 << 20,
     },
 )
 
@@ -271,6 +273,8 @@ def start(backend: str, arguments: argparse.Namespace, folder: Path) -> bool:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    # It would overrule the tiny engine's own size.
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     begin = time.perf_counter()
     with log.open("w") as file:
         try:
