@@ -13,24 +13,10 @@ import torch
 from vllm import SamplingParams
 
 from e2e.support import KeptLog, core_of, engine, impls_of
-from e2e.tiny import random_prompt, save_gemma3, save_random
+from e2e.tiny import random_prompt, save_gemma3, save_gpt_oss, save_random
 
 CASCADE = {"cache_tokens": 256, "num_sub_caches": 4, "num_sink_tokens": 32, "stride": 128}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
-GPT_OSS = {
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "sliding_window": 64,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 150_000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 1024,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-    },
-}
 # Four to eight times the budget, and below it.
 LENGTHS = [2100, 150, 1333]
 ANSWER = 40
@@ -40,10 +26,11 @@ def save(folder: Path, model_type: str) -> str:
     """A random model of one of the architectures."""
     if model_type == "gemma3_text":
         return save_gemma3(folder)
+    if model_type == "gpt_oss":
+        return save_gpt_oss(folder)
     changes = {
         "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
         "qwen3_moe": {"num_experts": 4, **EXPERTS},
-        "gpt_oss": GPT_OSS,
     }
     return save_random(folder, model_type, **changes[model_type])
 

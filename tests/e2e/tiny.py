@@ -87,7 +87,9 @@ def save_random(folder: Path, model_type: str, seed: int = 0, **changes: Any) ->
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(model_type, **{**SMALL, **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.named_parameters():
         if name.endswith("sinks"):
@@ -98,6 +100,34 @@ def save_random(folder: Path, model_type: str, seed: int = 0, **changes: Any) ->
             tensor.data = torch.randn(tensor.shape, generator=generator) * scale
     model.save_pretrained(folder)
     return str(folder)
+
+
+def save_gpt_oss(folder: Path, **changes: Any) -> str:
+    """Write a random gpt-oss, every other layer with a window, all with sink logits.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    kinds = ["sliding_attention", "full_attention"] * 3
+    fields = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 64,
+        "layer_types": kinds[: changes.get("num_hidden_layers", 3)],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150_000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 1024,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
+    }
+    return save_random(folder, "gpt_oss", **{**fields, **changes})
 
 
 def save_gemma3(folder: Path, **changes: Any) -> str:

@@ -1,22 +1,32 @@
-"""Gemma 3 on a GPU: CASCADE beside FlashAttention, whose pages overlay its own."""
+"""Gemma 3 and gpt-oss on a GPU: CASCADE beside FlashAttention, whose pages overlay its own."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from e2e.support import engine, impls_of
-from e2e.tiny import random_prompt, save_gemma3
+from e2e.tiny import random_prompt, save_gemma3, save_gpt_oss
 from gpu.probe import watched
 
 pytestmark = pytest.mark.gpu
 
 CASCADE = {"cache_tokens": 256, "num_sub_caches": 4, "num_sink_tokens": 16, "stride": 128}
-FULL = ["model.layers.1.self_attn.attn", "model.layers.4.self_attn.attn"]
+# A random model of five layers, and which of them attend in full.
+MODELS = {
+    "gemma3": (save_gemma3, ["model.layers.1.self_attn.attn", "model.layers.4.self_attn.attn"]),
+    # All experts: rounding a router's logits would choose others of less than all.
+    "gpt_oss": (
+        partial(save_gpt_oss, num_hidden_layers=5, num_experts_per_tok=4),
+        ["model.layers.1.attn.attn", "model.layers.3.attn.attn"],
+    ),
+}
 # Several times the window of 64 tokens; with their answers within the budget, and far past it.
 WITHIN = [5, 64, 130, 200]
 BEYOND = [2100, 150, 1333]
@@ -33,14 +43,20 @@ OPTIONS = {
 
 
 class Results(NamedTuple):
-    """Greedy tokens of each answer, and log-probabilities of all prompts' tokens but the first."""
+    """All tokens of each request, and log-probabilities of those that were asked for."""
 
-    answers: list[list[int]]
+    tokens: list[list[int]]
     logprobs: torch.Tensor
 
 
 def generate(llm: Any, lengths: list[int], prompt_logprobs: bool = True) -> Results:
-    """Answers to random prompts; vLLM looks up no prefix where prompts' own are asked for."""
+    """Greedy answers to random prompts.
+
+    Args:
+        llm: An engine.
+        lengths: Tokens of each prompt.
+        prompt_logprobs: Whether to ask for those too; vLLM looks up no prefix then.
+    """
     outputs = llm.generate(
         [{"prompt_token_ids": random_prompt(n, seed=n)} for n in lengths],
         SamplingParams(
@@ -53,15 +69,30 @@ def generate(llm: Any, lengths: list[int], prompt_logprobs: bool = True) -> Resu
         ),
         use_tqdm=False,
     )
-    given, answers = [], []
+    given, tokens = [], []
     for output in outputs:
-        answers.append(list(output.outputs[0].token_ids))
-        steps = zip(output.outputs[0].logprobs, answers[-1], strict=True)
-        assert all(torch.tensor(step[token].logprob).isfinite() for step, token in steps)
-        if prompt_logprobs:
-            pairs = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
-            given += [step[token].logprob for step, token in pairs]
-    return Results(answers, torch.tensor(given))
+        answer = output.outputs[0]
+        tokens.append([*output.prompt_token_ids, *answer.token_ids])
+        steps = [*(output.prompt_logprobs or [None])[1:], *answer.logprobs]
+        pairs = zip(steps, tokens[-1][-len(steps) :], strict=True)
+        given += [step[token].logprob for step, token in pairs]
+    logprobs = torch.tensor(given)
+    assert logprobs.isfinite().all()
+    return Results(tokens, logprobs)
+
+
+def mean_error(model: str, found: Results) -> float:
+    """Of the log-probabilities of all tokens, against transformers in float64."""
+    exact_model = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    exact = []
+    with torch.inference_mode():
+        for tokens in found.tokens:
+            given = torch.tensor([tokens])
+            logprobs = exact_model(given).logits[0, :-1].log_softmax(-1)
+            exact.append(logprobs.gather(1, given[0, 1:, None])[:, 0])
+    return float((found.logprobs - torch.cat(exact)).abs().mean())
 
 
 def open_engine(model: str, cascade: dict[str, Any] | None, **options: Any) -> Any:
@@ -77,13 +108,13 @@ def open_engine(model: str, cascade: dict[str, Any] | None, **options: Any) -> A
     )
 
 
-def test_cascade_beside_flash_attention(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", list(MODELS))
+def test_cascade_beside_flash_attention(tmp_path: Path, model_type: str) -> None:
     """Within the budget as exact as FlashAttention alone; past it only CASCADE's layers drop."""
-    model = save_gemma3(tmp_path, head_dim=64)
-    with open_engine(model, None, attention_backend="TRITON_ATTN", dtype="float32") as llm:
-        exact = generate(llm, WITHIN).logprobs
+    save, full = MODELS[model_type]
+    model = save(tmp_path, head_dim=64)
     with open_engine(model, None, attention_backend="FLASH_ATTN", **OPTIONS) as llm:
-        theirs = (generate(llm, WITHIN).logprobs - exact).abs().mean()
+        theirs = mean_error(model, generate(llm, WITHIN))
     with open_engine(
         model,
         {**CASCADE, "trace_tokens": True},
@@ -92,7 +123,7 @@ def test_cascade_beside_flash_attention(tmp_path: Path) -> None:
     ) as llm:
         impls = [type(impl).__name__ for impl in impls_of(llm)]
         with watched() as steps:
-            ours = (generate(llm, WITHIN).logprobs - exact).abs().mean()
+            ours = mean_error(model, generate(llm, WITHIN))
         replays = steps.replays
         first = generate(llm, BEYOND, prompt_logprobs=False)
         # Now vLLM has these prefixes in the cache of the sliding-window layers.
@@ -106,10 +137,10 @@ def test_cascade_beside_flash_attention(tmp_path: Path) -> None:
     assert replays >= ANSWER - 1
     # Both round to bfloat16 as often.
     assert ours <= 1.2 * theirs
-    assert again.answers == first.answers
+    assert again.tokens == first.tokens
     # The last to end, so its pages are whole.
     layers = found[BEYOND[-1] + ANSWER - 1]
-    assert list(layers) == FULL
+    assert list(layers) == full
     for heads in map(torch.tensor, layers.values()):
         assert (heads[:, :16] == torch.arange(16)).all()
         assert (heads[:, -1] == BEYOND[-1] + ANSWER - 2).all()
