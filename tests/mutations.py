@@ -127,6 +127,20 @@ MUTATIONS = [
         "while len(cache) > size + blocks:",
         f"{LAYER}::test_every_boundary_is_seen",
     ),
+    Mutation(
+        "a sink in a decoded output but not in its scores",
+        "kernels/decode_combine.py",
+        "norm, _ = _join(lse_at, active, sinks_ptr, member, SPLITS)",
+        "norm, _ = _join(lse_at, active, None, member, SPLITS)",
+        "tests/kernels/test_paged_decode.py::test_sinks_join_the_denominator",
+    ),
+    Mutation(
+        "a sink in a chunk's output but not in its log-sum-exp",
+        "kernels/prefill_attention.py",
+        "        highest = higher\n    out = attended / total[:, None]",
+        "    out = attended / total[:, None]",
+        "tests/kernels/test_scored_prefill.py::test_attention",
+    ),
 ]
 
 
