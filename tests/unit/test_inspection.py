@@ -56,6 +56,23 @@ def test_counts_are_of_all_layers_and_heads():
     assert "187 tokens computed, 180 of them the prompt's; answer: 'an <answer>'" in said
 
 
+def test_a_passage_is_found_with_all_tokens_that_hold_a_part_of_it():
+    kept, heads = kept_text(), heads_of(NUM_TOKENS, range(4))
+    (passage,) = kept.find("30 w31 w3")
+    assert (passage.first, passage.last) == (30, 32)
+    held = [sum(t in head for t in (30, 31, 32)) for head in heads]
+    assert passage.share == pytest.approx(sum(held) / 12) and passage.whole == held.count(3)
+    assert [(p.first, p.last) for p in kept.find(" w18")] == [
+        (18, 18),
+        *[(t, t) for t in range(180, 187)],
+    ]
+    (whole,) = kept.find(" w0 w1")
+    assert (whole.share, whole.whole) == (1, 4)
+    pieces = ["", "", "🙂", *(f" w{t}" for t in range(3, NUM_TOKENS))]
+    assert [(p.first, p.last) for p in kept_text(pieces=pieces).find("🙂")] == [(2, 2)]
+    assert kept.find("w1.") == []
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -127,6 +144,7 @@ def test_command_lines_that_cannot_work_are_refused(capsys, tmp_path, monkeypatc
     assert "cannot read the prompt @missing.txt" in refused(capsys, "@missing.txt")
     assert "give a file in a folder" in refused(capsys, "text", "--output=missing/kept.html")
     assert "give a file in a folder" in refused(capsys, "text", f"--output={tmp_path}")
+    assert "'xt.', to --find, is not in the prompt" in refused(capsys, "text", "--find=xt.")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "cannot read a tokenizer of no-such-model" in refused(capsys, "text")
     assert not list(tmp_path.iterdir())

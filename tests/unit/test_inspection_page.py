@@ -157,6 +157,27 @@ def test_a_click_pins_a_token_and_keys_move_on(shown: Browser) -> None:
 
 
 @needs_browser
+def test_selected_text_tells_how_much_of_it_was_kept(shown: Browser) -> None:
+    (passage,) = kept_text().find(" w40 w41 w42")
+    select = "getSelection().setBaseAndExtent(text('{}'), {}, text('{}'), {})"
+    shown.run("text = (token) => document.querySelector(`[data-t='${token}']`).firstChild; 0")
+    # From the end of one token to the start of another: neither is selected.
+    shown.run(select.format(39, 4, 43, 0))
+    shown.settle()
+    said = shown.run("document.getElementById('selected').innerText")
+    assert said == (
+        f"selected tokens 40 to 42: kept by {100 * passage.share:.1f}% of the heads; "
+        f"{passage.whole} kept all of them"
+    )
+    shown.run(select.format(39, 3, 43, 1))
+    shown.settle()
+    assert shown.run("selectedTokens()") == [39, 43]
+    shown.run("getSelection().removeAllRanges()")
+    shown.settle()
+    assert shown.run("document.getElementById('selected').textContent") == ""
+
+
+@needs_browser
 def test_the_map_has_a_row_for_each_layer_and_a_colour_for_each_share(shown: Browser) -> None:
     kept = kept_text()
     pixels = shown.run(
@@ -221,4 +242,6 @@ def test_a_long_text_is_shown_a_window_at_a_time(tmp_path: Path, monkeypatch) ->
         assert browser.run("""document.querySelector("[data-t='0']") === null""")
         parts = "[...document.querySelectorAll('#text > span:not(.answer)')]"
         assert browser.run(f"{parts}.map(e => e.textContent).join('')") == "".join(data["pieces"])
+        browser.run("getSelection().selectAllChildren(document.getElementById('text'))")
+        assert browser.run("selectedTokens()") == [0, count - 1]
         assert browser.errors == []

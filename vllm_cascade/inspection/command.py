@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--engine-args", type=json_object, default={}, metavar="JSON", help="more for vllm.LLM"
     )
+    command.add_argument(
+        "--find", metavar="TEXT", help="say how much was kept of each place where it stands"
+    )
     command.add_argument("--output", type=Path, default=Path("kept.html"), metavar="FILE")
     command.add_argument("--json", action="store_true", help="print a JSON object")
     command.set_defaults(run=_run)
@@ -75,7 +79,17 @@ def _run(given: argparse.Namespace) -> int:
         return INVALID if isinstance(error, EvaluationError) else FAILED
     except KeyboardInterrupt:
         return FAILED
-    print(json.dumps(kept.as_json()) if given.json else f"{kept.as_text()}\n{given.output}")
+    found = kept.find(given.find) if given.find else []
+    if given.json:
+        print(json.dumps(kept.as_json() | {"found": [asdict(passage) for passage in found]}))
+        return 0
+    print(kept.as_text())
+    for passage in found:
+        print(
+            f"{passage.text!r}, tokens {passage.first:,} to {passage.last:,}: kept by "
+            f"{passage.share:.1%} of the heads; {passage.whole} kept it whole"
+        )
+    print(given.output)
     return 0
 
 
@@ -84,6 +98,8 @@ def _inspect(given: argparse.Namespace) -> Kept:
         raise EvaluationError(f"cannot write --output {given.output}: give a file in a folder")
     cache = _cache(given)
     text = _read(given.prompt)
+    if given.find and given.find not in text:
+        raise EvaluationError(f"{given.find!r}, to --find, is not in the prompt")
     tokenizer = load_tokenizer(given.model)
     prompt = _tokens(tokenizer, text, given.chat)
     options, config = _settle(given, cache, len(prompt))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,6 +17,25 @@ from vllm_cascade.layout import build_layout
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_TOKENS_OF_A_CHARACTER = 4  # bytes in UTF-8
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """What became of one place in the text.
+
+    Attributes:
+        text: What stands there.
+        first: Its first token.
+        last: Its last token.
+        share: Kept out of all pairs of one of its tokens and a head.
+        whole: Heads that kept all of its tokens.
+    """
+
+    text: str
+    first: int
+    last: int
+    share: float
+    whole: int
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,19 @@ class Kept:
                 found[part] = (min(start[index] for start in starts), last)
         return found
 
+    def find(self, text: str) -> list[Passage]:
+        """Every place where a text stands; tokens that hold a part of it count."""
+        ends = np.cumsum([len(piece) for piece in self.pieces])
+        found = []
+        for match in re.finditer(re.escape(text), "".join(self.pieces)):
+            first = int(np.searchsorted(ends, match.start(), side="right"))
+            last = int(np.searchsorted(ends, match.end(), side="left"))
+            wanted = set(range(first, last + 1))
+            held = [len(wanted & set(kept)) for heads in self.layers.values() for kept in heads]
+            share = sum(held) / len(held) / len(wanted)
+            found.append(Passage(text, first, last, share, held.count(len(wanted))))
+        return found
+
     def as_json(self) -> dict[str, Any]:
         """All of it, for scripts."""
         return {
@@ -111,8 +144,8 @@ class Kept:
             f"{total:,} tokens computed, {self.num_prompt_tokens:,} of them the prompt's; "
             f"answer: {self.answer!r}",
             f"{config.policy}: {config.cache_tokens:,} tokens in {config.num_sub_caches} "
-            f"sub-caches, {config.num_sink_tokens} sinks, stride {config.stride:,}, "
-            f"reach {config.reach:,} tokens",
+            f"sub-cache{'s' * (config.num_sub_caches > 1)}, {config.num_sink_tokens} sinks, "
+            f"stride {config.stride:,}, reach {config.reach:,} tokens",
             f"each of {self.num_heads} layer and KV head pairs kept {self.num_kept:,} tokens "
             f"({self.num_kept / total:.1%}); all of them kept "
             f"{np.count_nonzero(self.counts == self.num_heads):,}, none of them "

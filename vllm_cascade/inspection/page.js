@@ -231,6 +231,41 @@ function goTo(token) {
     scrollBy(0, top - covered - (innerHeight - covered) / 3);
 }
 
+/** First and last token of what is selected in the text, if anything is. */
+function selectedTokens() {
+  const selection = getSelection();
+  if (selection.isCollapsed || !$("text").contains(selection.anchorNode)) return null;
+  const range = selection.getRangeAt(0);
+  const inside = ({ firstChild }) => {
+    if (!firstChild) return false;
+    const own = document.createRange();
+    own.selectNodeContents(firstChild);
+    return range.compareBoundaryPoints(Range.END_TO_START, own) < 0
+      && range.compareBoundaryPoints(Range.START_TO_END, own) > 0;
+  };
+  const found = chunks.filter((chunk) => range.intersectsNode(chunk)).flatMap((chunk) =>
+    shown.has(chunk)
+      ? [...chunk.children].filter(inside).map(({ dataset }) => Number(dataset.t))
+      : [chunk.first, chunk.end - 1]);
+  return found.length ? [found[0], found.at(-1)] : null;
+}
+
+function countSelected() {
+  const found = selectedTokens();
+  if (!found) return $("selected").replaceChildren();
+  const [first, last] = found;
+  let held = 0, whole = 0;
+  for (const pair of pairs) {
+    let own = 0;
+    for (let token = first; token <= last; token++) own += holds(pair, token);
+    held += own;
+    whole += own === last - first + 1;
+  }
+  const share = (100 * held) / (pairs.length * (last - first + 1));
+  $("selected").textContent = `selected tokens ${number(first)} to ${number(last)}: kept by `
+    + `${share.toFixed(1)}% of the heads; ${number(whole)} kept all of them`;
+}
+
 // --- what stands above ---
 function makeSummary() {
   const counts = new Uint32Array(numTokens);
@@ -244,7 +279,7 @@ function makeSummary() {
   for (const [term, value] of [
     ["tokens computed", number(numTokens)],
     ["kept by each head", percent(each)],
-    [`kept by all ${number(pairs.length)} heads`, percent(all)],
+    [`kept by all ${number(pairs.length)} KV heads`, percent(all)],
     ["forgotten by all", percent(none)],
     ["reach", `${number(data.reach)} tokens`],
     ["answer", JSON.stringify(data.answer)],
@@ -315,6 +350,7 @@ $("text").addEventListener("keydown", (event) => {
   pinned = true;
   goTo(Math.max(0, Math.min(numTokens - 1, (now ?? 0) + step)));
 });
+document.addEventListener("selectionchange", countSelected);
 $("strip").addEventListener("pointermove", (event) => { if (!pinned) look(tokenAt(event)); });
 $("strip").addEventListener("click", (event) => { pinned = true; goTo(tokenAt(event)); });
 addEventListener("resize", drawMap);

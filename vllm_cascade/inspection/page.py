@@ -39,7 +39,7 @@ def data_of(kept: Kept) -> dict[str, Any]:
     Of each head ``bits``, a bit for each token (lowest first, base64), and ``starts``, the first
     token of each part of the cache.
     """
-    num_tokens = len(kept.token_ids)
+    num_tokens, spans = len(kept.token_ids), kept.spans()
     layers = [
         {
             "name": name,
@@ -55,7 +55,7 @@ def data_of(kept: Kept) -> dict[str, Any]:
         "answer": kept.answer,
         "pieces": kept.pieces,
         "parts": [
-            {"name": part, "size": size, "span": kept.spans().get(part)}
+            {"name": part, "size": size, "span": spans.get(part)}
             for part, size in kept.parts.items()
         ],
         "layers": layers,
