@@ -20,12 +20,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,20 +34,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from gpu_records import RESULTS, conditions, write_rows
 from gpu_serving import LLAMA, TINY_LLAMA
-from soak_traffic import BUDGETS, Answer, Clients, Load
+from soak_checks import MIB, compare, faults_of, growth
+from soak_traffic import BUDGETS, Clients, Load
 
 OUTPUT = RESULTS / "soak.csv"
-MIB = 1 << 20
-# How many of other requests' answers the comparison must tell from a request's own.
-TOLD_APART = 0.8
-EXPECTED = (
-    "aborted_in_prefill",
-    "aborted_in_decode",
-    "mixed_steps",
-    "preemptions",
-    "past_budget",
-    "compared",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +51,7 @@ class Scale:
         pool: KV pool, in the most blocks that a request can hold.
         load: What is asked.
         tie: Difference of log-probabilities that is no difference.
+        noise: What a quiet batch changes in them, so many times over, is no difference either.
         growth: Most bytes by which memory may grow.
     """
 
@@ -72,6 +61,7 @@ class Scale:
     pool: float
     load: Load
     tie: float
+    noise: float
     growth: int
 
 
@@ -103,6 +93,8 @@ GPU = Scale(
     ),
     # bfloat16 numbers of a logit's size are 2**-5 apart, and 32 layers add to that.
     tie=0.25,
+    # The size of a batch changes bits, and now and then a token that stays.
+    noise=2.0,
     growth=64 * MIB,
 )
 TINY = Scale(
@@ -125,93 +117,9 @@ TINY = Scale(
         compared_tokens=48,
     ),
     tie=1e-3,
+    noise=0.0,
     growth=32 * MIB,
 )
-
-
-def distance(found: Answer, alone: Answer) -> float:
-    """How far an answer is from the one the request gets alone, up to the first other token.
-
-    Args:
-        found: The answer.
-        alone: The answer alone, with candidates.
-
-    Returns:
-        The largest difference in a token's log-probability, or what was lost by the first other
-        token; infinite if that was no candidate.
-    """
-    largest = 0.0
-    steps = zip(found.tokens, found.logprobs, alone.tokens, alone.candidates, strict=False)
-    for token, logprob, right, candidates in steps:
-        if token != right:
-            return max(largest, candidates[right] - candidates.get(token, -math.inf))
-        largest = max(largest, abs(logprob - candidates[right]))
-    return largest
-
-
-def compare(
-    found: Sequence[Answer], alone: Sequence[Answer], batch: Sequence[Answer], tie: float
-) -> dict[str, Any]:
-    """Compare the sample with the same requests alone.
-
-    In 16 bits the size of a batch changes bits, and now and then a token that stays: what a quiet
-    batch changes, a load may change too, twice over.
-
-    Args:
-        found: Answers under load.
-        alone: Answers one after the other.
-        batch: Answers to the sample at once, on the idle engine.
-        tie: Difference that never counts.
-    """
-    quiet = max(map(distance, batch, alone), default=0.0)
-    bound = max(tie, 2 * quiet)
-    off = list(map(distance, found, alone))
-    others = [distance(found[i], other) for i in range(len(found)) for other in alone[:i]]
-    return {
-        "compared": len(found),
-        "wrong": sum(each > bound for each in off),
-        "off_under_load": max(off, default=0.0),
-        "off_in_batch": quiet,
-        "told_apart": sum(other > bound for other in others) / max(1, len(others)),
-    }
-
-
-def growth(readings: Sequence[tuple[float, dict[str, int]]]) -> dict[str, int]:
-    """Bytes that the last third of the time needed more than the first, by kind of memory."""
-    seconds = readings[-1][0]
-    first = [memory for at, memory in readings if at <= seconds / 3]
-    last = [memory for at, memory in readings if at >= seconds * 2 / 3]
-    return {
-        what: max(memory[what] for memory in last) - max(memory[what] for memory in first)
-        for what in readings[0][1]
-    }
-
-
-def faults_of(row: dict[str, Any], state: dict[str, Any], most: int) -> list[str]:
-    """What is wrong with a soak.
-
-    Args:
-        row: The row of results.
-        state: The idle engine's.
-        most: Bytes by which memory may grow.
-    """
-    faults = []
-    if missing := state["pool_blocks"] - state["free_blocks"]:
-        faults.append(f"{missing} of {state['pool_blocks']} blocks never came back")
-    for what, number in state["held"].items():
-        if number:
-            faults.append(f"the scheduler still holds {number} {what}")
-    for what in state["memory"]:
-        if (grown := row[f"{what.replace(' ', '_')}_grew_mib"]) > most / MIB:
-            faults.append(f"memory of the {what} grew by {grown} MiB")
-    if row["wrong"]:
-        faults.append(
-            f"{row['wrong']} of {row['compared']} answers are not what the request gets alone"
-        )
-    if row["told_apart"] < TOLD_APART:
-        faults.append(f"the comparison tells {row['told_apart']:.0%} of others' answers apart")
-    faults += [f"{what.replace('_', ' ')}: none" for what in EXPECTED if not row[what]]
-    return faults
 
 
 def start(folder: Path, scale: Scale) -> Any:
@@ -282,7 +190,8 @@ async def soak(engine: Any, scale: Scale, seconds: float, seed: int) -> tuple[li
     asks = clients.sample(state["preempted"])
     alone = [await clients.repeat(ask, "alone") for ask in asks]
     batch = await asyncio.gather(*(clients.repeat(ask, "batch") for ask in asks))
-    row |= compare([clients.answers[ask.number] for ask in asks], alone, batch, scale.tie)
+    found = [clients.answers[ask.number] for ask in asks]
+    row |= compare(found, alone, batch, scale.tie, scale.noise)
     return clients.faults + faults_of(row, await clients.state(), scale.growth), row
 
 

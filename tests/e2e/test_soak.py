@@ -15,10 +15,10 @@ from e2e.support import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import soak
+from soak import GPU
+from soak_checks import EXPECTED, MIB, compare, distance, faults_of, growth
 from soak_traffic import Answer, Ask
 
-MIB = 1 << 20
 ROW = {
     "aborted_in_prefill": 3,
     "aborted_in_decode": 3,
@@ -56,22 +56,22 @@ def test_every_condition_holds() -> None:
         (ROW, "front_end_grew_mib", 9.0, "memory of the front end grew"),
         (ROW, "wrong", 1, "1 of 6 answers are not what"),
         (ROW, "told_apart", 0.5, "tells 50% of"),
-        *((ROW, name, 0, f"{name.replace('_', ' ')}: none") for name in soak.EXPECTED),
+        *((ROW, name, 0, f"{name.replace('_', ' ')}: none") for name in EXPECTED),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_condition_that_fails_is_named(where: Any, name: str, value: Any, words: str) -> None:
     row, state = copy.deepcopy((ROW, STATE))
-    assert soak.faults_of(row, state, 8 * MIB) == []
+    assert faults_of(row, state, 8 * MIB) == []
     (row if where is ROW else state)[name] = value
-    (fault,) = soak.faults_of(row, state, 8 * MIB)
+    (fault,) = faults_of(row, state, 8 * MIB)
     assert words in fault
 
 
 def test_memory_of_the_last_third_is_held_against_the_first() -> None:
     needed = [100, 300, 200, 900, 200, 250, 340]
     readings = [(float(at), {"engine": mib * MIB}) for at, mib in enumerate(needed)]
-    assert soak.growth(readings) == {"engine": 40 * MIB}
+    assert growth(readings) == {"engine": 40 * MIB}
 
 
 def answer(*steps: tuple[int, float], candidates: tuple[dict[int, float], ...] = ()) -> Answer:
@@ -81,22 +81,30 @@ def answer(*steps: tuple[int, float], candidates: tuple[dict[int, float], ...] =
 
 def test_answers_are_compared_up_to_the_first_other_token() -> None:
     alone = answer((5, -1.0), (6, -2.0), candidates=({5: -1.0, 7: -1.25}, {6: -2.0}))
-    assert soak.distance(answer((5, -1.0), (6, -2.0)), alone) == 0
-    assert soak.distance(answer((5, -1.5), (6, -2.0)), alone) == 0.5
-    assert soak.distance(answer((7, -1.25), (9, -9.0)), alone) == 0.25
-    assert soak.distance(answer((5, -1.0), (9, -2.0)), alone) == math.inf
+    assert distance(answer((5, -1.0), (6, -2.0)), alone) == 0
+    assert distance(answer((5, -1.5), (6, -2.0)), alone) == 0.5
+    assert distance(answer((7, -1.25), (9, -9.0)), alone) == 0.25
+    assert distance(answer((5, -1.0), (9, -2.0)), alone) == math.inf
 
 
 def test_a_wrong_answer_is_counted() -> None:
     alone = [answer((token, -1.0), candidates=({token: -1.0},)) for token in (5, 6, 7)]
-    found = soak.compare([alone[0], alone[2], alone[2]], alone, alone, 0.1)
+    found = compare([alone[0], alone[2], alone[2]], alone, alone, 0.1, 0.0)
     assert (found["compared"], found["wrong"], found["off_in_batch"]) == (3, 1, 0)
     assert found["told_apart"] == 1
-    assert soak.compare(alone[:1] * 3, alone[:1] * 3, alone[:1] * 3, 0.1)["told_apart"] == 0
+    assert compare(*[alone[:1] * 3] * 3, 0.1, 0.0)["told_apart"] == 0
+
+
+def test_noise_counts_only_where_it_is_let() -> None:
+    alone = [answer((5, -1.0), candidates=({5: -1.0},))]
+    batch, found = [answer((5, -1.2))], [answer((5, -1.3))]
+    assert compare(found, alone, batch, 0.1, 0.0)["wrong"] == 1
+    assert compare(found, alone, batch, 0.1, 1.0)["wrong"] == 1
+    assert compare(found, alone, batch, 0.1, 2.0)["wrong"] == 0
 
 
 def test_clients_are_as_varied_as_described() -> None:
-    load = soak.GPU.load
+    load = GPU.load
     asks = [Ask.draw(load, number) for number in range(2000)]
     lengths = [ask.prompt_tokens for ask in asks]
     assert min(lengths) == 1
