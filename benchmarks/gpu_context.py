@@ -99,7 +99,13 @@ TINY = Sizes(
     warm_up=600,
     most_requests=3,
     drift=float("inf"),
-    cascade={"cache_tokens": 256, "num_sub_caches": 4, "num_sink_tokens": 32, "stride": 128},
+    cascade={
+        "cache_tokens": 256,
+        "num_sub_caches": 4,
+        "newest_share": 0.0,
+        "num_sink_tokens": 32,
+        "stride": 128,
+    },
     engine={
         "dtype": "float32",
         "max_num_seqs": 4,

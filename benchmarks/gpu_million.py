@@ -86,7 +86,13 @@ FULL = Sizes(
 TINY = Sizes(
     model=TINY_LLAMA,
     cases={"24_full_caches": Case(4, 500, 40), "million": Case(1, 3_000, 4)},
-    cascade={"cache_tokens": 256, "num_sub_caches": 4, "num_sink_tokens": 32, "stride": 128},
+    cascade={
+        "cache_tokens": 256,
+        "num_sub_caches": 4,
+        "newest_share": 0.0,
+        "num_sink_tokens": 32,
+        "stride": 128,
+    },
     engine={
         "dtype": "float32",
         "max_model_len": 4_096,

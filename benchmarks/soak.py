@@ -99,7 +99,13 @@ GPU = Scale(
 )
 TINY = Scale(
     model=TINY_LLAMA | {"max_position_embeddings": 1024, "rope_theta": 10000.0},
-    cascade={"cache_tokens": 128, "num_sub_caches": 4, "num_sink_tokens": 16, "stride": 64},
+    cascade={
+        "cache_tokens": 128,
+        "num_sub_caches": 4,
+        "newest_share": 0.0,
+        "num_sink_tokens": 16,
+        "stride": 64,
+    },
     engine={
         "dtype": "float32",
         "block_size": 16,

@@ -19,6 +19,7 @@ CONFIG = CascadeConfig(
     block_size=4,
     cache_tokens=48,
     num_sub_caches=3,
+    newest_share=0.0,
     num_sink_tokens=4,
     stride=16,
     selection_window=16,  # so that groups wait until they are complete
@@ -45,8 +46,7 @@ def simulate(num_tokens: int, seeds: Iterable[int]) -> list[list[list[int]]]:
             total=num_tokens,
             sinks=CONFIG.num_sink_tokens,
             block=CONFIG.block_size,
-            size=CONFIG.sub_cache_tokens,
-            num_sub_caches=CONFIG.num_sub_caches,
+            sizes=CONFIG.sub_cache_tokens,
             stride=CONFIG.stride,
             window=CONFIG.selection_window,
             choose=lambda _, tokens, rng=rng: sorted(rng.sample(tokens, len(tokens) // 2)),

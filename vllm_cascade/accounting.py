@@ -23,7 +23,7 @@ def computed_tokens(num_prompt_tokens: int, num_generation_tokens: int) -> int:
 
 def kept_whole(config: CascadeConfig) -> int:
     """Tokens that sinks and sub-caches hold; no request of up to so many loses one."""
-    return config.num_sink_tokens + config.num_sub_caches * config.sub_cache_tokens
+    return config.total_tokens
 
 
 def past_budget(config: CascadeConfig, num_tokens: int) -> bool:
@@ -94,5 +94,5 @@ def startup_line(
 
 
 def _first_boundary(config: CascadeConfig) -> int:
-    filling = config.num_sub_caches * config.sub_cache_tokens // config.stride
+    filling = sum(config.sub_cache_tokens) // config.stride
     return config.num_sink_tokens + (filling + 1) * config.stride

@@ -28,6 +28,7 @@ READERS: dict[str, dict[str, Any]] = {
     "num_sub_caches": {"type": _whole_or_auto, "metavar": "NUMBER|auto"},
     "score_power": {"type": float},
     "key_weight": {"type": float},
+    "newest_share": {"type": float},
     "score_decay": {"type": float},
     "score_reduction": {"choices": ("max", "mean")},
     "trace_tokens": {"action": "store_true", "default": None},

@@ -12,19 +12,21 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from vllm_cascade.refusal import MIN_BLOCK_SIZE, refusal
-from vllm_cascade.rules import CascadeConfig, ConfigError, Fault, Model, broken_rule
+from vllm_cascade.rules import CascadeConfig, ConfigError, Fault, Model, broken_rule, shares
 
 __all__ = ["PRESETS", "CascadeConfig", "CascadeOptions", "ConfigError"]
 
 DEFAULT_CACHE_TOKENS = 16_384
 DEFAULT_STRIDE = 1_024
+# A shorter one makes prefill slow; it is taken only where nothing longer fits.
+LEAST_DEFAULT_STRIDE = 256
 DEFAULT_SINK_TOKENS = 64
 
 # policy -> the knobs it presets; a knob that the user sets wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    "blend": {"score_power": 2.0, "key_weight": 1.0, "selection_window": 64},
-    "paper": {"score_power": 1.0, "key_weight": 0.0, "selection_window": 2},
-    "window": {"score_power": 1.0, "key_weight": 0.0, "selection_window": 2},
+    "blend": {"score_power": 2.0, "key_weight": 1.0, "selection_window": 64, "newest_share": 0.5},
+    "paper": {"score_power": 1.0, "key_weight": 0.0, "selection_window": 2, "newest_share": 0.0},
+    "window": {"score_power": 1.0, "key_weight": 0.0, "selection_window": 2, "newest_share": 0.0},
 }
 
 
@@ -39,6 +41,7 @@ class CascadeOptions:
     policy: str = "blend"
     cache_tokens: int | None = None
     num_sub_caches: int | Literal["auto"] = "auto"
+    newest_share: float | None = None
     num_sink_tokens: int | None = None
     stride: int | None = None
     selection_window: int | None = None
@@ -89,6 +92,7 @@ class CascadeOptions:
             _integer("num_sub_caches", self.num_sub_caches, at_least=1)
         _real("score_power", self.score_power, above=0.0)
         _real("key_weight", self.key_weight, at_least=0.0)
+        _real("newest_share", self.newest_share, at_least=0.0, at_most=1.0)
         _real("score_decay", self.score_decay, above=0.0, at_most=1.0)
         if self.policy == "window":
             self._check_window_policy()
@@ -101,7 +105,7 @@ class CascadeOptions:
                 'policy "window" has exactly one sub-cache, unlike "blend" and "paper"',
                 "Nearest: 1",
             )
-        for name in ("selection_window", "score_power", "key_weight"):
+        for name in ("newest_share", "selection_window", "score_power", "key_weight"):
             if getattr(self, name) is not None:
                 raise ConfigError(
                     name,
@@ -115,8 +119,9 @@ class CascadeOptions:
 
         What is not set becomes: sinks 64, rounded up to a block; then the largest
         ``cache_tokens`` up to 16,384 in whole blocks, and for it the largest ``stride`` up to
-        1,024 (one block and one group where these are larger), with which every rule holds. What
-        is set is taken as it is, or refused.
+        1,024 (one block and one group where these are larger), with which every rule holds; of
+        strides those below 256 only if nothing else is valid. What is set is taken as it is, or
+        refused.
 
         Args:
             block_size: Tokens in a KV block.
@@ -152,13 +157,22 @@ class CascadeOptions:
         Returns:
             The configuration, or the first fault found in each field that had any.
         """
+        strides = self.strides(model)
+        if self.stride is None:
+            longer = [stride for stride in strides if stride >= LEAST_DEFAULT_STRIDE]
+            found = self._search(model, longer)
+            if isinstance(found, CascadeConfig):
+                return found
+        return self._search(model, strides)
+
+    def _search(self, model: Model, strides: Sequence[int]) -> CascadeConfig | list[Fault]:
         faults: dict[str, Fault] = {}
         for sinks, budget, sub_caches in self._budgets(model):
             if isinstance(sub_caches, Fault):
                 faults.setdefault(sub_caches.field, sub_caches)
                 continue
             best = None
-            for stride in self.strides(model):
+            for stride in strides:
                 config = self._config(model, sinks, budget, sub_caches, stride)
                 fault = broken_rule(config, model.position_limit)
                 if fault is not None:
@@ -190,8 +204,11 @@ class CascadeOptions:
             return self.num_sub_caches
         block = model.block_size
         for number in range(1, budget // block + 1):
-            size = budget // number // block * block
-            if sinks + size * ((1 << number) - 1) >= model.max_model_len:
+            newest, older = shares(budget // block, number, self._newest_share)
+            if number > 1 and not older:
+                break
+            # A token that is handed on i times stands for 2**i.
+            if sinks + block * (newest + older * ((1 << number) - 2)) >= model.max_model_len:
                 return number
         return Fault(
             "cache_tokens",
@@ -211,6 +228,11 @@ class CascadeOptions:
     def _window(self) -> int:
         return self.selection_window or int(PRESETS[self.policy]["selection_window"])
 
+    @property
+    def _newest_share(self) -> float:
+        preset = float(PRESETS[self.policy]["newest_share"])
+        return preset if self.newest_share is None else float(self.newest_share)
+
     def _config(
         self, model: Model, sinks: int, budget: int, sub_caches: int, stride: int
     ) -> CascadeConfig:
@@ -222,6 +244,7 @@ class CascadeOptions:
             block_size=model.block_size,
             cache_tokens=budget,
             num_sub_caches=sub_caches,
+            newest_share=self._newest_share,
             num_sink_tokens=sinks,
             stride=stride,
             selection_window=self._window,

@@ -164,25 +164,27 @@ def build_layout(config: CascadeConfig) -> Layout:
         The layout.
     """
     block, stride = config.block_size, config.stride
-    size, number = config.sub_cache_tokens // block, config.num_sub_caches
+    sizes = [size // block for size in config.sub_cache_tokens]
     sinks = list(range(config.num_sink_tokens // block))
-    filling = number * config.sub_cache_tokens // stride
+    filling = sum(config.sub_cache_tokens) // stride
     end = min(config.num_sink_tokens + (filling + 1) * stride, config.max_model_len)
     table = list(range(-(-end // block)))
-    sub_caches = (0,) * number
+    sub_caches = (0,) * len(sizes)
     first = Epoch(0, end, 0, _array(table), _no_groups(config), sub_caches)
     if end == config.max_model_len:
         return Layout(config, (first,), len(table))
 
     # Oldest first in each sub-cache; sub-cache 0 takes what the full ones leave.
-    held = table[len(sinks) :]
-    caches = [held[(number - 1) * size :]]
-    caches += [held[(number - 1 - i) * size : (number - i) * size] for i in range(1, number)]
+    rest, caches = table[len(sinks) :], list[list[int]]()
+    for size in reversed(sizes[1:]):
+        caches.insert(0, rest[:size])
+        rest = rest[size:]
+    caches.insert(0, rest)
     epochs, used = [], len(table)
     epoch_table, start, prefix = _array(table), 0, 0
     while True:
         last = end == config.max_model_len
-        groups = _no_groups(config) if last else _array(_move(caches, size, config))
+        groups = _no_groups(config) if last else _array(_move(caches, sizes, config))
         groups = groups.reshape(-1, config.group_tokens // block)
         epochs.append(Epoch(start, end, prefix * block, epoch_table, groups, sub_caches))
         if last:
@@ -198,7 +200,7 @@ def build_layout(config: CascadeConfig) -> Layout:
         used = max(used, len(epoch_table))
 
 
-def _move(caches: list[list[int]], size: int, config: CascadeConfig) -> list[list[int]]:
+def _move(caches: list[list[int]], sizes: list[int], config: CascadeConfig) -> list[list[int]]:
     """Run one boundary: edit `caches` in place, return the row entries of each group that merges.
 
     A group that passed through two sub-caches at once would have to merge twice; `stride` being
@@ -206,13 +208,13 @@ def _move(caches: list[list[int]], size: int, config: CascadeConfig) -> list[lis
     """
     blocks = config.group_tokens // config.block_size
     groups = []
-    for older, cache in zip(caches[1:], caches, strict=False):
+    for older, cache, size in zip(caches[1:], caches, sizes, strict=False):
         while len(cache) >= size + blocks:
             leaving = cache[:blocks]
             del cache[:blocks]
             groups.append(leaving)
             older += leaving[: blocks // 2]
-    del caches[-1][: max(0, len(caches[-1]) - size)]
+    del caches[-1][: max(0, len(caches[-1]) - sizes[-1])]
     return groups
 
 

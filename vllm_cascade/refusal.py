@@ -28,6 +28,7 @@ BOUND = (
     "num_sink_tokens",
     "cache_tokens",
     "num_sub_caches",
+    "newest_share",
     "stride",
     "selection_window",
     "score_decay",
@@ -107,8 +108,8 @@ def _nearest(options: CascadeOptions, field: str, model: Model) -> float:
         least: float = MIN_DECAY_PER_STRIDE ** (1 / shortest)
         return math.ceil(least * 1e9) / 1e9
     grid = _grid(field, config, model)
-    given: int = getattr(options, field)
-    good = grid.index(getattr(config, field))
+    given: float = getattr(options, field)
+    good = bisect_left(grid, getattr(config, field))
     bad = bisect_left(grid, given)
     if bad == len(grid) or (bad > 0 and given - grid[bad - 1] < grid[bad] - given):
         bad -= 1
@@ -123,13 +124,14 @@ def _nearest(options: CascadeOptions, field: str, model: Model) -> float:
     return grid[good]
 
 
-def _grid(field: str, config: CascadeConfig, model: Model) -> Sequence[int]:
+def _grid(field: str, config: CascadeConfig, model: Model) -> Sequence[float]:
     """The values of `field` that could be valid, in ascending order."""
     limit, block, group = model.position_limit, model.block_size, config.group_tokens
-    grids: dict[str, Sequence[int]] = {
+    grids: dict[str, Sequence[float]] = {
         "num_sink_tokens": range(0, limit + 1, block),
         "cache_tokens": range(block, limit + 1, block),
         "num_sub_caches": range(1, limit + 1),
+        "newest_share": [step / 64 for step in range(65)],
         "stride": range(group, limit + 1, group),
         "selection_window": [1 << power for power in range(1, limit.bit_length())],
     }

@@ -46,6 +46,25 @@ class Model(NamedTuple):
     position_limit: int
 
 
+def shares(blocks: int, num_sub_caches: int, newest_share: float) -> tuple[int, int]:
+    """Cut a budget into sub-caches.
+
+    Args:
+        blocks: The budget, in blocks.
+        num_sub_caches: Number of sub-caches.
+        newest_share: As in `CascadeConfig`.
+
+    Returns:
+        Blocks of the newest sub-cache and of each other one, which is 0 if there is too little.
+    """
+    others = num_sub_caches - 1
+    if not others:
+        return blocks, 0
+    newest = max(int(newest_share * blocks), -(-blocks // num_sub_caches))
+    older = (blocks - newest) // others
+    return blocks - others * older, older
+
+
 @dataclass(frozen=True, slots=True)
 class CascadeConfig:
     """A complete, valid configuration for one model.
@@ -55,6 +74,7 @@ class CascadeConfig:
         block_size: Tokens in a KV block.
         cache_tokens: Budget of the sub-caches together, in tokens; sinks come on top.
         num_sub_caches: Number of sub-caches.
+        newest_share: Share of the budget that the newest sub-cache has, an equal share at least.
         num_sink_tokens: First tokens of a request, kept for ever.
         stride: Tokens between two boundaries.
         selection_window: Neighbours of which half survive a merge.
@@ -70,6 +90,7 @@ class CascadeConfig:
     block_size: int
     cache_tokens: int
     num_sub_caches: int
+    newest_share: float
     num_sink_tokens: int
     stride: int
     selection_window: int
@@ -81,9 +102,33 @@ class CascadeConfig:
     max_model_len: int
 
     @property
-    def sub_cache_tokens(self) -> int:
-        """Tokens in one sub-cache: an equal share of the budget, in whole blocks."""
-        return self.cache_tokens // self.num_sub_caches // self.block_size * self.block_size
+    def sub_cache_tokens(self) -> tuple[int, ...]:
+        """Tokens in each sub-cache, the newest first; together the whole blocks of the budget.
+
+        The newest one has `newest_share` of the budget, or an equal share where that is more, and
+        the blocks left over when the others divide the rest equally.
+        """
+        newest, older = self._sizes
+        return newest, *((self.num_sub_caches - 1) * (older,))
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Tokens in the newest sub-cache and in each other one."""
+        blocks = self.cache_tokens // self.block_size
+        newest, older = shares(blocks, self.num_sub_caches, self.newest_share)
+        return newest * self.block_size, older * self.block_size
+
+    @property
+    def smallest_sub_cache_tokens(self) -> int:
+        """Tokens in the smallest sub-cache."""
+        newest, older = self._sizes
+        return older if self.num_sub_caches > 1 else newest
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that sinks and sub-caches hold."""
+        newest, older = self._sizes
+        return self.num_sink_tokens + newest + (self.num_sub_caches - 1) * older
 
     @property
     def group_tokens(self) -> int:
@@ -94,17 +139,14 @@ class CascadeConfig:
     def max_places(self) -> int:
         """Bound on the logical places in use, a stride's own included, in tokens."""
         waiting = (self.num_sub_caches - 1) * (self.group_tokens - self.block_size)
-        return (
-            self.num_sink_tokens
-            + self.num_sub_caches * self.sub_cache_tokens
-            + self.stride
-            + waiting
-        )
+        return self.total_tokens + self.stride + waiting
 
     @property
     def reach(self) -> int:
         """Context the cache can span, in tokens; older tokens are gone whatever their score."""
-        return self.num_sink_tokens + self.sub_cache_tokens * ((1 << self.num_sub_caches) - 1)
+        return self.num_sink_tokens + sum(
+            size << index for index, size in enumerate(self.sub_cache_tokens)
+        )
 
     @property
     def needs_scores(self) -> bool:
@@ -112,14 +154,14 @@ class CascadeConfig:
 
         One sub-cache drops its oldest tokens unseen, and a request that always fits drops none.
         """
-        kept_whole = self.num_sink_tokens + self.num_sub_caches * self.sub_cache_tokens
-        return self.num_sub_caches > 1 and self.max_model_len > kept_whole
+        return self.num_sub_caches > 1 and self.max_model_len > self.total_tokens
 
     def summary(self) -> str:
         """The configuration in one line, for a log."""
         return (
             f"policy={self.policy} cache_tokens={self.cache_tokens} "
-            f"num_sub_caches={self.num_sub_caches} num_sink_tokens={self.num_sink_tokens} "
+            f"num_sub_caches={self.num_sub_caches} newest_share={self.newest_share:g} "
+            f"num_sink_tokens={self.num_sink_tokens} "
             f"stride={self.stride} selection_window={self.selection_window} "
             f"score_power={self.score_power:g} key_weight={self.key_weight:g} "
             f"score_reduction={self.score_reduction} score_decay={self.score_decay!r} "
@@ -138,7 +180,7 @@ def broken_rule(config: CascadeConfig, position_limit: int) -> Fault | None:
         The field to blame, its value and the reason.
     """
     block, group = config.block_size, config.group_tokens
-    stride, size = config.stride, config.sub_cache_tokens
+    stride, size = config.stride, config.smallest_sub_cache_tokens
     if config.num_sink_tokens % block:
         return Fault(
             "num_sink_tokens",
@@ -163,7 +205,11 @@ def broken_rule(config: CascadeConfig, position_limit: int) -> Fault | None:
             f"must be a multiple of {group}, the larger of selection_window and two blocks",
         )
     if stride > 2 * size:
-        return Fault("stride", stride, f"must not exceed two sub-caches of {size} tokens")
+        return Fault(
+            "stride",
+            stride,
+            f"must not exceed two of the smallest sub-caches, of {size} tokens each",
+        )
     if stride * math.log(config.score_decay) < math.log(MIN_DECAY_PER_STRIDE):
         return Fault(
             "score_decay",

@@ -15,7 +15,13 @@ from vllm import SamplingParams
 from e2e.support import KeptLog, core_of, engine, impls_of
 from e2e.tiny import random_prompt, save_gemma3, save_gpt_oss, save_random
 
-CASCADE = {"cache_tokens": 256, "num_sub_caches": 4, "num_sink_tokens": 32, "stride": 128}
+CASCADE = {
+    "cache_tokens": 256,
+    "num_sub_caches": 4,
+    "newest_share": 0.0,
+    "num_sink_tokens": 32,
+    "stride": 128,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 # Four to eight times the budget, and below it.
 LENGTHS = [2100, 150, 1333]

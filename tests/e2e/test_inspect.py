@@ -15,7 +15,7 @@ from vllm_cascade import cli
 pytestmark = pytest.mark.model
 
 ENGINE_ARGS = '{"block_size": 32, "dtype": "float32"}'
-BUDGET, SINKS, STRIDE = 256, 64, 128
+BUDGET, SINKS, STRIDE = 256, 64, 64
 
 
 def test_shows_what_the_engines_pages_hold(tmp_path: Path, capfd) -> None:

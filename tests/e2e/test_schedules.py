@@ -21,6 +21,7 @@ from reference.llama import Llama
 CASCADE = {
     "cache_tokens": 128,
     "num_sub_caches": 4,
+    "newest_share": 0.0,
     "num_sink_tokens": 16,
     "stride": 64,
     "trace_tokens": True,

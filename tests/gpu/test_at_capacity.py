@@ -18,7 +18,13 @@ pytestmark = pytest.mark.gpu
 
 NUM_REQUESTS = 200
 ANSWER = 120
-CASCADE = {"cache_tokens": 256, "num_sub_caches": 4, "num_sink_tokens": 16, "stride": 64}
+CASCADE = {
+    "cache_tokens": 256,
+    "num_sub_caches": 4,
+    "newest_share": 0.0,
+    "num_sink_tokens": 16,
+    "stride": 64,
+}
 # Bytes that a second run may need above the first: the allocator rounds up to blocks of 2 MiB.
 SLACK = 4 << 20
 

@@ -14,7 +14,13 @@ from gpu.probe import watched
 
 pytestmark = pytest.mark.gpu
 
-CASCADE = {"cache_tokens": 128, "num_sub_caches": 4, "num_sink_tokens": 16, "stride": 64}
+CASCADE = {
+    "cache_tokens": 128,
+    "num_sub_caches": 4,
+    "newest_share": 0.0,
+    "num_sink_tokens": 16,
+    "stride": 64,
+}
 # Under the budget, at it, where it fills while the answer grows, and far past it.
 LENGTHS = [5, 100, 143, 208, 333, 1001]
 ANSWER = 140

@@ -17,7 +17,13 @@ from gpu.probe import watched
 
 pytestmark = pytest.mark.gpu
 
-CASCADE = {"cache_tokens": 256, "num_sub_caches": 4, "num_sink_tokens": 16, "stride": 128}
+CASCADE = {
+    "cache_tokens": 256,
+    "num_sub_caches": 4,
+    "newest_share": 0.0,
+    "num_sink_tokens": 16,
+    "stride": 128,
+}
 # A random model of five layers, and which of them attend in full.
 MODELS = {
     "gemma3": (save_gemma3, ["model.layers.1.self_attn.attn", "model.layers.4.self_attn.attn"]),

@@ -14,7 +14,13 @@ from e2e.tiny import random_prompt, save_llama
 
 pytestmark = pytest.mark.gpu
 
-CASCADE = {"cache_tokens": 128, "num_sub_caches": 4, "num_sink_tokens": 16, "stride": 64}
+CASCADE = {
+    "cache_tokens": 128,
+    "num_sub_caches": 4,
+    "newest_share": 0.0,
+    "num_sink_tokens": 16,
+    "stride": 64,
+}
 LENGTHS = [1200, 30, 205, 700, 144]
 ANSWER = 100
 

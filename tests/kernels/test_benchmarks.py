@@ -38,7 +38,7 @@ SMALL = {"cache_tokens": 128, "num_sub_caches": 2, "stride": 64, "num_sink_token
     "options",
     [
         SMALL,
-        {**SMALL, "num_sub_caches": 4, "selection_window": 32},
+        {**SMALL, "cache_tokens": 208, "num_sub_caches": 4, "selection_window": 32},
         {**SMALL, "policy": "paper", "cache_tokens": 208, "num_sub_caches": 3},
     ],
     ids=["2", "4", "unaligned"],

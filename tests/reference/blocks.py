@@ -39,8 +39,7 @@ def block_moves(
     total: int,
     sinks: int,
     block: int,
-    size: int,
-    num_sub_caches: int,
+    sizes: Sequence[int],
     stride: int,
     window: int,
     choose: Choice,
@@ -51,8 +50,7 @@ def block_moves(
         total: Tokens in the request.
         sinks: First tokens, never moved.
         block: Tokens in a block.
-        size: Tokens in one sub-cache.
-        num_sub_caches: Number of sub-caches.
+        sizes: Tokens in each sub-cache, the newest first.
         stride: Tokens between two boundaries; the first ends `stride` tokens after the sinks.
         window: Neighbours of which `choose` keeps half.
         choose: The selection.
@@ -60,7 +58,7 @@ def block_moves(
     Yields:
         Every boundary, those that find the cache not yet full included.
     """
-    group = max(window, 2 * block)
+    group, num_sub_caches = max(window, 2 * block), len(sizes)
     caches: list[list[int]] = [[] for _ in range(num_sub_caches)]
     filling, most = True, 0
     for number, start in enumerate(range(sinks, total - stride + 1, stride)):
@@ -68,19 +66,19 @@ def block_moves(
         caches[0] += range(start, end)
         most = max(most, sinks + sum(map(len, caches)))
         leaving = []
-        if filling and end - sinks > size * num_sub_caches:
+        if filling and end - sinks > sum(sizes):
             filling = False
             everything = caches[0]
             for i in range(num_sub_caches - 1, 0, -1):
-                caches[i], everything = everything[:size], everything[size:]
+                caches[i], everything = everything[: sizes[i]], everything[sizes[i] :]
             caches[0] = everything
         if not filling:
             for i in range(num_sub_caches - 1):
-                while len(caches[i]) >= size + group:
+                while len(caches[i]) >= sizes[i] + group:
                     tokens, caches[i] = caches[i][:group], caches[i][group:]
                     leaving.append((i, tokens))
                     for j in range(0, group, window):
                         caches[i + 1] += choose(number, tokens[j : j + window])
-            while len(caches[-1]) >= size + block:
+            while len(caches[-1]) >= sizes[-1] + block:
                 caches[-1] = caches[-1][block:]
         yield Boundary(end, leaving, [list(cache) for cache in caches], most)

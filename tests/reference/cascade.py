@@ -25,6 +25,7 @@ class CascadeParameters:
     num_sub_caches: int
     stride: int
     selection_window: int
+    newest_share: float = 0.0
     score_power: float = 1.0
     key_weight: float = 0.0
     score_reduction: str = "max"
@@ -36,9 +37,20 @@ class CascadeParameters:
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
     @property
-    def sub_cache_tokens(self) -> int:
-        """w: an equal share of the budget in whole blocks."""
-        return self.cache_tokens // self.num_sub_caches // self.block_size * self.block_size
+    def sub_cache_tokens(self) -> list[int]:
+        """Tokens of each sub-cache, number 0 (the newest) first, in whole blocks.
+
+        Number 0 has its share of the budget, an equal one at least, and what is left over when
+        the others divide the rest equally.
+        """
+        left = self.cache_tokens // self.block_size
+        if self.num_sub_caches == 1:
+            return [left * self.block_size]
+        newest = max(int(left * self.newest_share), -(-left // self.num_sub_caches))
+        older = (left - newest) // (self.num_sub_caches - 1)
+        sizes = [older] * self.num_sub_caches
+        sizes[0] = left - sum(sizes[1:])
+        return [size * self.block_size for size in sizes]
 
     @property
     def group_tokens(self) -> int:
@@ -49,8 +61,7 @@ class CascadeParameters:
     def max_tokens_held(self) -> int:
         """The bound on memory, a stride's own tokens included."""
         waiting = (self.num_sub_caches - 1) * (self.group_tokens - self.block_size)
-        budget = self.num_sub_caches * self.sub_cache_tokens
-        return self.num_sink_tokens + budget + self.stride + waiting
+        return self.num_sink_tokens + sum(self.sub_cache_tokens) + self.stride + waiting
 
     def boundary_token(self, k: int) -> int:
         """The token that boundary k stands before; boundary 0 ends the sinks."""
@@ -108,24 +119,25 @@ class Cascade:
         if tokens.start < self.parameters.num_sink_tokens:
             self.sinks = new
             return
-        caches, size = self.sub_caches, self.parameters.sub_cache_tokens
+        caches, sizes = self.sub_caches, self.parameters.sub_cache_tokens
         caches[0] = torch.cat((caches[0], new), dim=1)
         if self.filling:
-            if caches[0].shape[1] <= size * len(caches):
+            if caches[0].shape[1] <= sum(sizes):
                 return
             self._share_out()
         for i in range(len(caches) - 1):
             self._merge(i, choice)
         last = caches[-1].shape[1]
         block = self.parameters.block_size
-        while last >= size + block:
+        while last >= sizes[-1] + block:
             last -= block
         caches[-1] = caches[-1][:, caches[-1].shape[1] - last :]
 
     def _share_out(self) -> None:
         """Give each later sub-cache its share of the oldest tokens; number 0 has the rest."""
-        rest, size = self.sub_caches[0], self.parameters.sub_cache_tokens
+        rest, sizes = self.sub_caches[0], self.parameters.sub_cache_tokens
         for i in reversed(range(1, len(self.sub_caches))):
+            size = sizes[i]
             self.sub_caches[i], rest = rest[:, :size], rest[:, size:]
         self.sub_caches[0] = rest
         self.filling = False
@@ -134,7 +146,8 @@ class Cascade:
         """Let sub-cache i's overflow leave, group by group, and its survivors enter i + 1."""
         parameters, cache = self.parameters, self.sub_caches[i]
         leaving = 0
-        while cache.shape[1] - leaving >= parameters.sub_cache_tokens + parameters.group_tokens:
+        size = parameters.sub_cache_tokens[i]
+        while cache.shape[1] - leaving >= size + parameters.group_tokens:
             leaving += parameters.group_tokens
         if not leaving:
             return

@@ -79,7 +79,7 @@ class NaiveHead:
         return np.array(outputs)
 
     def _boundary(self) -> None:
-        settings, size = self.settings, self.settings.sub_cache_tokens
+        settings, sizes = self.settings, self.settings.sub_cache_tokens
         group = max(settings.selection_window, 2 * settings.block_size)
         for j in self.score:
             self.score[j] *= settings.score_decay**settings.stride
@@ -90,20 +90,21 @@ class NaiveHead:
         caches[0] += self.stride
         self.stride = []
         for i in range(len(caches)):  # filling: whole tokens move on while there is room
-            room = sum(max(0, size - len(c)) for c in caches[i + 1 :])
-            while self.filling and len(caches[i]) > size and room > 0:
+            later = zip(sizes[i + 1 :], caches[i + 1 :], strict=True)
+            room = sum(max(0, size - len(cache)) for size, cache in later)
+            while self.filling and len(caches[i]) > sizes[i] and room > 0:
                 caches[i + 1].append(caches[i].pop(0))
                 room -= 1
-        self.filling = len(self.order) - len(self.sinks) <= size * len(caches)
+        self.filling = len(self.order) - len(self.sinks) <= sum(sizes)
         if self.filling:
             return
         for i in range(len(caches) - 1):
-            while len(caches[i]) >= size + group:
+            while len(caches[i]) >= sizes[i] + group:
                 leaving, caches[i] = caches[i][:group], caches[i][group:]
                 for j in range(0, group, settings.selection_window):
                     window = leaving[j : j + settings.selection_window]
                     caches[i + 1] += self._survivors(window, distinct)
-        while len(caches[-1]) >= size + settings.block_size:
+        while len(caches[-1]) >= sizes[-1] + settings.block_size:
             del caches[-1][: settings.block_size]
         kept = set(self.order)
         for table in (self.key, self.value, self.score):

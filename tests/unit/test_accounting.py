@@ -26,7 +26,7 @@ CONFIGS = [
     {"num_sub_caches": 1, "cache_tokens": 512},
     {"num_sub_caches": 2, "cache_tokens": 512, "num_sink_tokens": 0, "stride": 512},
     {"num_sub_caches": 7, "cache_tokens": 1008, "stride": 64},
-    {"num_sub_caches": 5, "cache_tokens": 1000, "selection_window": 128, "stride": 256},
+    {"num_sub_caches": 5, "cache_tokens": 1200, "selection_window": 128, "stride": 256},
 ]
 
 
@@ -62,7 +62,7 @@ def test_past_the_budget_starts_one_token_beyond_what_is_kept():
 
 
 def test_the_span_ends_at_the_reach():
-    config = resolve({"num_sub_caches": 4, "cache_tokens": 256})
+    config = resolve({"num_sub_caches": 4, "cache_tokens": 256, "newest_share": 0.0})
     assert config.reach == 64 + 64 * 15
     assert [final_span(config, n) for n in (1, 1024, 1025, 6000)] == [1, 1024, 1024, 1024]
 

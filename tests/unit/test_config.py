@@ -59,27 +59,39 @@ def rules_hold(
     window: int,
     decay: float,
     positions: int,
+    share: float,
 ) -> bool:
     """The design's list of valid configurations, written down a second time."""
     group = max(window, 2 * block)
-    size = cache // number // block * block
+    sizes = sub_caches(cache, number, block, share)
     return (
-        size >= block
+        sizes[-1] >= block
         and sinks % block == 0
         and window >= 2
         and window & (window - 1) == 0
         and stride >= 1
         and stride % group == 0
-        and stride <= 2 * size
+        and stride <= 2 * sizes[-1]
         and stride * math.log(decay) >= math.log(1e-3)
-        and sinks + number * size + stride + (number - 1) * (group - block) <= positions
+        and sinks + sum(sizes) + stride + (number - 1) * (group - block) <= positions
     )
 
 
-def smallest_number(cache: int, sinks: int, block: int, longest: int) -> int | None:
+def sub_caches(cache: int, number: int, block: int, share: float) -> list[int]:
+    """Tokens of each sub-cache, the newest first: its share, and what the others leave over."""
+    blocks = cache // block
+    newest = max(math.floor(blocks * share), math.ceil(blocks / number))
+    older = (blocks - newest) // (number - 1) if number > 1 else 0
+    return [(blocks - older * (number - 1)) * block] + [older * block] * (number - 1)
+
+
+def smallest_number(cache: int, sinks: int, block: int, longest: int, share: float) -> int | None:
     """The fewest sub-caches whose reach covers `longest` tokens."""
     for number in range(1, cache // block + 1):
-        if sinks + cache // number // block * block * (2**number - 1) >= longest:
+        sizes = sub_caches(cache, number, block, share)
+        if not sizes[-1]:
+            return None
+        if sinks + sizes[0] + sizes[-1] * (2**number - 2) >= longest:
             return number
     return None
 
@@ -92,27 +104,27 @@ def smallest_number(cache: int, sinks: int, block: int, longest: int) -> int | N
     [
         (
             {"block_size": 16, "max_model_len": 8192, "position_limit": 8192},
-            {"cache_tokens": 8016, "num_sub_caches": 2, "num_sink_tokens": 64, "stride": 64},
+            {"cache_tokens": 7824, "num_sub_caches": 2, "num_sink_tokens": 64, "stride": 256},
         ),
         (
             {"block_size": 128, "max_model_len": 8192, "position_limit": 8192},
-            {"cache_tokens": 7808, "num_sub_caches": 2, "num_sink_tokens": 128, "stride": 256},
+            {"cache_tokens": 7680, "num_sub_caches": 2, "num_sink_tokens": 128, "stride": 256},
         ),
         (
             {"block_size": 16, "max_model_len": 131_072, "position_limit": 131_072},
-            {"cache_tokens": 16_384, "num_sub_caches": 6, "num_sink_tokens": 64, "stride": 1024},
+            {"cache_tokens": 16_384, "num_sub_caches": 7, "num_sink_tokens": 64, "stride": 1024},
         ),
         (
             {"block_size": 16, "max_model_len": 1_048_576, "position_limit": 131_072},
-            {"cache_tokens": 16_384, "num_sub_caches": 10, "num_sink_tokens": 64, "stride": 1024},
+            {"cache_tokens": 16_384, "num_sub_caches": 11, "num_sink_tokens": 64, "stride": 1024},
         ),
         (
             {"block_size": 128, "max_model_len": 1_048_576, "position_limit": 8192},
-            {"cache_tokens": 6912, "num_sub_caches": 12, "num_sink_tokens": 128, "stride": 512},
+            {"cache_tokens": 6400, "num_sub_caches": 12, "num_sink_tokens": 128, "stride": 256},
         ),
         (
             {"block_size": 128, "max_model_len": 2048, "position_limit": 2048},
-            {"cache_tokens": 1664, "num_sub_caches": 2, "num_sink_tokens": 128, "stride": 256},
+            {"cache_tokens": 1536, "num_sub_caches": 2, "num_sink_tokens": 128, "stride": 256},
         ),
     ],
 )
@@ -136,6 +148,7 @@ def test_defaults(model: dict[str, int], expected: dict[str, int]) -> None:
         {},
         optional={
             "num_sub_caches": st.integers(1, 12),
+            "newest_share": st.sampled_from([0.0, 0.25, 0.75]),
             "num_sink_tokens": st.sampled_from([0, 256, 1024]),
             "cache_tokens": st.integers(64, 20_000),
             "stride": st.sampled_from([64, 256, 512, 2048]),
@@ -159,15 +172,18 @@ def test_defaults_are_the_largest_that_work(
         [options["stride"]] if "stride" in options else range(1024 // group * group, 0, -group)
     )
 
-    def best() -> tuple[int, int, int] | None:
+    share = options.get("newest_share", PRESETS[policy]["newest_share"])
+    floor = 0 if "stride" in options else 256
+
+    def best(floor: int) -> tuple[int, int, int] | None:
         for cache in budgets:
             number = 1 if policy == "window" else options.get("num_sub_caches")
-            number = number or smallest_number(cache, sinks, block, longest)
-            for stride in strides if number else ():
+            number = number or smallest_number(cache, sinks, block, longest, share)
+            for stride in [s for s in strides if s >= floor] if number else ():
                 if rules_hold(
                     block=block, sinks=sinks, cache=cache, number=number, stride=stride,
                     window=window, decay=options.get("score_decay", 0.9999999),
-                    positions=positions,
+                    positions=positions, share=share,
                 ):  # fmt: skip
                     return cache, number, stride
         return None
@@ -176,9 +192,11 @@ def test_defaults_are_the_largest_that_work(
     try:
         config = resolve({"policy": policy, **options}, **model)
     except ConfigError:
-        assert best() is None
+        assert best(floor) is best(0) is None
     else:
-        assert (config.cache_tokens, config.num_sub_caches, config.stride) == best()
+        assert (config.cache_tokens, config.num_sub_caches, config.stride) == (
+            best(floor) or best(0)
+        )
         assert config.num_sink_tokens == sinks
         assert config.selection_window == window
 
@@ -205,11 +223,15 @@ def test_null_stands_for_not_set() -> None:
 def test_a_policy_presets_its_knobs_and_a_set_knob_wins(policy: str) -> None:
     config = resolve({"policy": policy})
     expected = {
-        "blend": {"score_power": 2.0, "key_weight": 1.0, "selection_window": 64},
-        "paper": {"score_power": 1.0, "key_weight": 0.0, "selection_window": 2},
-    }[policy]
+        "blend": {
+            "score_power": 2.0, "key_weight": 1.0, "selection_window": 64, "newest_share": 0.5,
+        },
+        "paper": {
+            "score_power": 1.0, "key_weight": 0.0, "selection_window": 2, "newest_share": 0.0,
+        },
+    }[policy]  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
-    own = {"score_power": 1.5, "key_weight": 0.25, "selection_window": 16}
+    own = {"score_power": 1.5, "key_weight": 0.25, "selection_window": 16, "newest_share": 0.25}
     config = resolve({"policy": policy, **own})
     assert {name: getattr(config, name) for name in own} == own
 
@@ -219,6 +241,7 @@ def test_every_option_reaches_the_configuration() -> None:
         "policy": "paper",
         "cache_tokens": 1000,
         "num_sub_caches": 3,
+        "newest_share": 0.45,
         "num_sink_tokens": 32,
         "stride": 128,
         "selection_window": 8,
@@ -231,10 +254,11 @@ def test_every_option_reaches_the_configuration() -> None:
     config = resolve(given)
     assert {name: getattr(config, name) for name in given} == given
     assert isinstance(config.score_power, float)
-    assert config.sub_cache_tokens == 320  # 1000 / 3 in whole blocks of 16
+    # 62 blocks of 16, of which 27 are the newest one's share, and one is left over.
+    assert config.sub_cache_tokens == (448, 272, 272)
     assert config.group_tokens == 32
-    assert config.max_places == 32 + 3 * 320 + 128 + 2 * (32 - 16)
-    assert config.reach == 32 + 320 * 7
+    assert config.max_places == 32 + 992 + 128 + 2 * (32 - 16)
+    assert config.reach == 32 + 448 + 272 * (2 + 4)
     assert "stride=128" in config.summary()
     assert "\n" not in config.summary()
 
@@ -304,6 +328,7 @@ def test_each_limit_is_exact() -> None:
     given_options = {
         "cache_tokens": 1024,  # sub-caches of 256 tokens
         "num_sub_caches": 4,
+        "newest_share": 0.0,
         "stride": 512,
         "selection_window": 64,
         "score_decay": math.exp(math.log(1e-3) / 512) + 1e-12,
@@ -329,6 +354,7 @@ def test_each_limit_is_exact() -> None:
         {"policy": st.sampled_from(["blend", "paper"])},
         optional={
             "num_sub_caches": st.integers(1, 100),
+            "newest_share": st.floats(0.0, 1.0),
             "num_sink_tokens": st.integers(0, 50_000),
             "cache_tokens": st.integers(-10, 50_000),
             "stride": st.one_of(st.integers(-10, 5000), st.integers(1, 80).map(lambda n: n * 64)),
@@ -474,7 +500,7 @@ def test_the_window_policy_refuses_knobs_without_effect(name: str) -> None:
 def test_the_window_policy_has_one_sub_cache(given: dict[str, Any]) -> None:
     config = resolve({"policy": "window", **given}, max_model_len=10**6)
     assert config.num_sub_caches == 1
-    assert config.reach == config.num_sink_tokens + config.sub_cache_tokens
+    assert config.reach == config.num_sink_tokens + config.sub_cache_tokens[0]
 
 
 def test_an_error_survives_a_pickle() -> None:

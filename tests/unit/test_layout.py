@@ -31,14 +31,27 @@ STALE = -1
 
 
 def configuration(
-    *, block: int, sinks: int, size: int, number: int, stride: int, window: int, total: int
+    *,
+    block: int,
+    sinks: int,
+    size: int,
+    number: int,
+    stride: int,
+    window: int,
+    total: int,
+    more: int = 0,
 ) -> CascadeConfig:
-    """A configuration from its structure, `size` being a sub-cache's tokens."""
+    """A configuration from its structure, `size` being an older sub-cache's tokens.
+
+    The newest one has `more` tokens than that, in whole blocks.
+    """
+    budget = size * number + more
     return CascadeConfig(
         policy="blend",
         block_size=block,
-        cache_tokens=size * number,
+        cache_tokens=budget,
         num_sub_caches=number,
+        newest_share=(size + more + block / 2) / budget,  # safely rounded down to blocks
         num_sink_tokens=sinks,
         stride=stride,
         selection_window=window,
@@ -68,7 +81,8 @@ def configurations(draw: st.DrawFn) -> CascadeConfig:
     # Whole strides after the first overflow: few, or enough for the last sub-cache to drop.
     reach = size * (2**number - 1) // stride
     strides = draw(st.one_of(st.integers(-2, 12), st.integers(reach, 2 * reach + 8)))
-    filled = sinks + number * size // stride * stride
+    more = block * draw(st.integers(0, 40)) if number > 1 else 0
+    filled = sinks + (number * size + more) // stride * stride
     total = max(1, min(filled + strides * stride, 60_000) + draw(st.integers(0, stride)))
     config = configuration(
         block=block,
@@ -78,16 +92,17 @@ def configurations(draw: st.DrawFn) -> CascadeConfig:
         stride=stride,
         window=window,
         total=total,
+        more=more,
     )
     # A budget that is no whole number of blocks comes to the same sub-caches.
-    spare = draw(st.integers(0, number * block - 1))
+    spare = draw(st.integers(0, block - 1))
     if spare:
         config = CascadeConfig(
             **{name: getattr(config, name) for name in config.__slots__}
             | {"cache_tokens": config.cache_tokens + spare}
         )
     assert broken_rule(config, config.max_places) is None
-    assert config.sub_cache_tokens == size
+    assert config.sub_cache_tokens == (size + more, *[size] * (number - 1))
     return config
 
 
@@ -145,7 +160,6 @@ def simulate(config: CascadeConfig, draws: Draws) -> Iterator[Boundary]:
         config.num_sink_tokens,
         config.block_size,
         config.sub_cache_tokens,
-        config.num_sub_caches,
         config.stride,
         config.selection_window,
         draws.choose,
@@ -208,7 +222,7 @@ def test_no_row_entry_is_used_twice(config: CascadeConfig) -> None:
 @quick
 def test_epochs_follow_each_other_on_the_stride_grid(config: CascadeConfig) -> None:
     layout = build_layout(config)
-    full = config.num_sub_caches * config.sub_cache_tokens
+    full = sum(config.sub_cache_tokens)
     expected, end = [0], config.num_sink_tokens
     while end - config.num_sink_tokens <= full:
         end += config.stride
@@ -256,9 +270,9 @@ def test_only_allocated_blocks_are_touched(config: CascadeConfig) -> None:
 @quick
 def test_memory_stays_under_the_bound(config: CascadeConfig) -> None:
     layout, block = build_layout(config), config.block_size
-    number, size = config.num_sub_caches, config.sub_cache_tokens
+    budget, waiting = sum(config.sub_cache_tokens), config.num_sub_caches - 1
     group = max(config.selection_window, 2 * block)
-    bound = config.num_sink_tokens + number * size + config.stride + (number - 1) * (group - block)
+    bound = config.num_sink_tokens + budget + config.stride + waiting * (group - block)
     assert layout.max_blocks <= bound // block
     assert config.max_places == bound
     for epoch in layout.epochs:
@@ -321,9 +335,11 @@ def test_boundaries_before_counts_grid_points(config: CascadeConfig) -> None:
 def test_groups_leave_the_right_sub_caches_in_order(config: CascadeConfig) -> None:
     layout, block = build_layout(config), config.block_size
     draws = Draws(1, config.max_model_len)
-    number, size = config.num_sub_caches, config.sub_cache_tokens // block
+    number = config.num_sub_caches
     group = max(config.selection_window // block, 2)
-    before = [size] * number  # at the first overflow each later sub-cache has its share
+    before = [
+        size // block for size in config.sub_cache_tokens
+    ]  # at the first overflow each later sub-cache has its share
     boundaries = [b for b in simulate(config, draws) if b.end >= layout.epochs[0].end]
     for epoch, after, boundary in zip(layout.epochs, layout.epochs[1:], boundaries, strict=False):
         sub_caches, rest = [], epoch.table[config.num_sink_tokens // block :].tolist()
@@ -390,7 +406,7 @@ def test_aligned_sizes_keep_the_papers_tokens(config: CascadeConfig, seed: int) 
     paper = token_by_token(
         max(0, total - sinks),
         config.stride,
-        config.sub_cache_tokens,
+        config.sub_cache_tokens[0],
         config.num_sub_caches,
         scores,
     )

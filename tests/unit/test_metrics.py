@@ -16,9 +16,9 @@ from vllm_cascade.config import CascadeOptions
 from vllm_cascade.layout import build_layout
 from vllm_cascade.metrics import CascadeStatLogger
 
-CONFIG = CascadeOptions.parse({"cache_tokens": 256, "num_sub_caches": 4}).resolve(
-    block_size=16, max_model_len=6000, position_limit=4096
-)
+CONFIG = CascadeOptions.parse(
+    {"cache_tokens": 256, "num_sub_caches": 4, "newest_share": 0.0}
+).resolve(block_size=16, max_model_len=6000, position_limit=4096)
 
 
 @pytest.fixture

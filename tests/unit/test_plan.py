@@ -130,7 +130,7 @@ def test_the_command_prints_the_plan(model, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["valid"]
     assert plan["config"]["cache_tokens"] == 1024
-    assert plan["reach"] == 64 + 256 * 15
+    assert plan["reach"] == 64 + 544 + 160 * (2 + 4 + 8)  # half of the budget, and three shares
     assert plan["startup_line"] in text
     for number in ("reach", "max_blocks", "request_bytes", "full_attention_bytes", "concurrency"):
         assert f"{plan[number]:,}" in text, number
@@ -146,6 +146,7 @@ def test_every_option_has_a_flag(model, capsys):
         "selection_window": 4,
         "score_power": 1.5,
         "key_weight": 0.5,
+        "newest_share": 0.75,
         "score_reduction": "mean",
         "score_decay": 0.999,
     }

@@ -106,12 +106,14 @@ def valid_parameters(draw: st.DrawFn) -> CascadeParameters:
     stride = group * draw(st.integers(1, 3))
     least = -(-stride // (2 * block))  # stride <= 2 * w
     blocks = draw(st.integers(least, least + 30))
-    spare = draw(st.integers(0, block * sub_caches - 1))
+    more = block * draw(st.integers(0, 60)) + draw(st.integers(0, block - 1))
+    budget = blocks * block * sub_caches + more
     return CascadeParameters(
         block_size=block,
         num_sink_tokens=block * draw(st.integers(0, 3)),
-        cache_tokens=blocks * block * sub_caches + spare,
+        cache_tokens=budget,
         num_sub_caches=sub_caches,
+        newest_share=draw(st.sampled_from([0.0, (blocks * block + more + block / 2) / budget])),
         stride=stride,
         selection_window=window,
     )
@@ -127,7 +129,7 @@ def test_copies_its_parameters_from_any_configuration():
 def test_memory_stays_under_the_bound(settings, seed):
     generator = torch.Generator().manual_seed(seed)
     cascade = Cascade(settings, num_kv_heads=2)
-    filled = settings.num_sink_tokens + settings.num_sub_caches * settings.sub_cache_tokens
+    filled = settings.num_sink_tokens + sum(settings.sub_cache_tokens)
 
     def choose(sub_cache: int, windows: Tensor) -> Tensor:
         return select(torch.rand(windows.shape, generator=generator))
@@ -142,7 +144,7 @@ def test_memory_stays_under_the_bound(settings, seed):
         assert (kept.diff(dim=1) > 0).all()
         sinks = torch.arange(min(end, settings.num_sink_tokens))
         assert (kept[:, : len(sinks)] == sinks).all()
-        newest = torch.arange(max(0, end - settings.sub_cache_tokens), end)
+        newest = torch.arange(max(0, end - settings.sub_cache_tokens[0]), end)
         assert (kept[:, -len(newest) :] == newest).all()
 
 

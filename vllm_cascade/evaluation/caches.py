@@ -15,6 +15,7 @@ FULL = "full"
 # What has no meaning where no token ever competes.
 NOT_OF_WINDOW = (
     "num_sub_caches",
+    "newest_share",
     "selection_window",
     "score_power",
     "key_weight",
