@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from e2e.servers import START_SECONDS, serve
 from e2e.support import model_folder
 from e2e.tiny import random_prompt, save_llama
 from vllm_cascade.config import CascadeConfig
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.model
 
 BUDGET = {"cache_tokens": 1024, "num_sub_caches": 4, "stride": 256}
 MAX_MODEL_LEN = 20_000  # SmolLM2 has 8,192 positions
-START_SECONDS = 240
 
 GENERATE = """
 import json, sys
@@ -70,7 +69,12 @@ def test_two_ranks_answer_like_one(tmp_path: Path) -> None:
         "max_model_len": 2048,
         "max_num_batched_tokens": 512,
         "additional_config": {
-            "cascade": {"cache_tokens": 128, "num_sub_caches": 4, "num_sink_tokens": 16}
+            "cascade": {
+                "cache_tokens": 128,
+                "num_sub_caches": 4,
+                "newest_share": 0.0,
+                "num_sink_tokens": 16,
+            }
         },
     }
     one = generate(tmp_path, model, prompts, **options, enforce_eager=True)
@@ -95,37 +99,16 @@ def test_no_other_option_is_needed(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of `vllm serve` with SmolLM2 beyond its own length."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        str(Path(sys.executable).parent / "vllm"),
-        "serve",
-        model_folder(),
+    flags = [
         "--served-model-name=smollm2",
-        "--attention-backend=CASCADE",
         f"--max-model-len={MAX_MODEL_LEN}",
         f"--additional-config={json.dumps({'cascade': BUDGET})}",
         "--enforce-eager",
-        "--host=127.0.0.1",
-        f"--port={port}",
     ]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-        try:
-            address = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + START_SECONDS
-            while not _answers(f"{address}/health"):
-                assert process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(0.5)
-            assert planned()["startup_line"] in log.read_text()
-            yield address
-            assert process.poll() is None, log.read_text()[-3000:]
-        finally:
-            process.terminate()
-            process.wait(60)
+    with serve(tmp_path_factory.mktemp("server"), model_folder(), *flags) as server:
+        assert planned()["startup_line"] in server.log.read_text()
+        yield server.address
+        assert server.process.poll() is None, server.tail()
 
 
 @functools.cache
@@ -141,13 +124,6 @@ def planned() -> dict:
     ]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     return json.loads(done.stdout)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return urllib.request.urlopen(url, timeout=5).status == 200
-    except OSError:
-        return False
 
 
 @pytest.fixture
