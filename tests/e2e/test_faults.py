@@ -21,7 +21,7 @@ from e2e.tiny import random_prompt, save_llama
 
 pytestmark = pytest.mark.model
 
-CASCADE = {"cache_tokens": 128, "num_sub_caches": 4, "num_sink_tokens": 16, "stride": 64}
+CASCADE = {"cache_tokens": 192, "num_sub_caches": 4, "num_sink_tokens": 16, "stride": 64}
 MAX_MODEL_LEN = 30_000
 STREAMS = 3
 EXIT_SECONDS = 60
@@ -118,4 +118,4 @@ def test_a_killed_worker_ends_every_request_and_the_server(
         _, left = psutil.wait_procs(family, timeout=10)
         assert not left
         log = server.log.read_text()
-        assert re.search(r"Worker proc \S+ died unexpectedly .exit code: -9.", log), log[-3000:]
+        assert re.search(r"Worker proc \S+ died unexpectedly", log), log[-3000:]
