@@ -95,7 +95,7 @@ GPU = Scale(
     tie=0.25,
     # The size of a batch changes bits, and now and then a token that stays.
     noise=2.0,
-    growth=64 * MIB,
+    growth=96 * MIB,
 )
 TINY = Scale(
     model=TINY_LLAMA | {"max_position_embeddings": 1024, "rope_theta": 10000.0},

