@@ -13,7 +13,7 @@ from reference.llama import Llama
 
 SHARE_OF_NEAR_TIES = 0.005
 REACH_OPTIONS = {
-    "cache_tokens": 192,
+    "cache_tokens": 176,
     "num_sub_caches": 4,
     "num_sink_tokens": 16,
     "stride": 64,

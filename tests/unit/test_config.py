@@ -112,11 +112,11 @@ def smallest_number(cache: int, sinks: int, block: int, longest: int, share: flo
         ),
         (
             {"block_size": 16, "max_model_len": 131_072, "position_limit": 131_072},
-            {"cache_tokens": 16_384, "num_sub_caches": 7, "num_sink_tokens": 64, "stride": 1024},
+            {"cache_tokens": 16_384, "num_sub_caches": 6, "num_sink_tokens": 64, "stride": 1024},
         ),
         (
             {"block_size": 16, "max_model_len": 1_048_576, "position_limit": 131_072},
-            {"cache_tokens": 16_384, "num_sub_caches": 11, "num_sink_tokens": 64, "stride": 1024},
+            {"cache_tokens": 16_384, "num_sub_caches": 10, "num_sink_tokens": 64, "stride": 1024},
         ),
         (
             {"block_size": 128, "max_model_len": 1_048_576, "position_limit": 8192},
@@ -224,7 +224,7 @@ def test_a_policy_presets_its_knobs_and_a_set_knob_wins(policy: str) -> None:
     config = resolve({"policy": policy})
     expected = {
         "blend": {
-            "score_power": 2.0, "key_weight": 1.0, "selection_window": 64, "newest_share": 0.5,
+            "score_power": 2.0, "key_weight": 1.0, "selection_window": 64, "newest_share": 0.375,
         },
         "paper": {
             "score_power": 1.0, "key_weight": 0.0, "selection_window": 2, "newest_share": 0.0,
