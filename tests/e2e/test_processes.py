@@ -1,4 +1,4 @@
-"""Engines as users start them: spawned workers, two ranks, the OpenAI server."""
+"""Engines as users start them: spawned workers, the OpenAI server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 
 from e2e.servers import START_SECONDS, serve
 from e2e.support import model_folder
-from e2e.tiny import random_prompt, save_llama
+from e2e.tiny import random_prompt
 from vllm_cascade.config import CascadeConfig
 from vllm_cascade.layout import build_layout
 
@@ -57,37 +57,6 @@ def generate(folder: Path, model: str, prompts: list[list[int]], **options: obje
     found = re.search(r"^ANSWERS (.*)$", done.stdout, re.MULTILINE)
     assert found, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(found[1])
-
-
-def test_two_ranks_answer_like_one(tmp_path: Path) -> None:
-    """Each rank keeps its own heads' tokens; nothing is exchanged but attention's output."""
-    model = save_llama(tmp_path / "llama", num_attention_heads=8, num_key_value_heads=4)
-    prompts = [random_prompt(n, seed=n) for n in (1500, 40, 700)]
-    options = {
-        "dtype": "float32",
-        "block_size": 16,
-        "max_model_len": 2048,
-        "max_num_batched_tokens": 512,
-        "additional_config": {
-            "cascade": {
-                "cache_tokens": 128,
-                "num_sub_caches": 4,
-                "newest_share": 0.0,
-                "num_sink_tokens": 16,
-            }
-        },
-    }
-    one = generate(tmp_path, model, prompts, **options, enforce_eager=True)
-    two = generate(
-        tmp_path,
-        model,
-        prompts,
-        **options,
-        enforce_eager=True,
-        tensor_parallel_size=2,
-        distributed_executor_backend="mp",
-    )
-    assert one == two
 
 
 def test_no_other_option_is_needed(tmp_path: Path) -> None:

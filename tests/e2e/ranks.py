@@ -1,0 +1,218 @@
+"""Engines of any number of ranks in processes of their own, and what all their ranks kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from e2e.servers import Server
+
+# Every rank logs it.
+STARTUP_LINE = "CASCADE: policy="
+# Two ranks add in another order than one. Of logits below 16 in float32 that is some 1e-5.
+TIE, NEAR_TIES = 1e-3, 0.01
+# What a user would write. Prompts and options come as a file: a command line has an end.
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        given = json.load(file)
+    llm = LLM(given["model"], attention_backend="CASCADE", **given["options"])
+    sampling = SamplingParams(
+        temperature=0, max_tokens=given["answer"], ignore_eos=True, detokenize=False, logprobs=2
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in given["prompts"]]
+    outputs = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False)]
+    steps = [
+        [sorted((each.logprob for each in step.values()), reverse=True) for step in output.logprobs]
+        for output in outputs
+    ]
+    found = {
+        "answers": [list(output.token_ids) for output in outputs],
+        "margins": [[best - second for best, second, *_ in each] for each in steps],
+        "ranks": llm.collective_rpc("kept_tokens"),
+    }
+    with open(sys.argv[2], "w") as file:
+        json.dump(found, file)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What an engine answered and kept.
+
+    Args:
+        answers: Token ids, per prompt.
+        margins: By how much the token chosen led the next one, in nats, per prompt and step.
+        kept: Tokens computed -> [num_layers, num_kv_heads, kept] of all ranks, in logical order.
+        log: What all processes printed.
+    """
+
+    answers: list[list[int]]
+    margins: list[list[float]]
+    kept: dict[int, torch.Tensor]
+    log: str
+
+    @property
+    def ranks(self) -> int:
+        """How many logged that CASCADE serves their layers."""
+        return self.log.count(STARTUP_LINE)
+
+
+def play(folder: Path, model: str, prompts: list[list[int]], answer: int, **options: Any) -> Played:
+    """Let all ranks of an engine answer, in processes of their own.
+
+    Args:
+        folder: For its files.
+        model: Folder of the model.
+        prompts: Token ids; no two of one length.
+        answer: Tokens to generate for each.
+        options: Of `LLM`; the cascade's have to switch `trace_tokens` on.
+    """
+    script, given, found = folder / "play.py", folder / "given.json", folder / "found.json"
+    script.write_text(SCRIPT)
+    options |= {
+        "skip_tokenizer_init": True,
+        "seed": 0,
+        "worker_extension_cls": "vllm_cascade.trace.WorkerExtension",
+    }
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Ray would show a line that several ranks log once only.
+        "RAY_DEDUP_LOGS": "0",
+    }
+    if not any(name.endswith("_parallel_size") for name in options):
+        # One rank needs no process of its own.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    given.write_text(
+        json.dumps({"model": model, "prompts": prompts, "answer": answer, "options": options})
+    )
+    found.unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, str(script), str(given), str(found)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=420,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0 and found.exists(), done.stdout[-6000:]
+    results = json.loads(found.read_text())
+    lengths = [len(prompt) + answer - 1 for prompt in prompts]
+    together = join(results["ranks"])
+    return Played(
+        answers=results["answers"],
+        margins=results["margins"],
+        kept={num_tokens: together[num_tokens] for num_tokens in lengths},
+        log=done.stdout,
+    )
+
+
+def ask(server: Server, replica: int, prompt: list[int], answer: int) -> list[int]:
+    """What one replica of a server of the model `tiny` answers, as token ids.
+
+    Args:
+        server: It runs.
+        replica: Number of the engine.
+        prompt: Token ids.
+        answer: Tokens to generate.
+    """
+    body = {
+        "model": "tiny",
+        "prompt": prompt,
+        "max_tokens": answer,
+        "temperature": 0,
+        "ignore_eos": True,
+        "detokenize": False,
+        "return_token_ids": True,
+    }
+    headers = {"Content-Type": "application/json", "X-data-parallel-rank": str(replica)}
+    url = f"{server.address}/v1/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    return json.load(urllib.request.urlopen(request, timeout=120))["choices"][0]["token_ids"]
+
+
+def check_replicas(
+    server: Server, count: int, prompts: list[list[int]], expected: Played, ranks: int
+) -> None:
+    """Hold every replica's answers, metrics and log against a single engine's answers.
+
+    Args:
+        server: Of the model `tiny`, with no request before.
+        count: Replicas.
+        prompts: What `expected` answered; one at least is past the budget.
+        expected: Of one engine.
+        ranks: Of all replicas together.
+    """
+    for replica in range(count):
+        found = dataclasses.replace(
+            expected,
+            answers=[ask(server, replica, prompt, len(expected.answers[0])) for prompt in prompts],
+        )
+        # What was kept is not asked for.
+        assert_same_up_to_ties(found, expected)
+    text = urllib.request.urlopen(f"{server.address}/metrics", timeout=30).read().decode()
+    series = r'^vllm_cascade:request_span_tokens_count{engine="(\d+)".*} (\S+)$'
+    counted = {(str(replica), f"{len(prompts):.1f}") for replica in range(count)}
+    assert set(re.findall(series, text, re.MULTILINE)) == counted
+    assert server.log.read_text().count(STARTUP_LINE) == ranks
+
+
+def join(ranks: list[list[dict[str, Any]]]) -> dict[int, torch.Tensor]:
+    """Put together what the ranks kept: the heads of a layer, and the layers of the stages.
+
+    Args:
+        ranks: Of each rank, in order, what `WorkerExtension.kept_tokens` returns.
+
+    Returns:
+        Tokens computed -> int64 [num_layers, num_kv_heads, kept] of the newest such request.
+    """
+    found: dict[int, dict[int, list[list[int]]]] = {}
+    for rank in ranks:
+        # The newest of each length: a graph's capture runs rows of its own before.
+        for num_tokens, layers in {each["num_tokens"]: each["layers"] for each in rank}.items():
+            for name, heads in layers.items():
+                number = int(re.findall(r"\d+", name)[0])
+                found.setdefault(num_tokens, {}).setdefault(number, []).extend(heads)
+    return {
+        num_tokens: torch.tensor([layers[number] for number in sorted(layers)])
+        for num_tokens, layers in found.items()
+    }
+
+
+def assert_same_up_to_ties(
+    found: Played, expected: Played, tie: float = TIE, near_ties: float = NEAR_TIES
+) -> None:
+    """Compare answers and kept tokens of each prompt.
+
+    Args:
+        found: Of several ranks.
+        expected: Of one.
+        tie: Tokens whose lead was at most this, in nats, may be chosen otherwise; all that such
+            an answer says and keeps from there on is not compared.
+        near_ties: Share of a request's kept tokens that may be others.
+    """
+    for number, num_tokens in enumerate(expected.kept):
+        pairs = zip(found.answers[number], expected.answers[number], strict=True)
+        differing = [step for step, (token, wanted) in enumerate(pairs) if token != wanted]
+        if differing:
+            lead = expected.margins[number][differing[0]]
+            assert lead <= tie, (num_tokens, differing[0], lead)
+            continue
+        kept, wanted = found.kept[num_tokens], expected.kept[num_tokens]
+        assert kept.shape == wanted.shape, num_tokens
+        assert (kept != wanted).float().mean() <= near_ties, num_tokens
+    same = sum(a == b for a, b in zip(found.answers, expected.answers, strict=True))
+    assert 2 * same > len(expected.answers), "most answers end in ties"

@@ -1,0 +1,154 @@
+"""Two ranks answer and keep what one does: their heads, their layers, or their requests apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e.ranks import Played, assert_same_up_to_ties, check_replicas, play
+from e2e.servers import serve
+from e2e.tiny import random_prompt, save_llama
+
+pytestmark = pytest.mark.model
+
+CASCADE = {"cache_tokens": 256, "num_sub_caches": 2, "num_sink_tokens": 16, "stride": 64}
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "block_size": 16,
+    "max_model_len": 2048,
+    "max_num_batched_tokens": 512,
+    "additional_config": {"cascade": {**CASCADE, "trace_tokens": True}},
+}
+PROMPTS = [random_prompt(n, seed=n) for n in (1500, 40, 700)]
+ANSWER = 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(
+        tmp_path_factory.mktemp("llama"),
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        # Else a random model repeats the token that it was given.
+        tie_word_embeddings=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def one(model: str, tmp_path_factory: pytest.TempPathFactory) -> Played:
+    """A single rank."""
+    played = play(
+        tmp_path_factory.mktemp("one"), model, PROMPTS, ANSWER, enforce_eager=True, **OPTIONS
+    )
+    assert played.ranks == 1
+    assert all(len(set(answer)) > ANSWER // 2 for answer in played.answers)
+    held = [num_tokens > kept.shape[2] for num_tokens, kept in played.kept.items()]
+    assert held == [True, False, True]
+    return played
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor_parallel_size": 2, "enforce_eager": True},
+        # The CPU's runner makes what a second stage receives into when it warms up to compile.
+        {"pipeline_parallel_size": 2, "compilation_config": {"backend": "eager"}},
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_two_ranks(options: dict[str, Any], model: str, one: Played, tmp_path: Path) -> None:
+    """Each rank keeps its own heads' or layers' tokens; of what it kept nothing is exchanged."""
+    two = play(
+        tmp_path, model, PROMPTS, ANSWER, distributed_executor_backend="mp", **options, **OPTIONS
+    )
+    assert_same_up_to_ties(two, one)
+    assert two.ranks == 2
+
+
+def test_two_replicas(model: str, one: Played, tmp_path: Path) -> None:
+    """`vllm serve --data-parallel-size 2`, which starts two API servers in front of two engines."""
+    flags = [
+        "--data-parallel-size=2",
+        "--served-model-name=tiny",
+        "--skip-tokenizer-init",
+        "--enforce-eager",
+        f"--additional-config={json.dumps({'cascade': CASCADE})}",
+    ]
+    flags += [f"--{name.replace('_', '-')}={OPTIONS[name]}" for name in list(OPTIONS)[:-1]]
+    with serve(tmp_path, model, *flags) as server:
+        check_replicas(server, 2, PROMPTS, one, ranks=2)
+
+
+def test_a_node_that_would_not_load_the_plugin_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_cascade.plugin import register_name
+
+    pickled = pickle.dumps(register_name())
+    monkeypatch.setenv("VLLM_PLUGINS", "another,cascade")
+    assert pickle.loads(pickled).name == "CASCADE"
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    with pytest.raises(RuntimeError, match=r"VLLM_PLUGINS='another' .* Add `cascade`"):
+        pickle.loads(pickled)
+
+
+# vLLM's CPU platform names no resource for Ray to count; otherwise its ranks run there as well.
+PLATFORM = """
+from vllm.platforms.cpu import CpuPlatform
+
+
+def name():
+    return "cpu_through_ray.RayCpuPlatform"
+
+
+class RayCpuPlatform(CpuPlatform):
+    ray_device_key = "GPU"
+"""
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray cluster of two nodes on this host, with one rank's place each."""
+    pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
+    from ray.cluster_utils import Cluster
+
+    site = tmp_path / "site"
+    plugin = site / "cpu_through_ray-0.dist-info"
+    plugin.mkdir(parents=True)
+    (site / "cpu_through_ray.py").write_text(PLATFORM)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: cpu-through-ray\nVersion: 0\n")
+    (plugin / "entry_points.txt").write_text(
+        "[vllm.platform_plugins]\ncpu_through_ray = cpu_through_ray:name\n"
+    )
+    paths = [str(site), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.usefixtures("two_nodes")
+def test_two_ranks_through_ray(model: str, one: Played, tmp_path: Path) -> None:
+    two = play(
+        tmp_path,
+        model,
+        PROMPTS,
+        ANSWER,
+        tensor_parallel_size=2,
+        distributed_executor_backend="ray",
+        enforce_eager=True,
+        **OPTIONS,
+    )
+    assert_same_up_to_ties(two, one)
+    assert two.ranks == 2

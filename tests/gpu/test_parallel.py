@@ -1,0 +1,147 @@
+"""Several GPUs of one host: the answers and the kept tokens are those of a single GPU.
+
+Through vLLM's own processes and through Ray, decode in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from e2e.ranks import Played, assert_same_up_to_ties, check_replicas, play
+from e2e.servers import serve
+from e2e.tiny import random_prompt, save_llama
+
+pytestmark = pytest.mark.gpu
+
+CASCADE = {"cache_tokens": 256, "num_sub_caches": 2, "num_sink_tokens": 16, "stride": 64}
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "block_size": 16,
+    "max_model_len": 4096,
+    "max_num_batched_tokens": 512,
+    "max_num_seqs": 8,
+    "gpu_memory_utilization": 0.15,
+}
+GRAPHS = {
+    "mode": 0,
+    "cudagraph_mode": "FULL_DECODE_ONLY",
+    "cudagraph_capture_sizes": [1, 2, 4, 8],
+}
+TRACED = {"cascade": {**CASCADE, "trace_tokens": True}}
+# Under the budget, at it, where it fills while the answer grows, and far past it.
+PROMPTS = [random_prompt(n, seed=n) for n in (40, 256, 272, 700, 2000)]
+# Across two boundaries.
+ANSWER = 140
+
+# Tensor ranks, pipeline stages.
+GRIDS = [(2, 1), (1, 2), (4, 1), (2, 2)]
+
+
+def needs(count: int) -> None:
+    """Skip where there are fewer GPUs."""
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs, this host has {torch.cuda.device_count()}")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(
+        tmp_path_factory.mktemp("llama"),
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        # Else a random model repeats the token that it was given.
+        tie_word_embeddings=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def one(model: str, tmp_path_factory: pytest.TempPathFactory) -> Played:
+    """A single GPU."""
+    needs(2)
+    folder = tmp_path_factory.mktemp("one")
+    played = play(
+        folder,
+        model,
+        PROMPTS,
+        ANSWER,
+        additional_config=TRACED,
+        compilation_config=GRAPHS,
+        **OPTIONS,
+    )
+    assert played.ranks == 1
+    assert all(len(set(answer)) > ANSWER // 4 for answer in played.answers)
+    # The longest prompt's request has lost tokens, the shortest's none.
+    lost = [num_tokens - kept.shape[2] for num_tokens, kept in played.kept.items()]
+    assert lost[0] == 0 < lost[-1]
+    return played
+
+
+@pytest.mark.parametrize("executor", ["mp", "ray"])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"tp{grid[0]}-pp{grid[1]}")
+def test_ranks(
+    grid: tuple[int, int], executor: str, model: str, one: Played, tmp_path: Path
+) -> None:
+    tensor, pipeline = grid
+    needs(tensor * pipeline)
+    if executor == "ray" and importlib.util.find_spec("ray") is None:
+        pytest.skip("needs Ray: pip install '.[ray]'")
+    many = play(
+        tmp_path,
+        model,
+        PROMPTS,
+        ANSWER,
+        additional_config=TRACED,
+        compilation_config=GRAPHS,
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=pipeline,
+        distributed_executor_backend=executor,
+        **OPTIONS,
+    )
+    assert_same_up_to_ties(many, one)
+    assert many.ranks == tensor * pipeline
+    assert "Graph capturing finished" in many.log
+
+
+def test_compiled(model: str, one: Played, tmp_path: Path) -> None:
+    """torch.compile and piecewise graphs as vLLM has them by default; its fusions round otherwise.
+
+    So tokens may be kept otherwise too, but not many.
+    """
+    needs(2)
+    two = play(
+        tmp_path,
+        model,
+        PROMPTS,
+        ANSWER,
+        additional_config=TRACED,
+        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]},
+        tensor_parallel_size=2,
+        **OPTIONS,
+    )
+    assert_same_up_to_ties(two, one)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_replicas(tensor: int, model: str, one: Played, tmp_path: Path) -> None:
+    """Two engines behind one address, of one GPU each, or of two."""
+    needs(2 * tensor)
+    flags = [
+        "--data-parallel-size=2",
+        f"--tensor-parallel-size={tensor}",
+        "--served-model-name=tiny",
+        "--skip-tokenizer-init",
+        f"--compilation-config={json.dumps(GRAPHS)}",
+        f"--additional-config={json.dumps({'cascade': CASCADE})}",
+        *(f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()),
+    ]
+    with serve(tmp_path, model, *flags) as server:
+        check_replicas(server, 2, PROMPTS, one, ranks=2 * tensor)
