@@ -24,7 +24,7 @@ DEFAULT_SINK_TOKENS = 64
 
 # policy -> the knobs it presets; a knob that the user sets wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    "blend": {"score_power": 2.0, "key_weight": 1.0, "selection_window": 64, "newest_share": 0.375},
+    "blend": {"score_power": 2.0, "key_weight": 1.0, "selection_window": 64, "newest_share": 0.25},
     "paper": {"score_power": 1.0, "key_weight": 0.0, "selection_window": 2, "newest_share": 0.0},
     "window": {"score_power": 1.0, "key_weight": 0.0, "selection_window": 2, "newest_share": 0.0},
 }

@@ -224,7 +224,7 @@ def test_a_policy_presets_its_knobs_and_a_set_knob_wins(policy: str) -> None:
     config = resolve({"policy": policy})
     expected = {
         "blend": {
-            "score_power": 2.0, "key_weight": 1.0, "selection_window": 64, "newest_share": 0.375,
+            "score_power": 2.0, "key_weight": 1.0, "selection_window": 64, "newest_share": 0.25,
         },
         "paper": {
             "score_power": 1.0, "key_weight": 0.0, "selection_window": 2, "newest_share": 0.0,

@@ -130,7 +130,7 @@ def test_the_command_prints_the_plan(model, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["valid"]
     assert plan["config"]["cache_tokens"] == 1024
-    assert plan["reach"] == 64 + 400 + 208 * (2 + 4 + 8)  # three eighths, and three equal parts
+    assert plan["reach"] == 64 + 256 + 256 * (2 + 4 + 8)  # a quarter each
     assert plan["startup_line"] in text
     for number in ("reach", "max_blocks", "request_bytes", "full_attention_bytes", "concurrency"):
         assert f"{plan[number]:,}" in text, number
