@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_cascade.evaluation.report import summarise
+from vllm_cascade.evaluation.scoring import wilson
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, str]
@@ -130,18 +130,24 @@ def gpu_paper_protocol(rows: list[Row], figure: Any) -> None:
 
 def quality(rows: list[Row], figure: Any) -> None:
     """Share of right answers by length for each task, and perplexity by position, by cache."""
+    rows = [row for row in rows if row["study"] == "lengths"]
     panels: list[tuple[str, bool, list[dict[str, Any]]]] = []
-    for model in dict.fromkeys(row.get("model", "") for row in rows):
-        summary = summarise([row for row in rows if row.get("model", "") == model])
-        answers = summary["answers"]
-        for task, filler in dict.fromkeys((e["task"], e["filler"]) for e in answers):
-            entries = [e for e in answers if (e["task"], e["filler"]) == (task, filler)]
-            name = ", ".join(filter(None, [model, task, filler]))
-            panels.append((f"{name}: share of right answers", True, entries))
-        for length in dict.fromkeys(e["length"] for e in summary["perplexity"]):
-            entries = [e for e in summary["perplexity"] if e["length"] == length]
-            name = ", ".join(filter(None, [model, f"{length:,} tokens"]))
-            panels.append((f"{name}: perplexity by position", False, entries))
+    answers = [row for row in rows if row["exact"]]
+    for task, filler in dict.fromkeys((row["task"], row["filler"]) for row in answers):
+        found = [row for row in answers if (row["task"], row["filler"]) == (task, filler)]
+        name = ", ".join(filter(None, [task, filler]))
+        panels.append((f"{name}: share of right answers", True, [_share(row) for row in found]))
+    for length in dict.fromkeys(row["length"] for row in rows if row["perplexity"]):
+        found = [row for row in rows if row["perplexity"] and row["length"] == length]
+        entries = [
+            {
+                **row,
+                "end_position": int(row["end_position"]),
+                "perplexity": float(row["perplexity"]),
+            }
+            for row in found
+        ]
+        panels.append((f"{int(length):,} tokens of books: perplexity by position", False, entries))
     height = -(-len(panels) // 2)
     figure.set_size_inches(10, 3.4 * height)
     grid = list(figure.subplots(height, 2, squeeze=False).flat)
@@ -165,6 +171,16 @@ def quality(rows: list[Row], figure: Any) -> None:
     for axes in grid[len(panels) :]:
         axes.remove()
     _legend(figure, grid[0], 3)
+
+
+def _share(row: Row) -> dict[str, Any]:
+    right, prompts = int(row["exact"]), int(row["prompts"])
+    return {
+        "cache": row["cache"],
+        "length": int(row["length"]),
+        "share": right / prompts,
+        "interval": wilson(right, prompts),
+    }
 
 
 def _shares(axes: Any, entries: list[dict[str, Any]], label: str, colour: str) -> None:
@@ -222,6 +238,8 @@ def _ticks(axes: Any, values: list[int]) -> None:
 
 
 def _short(tokens: int) -> str:
+    if tokens % 1000 == 0:
+        return f"{tokens:,}"
     for unit, letter in ((1 << 20, "M"), (1 << 10, "K")):
         if tokens >= unit:
             return f"{tokens / unit:.3g}{letter}"

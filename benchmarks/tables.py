@@ -15,6 +15,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, str]
+QUALITY_FROM = 2000  # tokens; shorter prompts lose too little
 BACKENDS = ("FLASH_ATTN", "CASCADE")
 
 
@@ -62,21 +63,85 @@ def gpu_paper_protocol(rows: list[Row]) -> list[str]:
     return _table([heading, *lines])
 
 
+def quality(rows: list[Row]) -> list[str]:
+    """Right answers of each task over the lengths, a line for each cache."""
+    rows = [row for row in rows if row["study"] == "lengths"]
+    answers = [row for row in rows if row["exact"]]
+    lengths = sorted({int(row["length"]) for row in answers})
+    lengths = [length for length in lengths if length >= QUALITY_FROM]
+    kinds = list(dict.fromkeys((row["task"], row["filler"]) for row in answers))
+    longest = max(int(row["length"]) for row in rows if row["perplexity"])
+    places = list(
+        dict.fromkeys(
+            row["end_position"]
+            for row in rows
+            if row["perplexity"] and int(row["length"]) == longest
+        )
+    )
+    heading = ["cache"] + [", ".join(filter(None, kind)) for kind in kinds]
+    heading += [f"perplexity, tokens up to {int(end):,}" for end in places[-2:]]
+    lines = [heading]
+    for cache in dict.fromkeys(row["cache"] for row in rows):
+        own = [row for row in rows if row["cache"] == cache]
+        right = {(r["task"], r["filler"], int(r["length"])): r["exact"] for r in own if r["exact"]}
+        line = [f"`{cache}`"]
+        for kind in kinds:
+            line.append(" ".join(right.get((*kind, length), "-") for length in lengths))
+        nats = {
+            row["end_position"]: row["perplexity"]
+            for row in own
+            if row["perplexity"] and int(row["length"]) == longest
+        }
+        lines.append(line + [_number(nats.get(end, ""), 2) for end in places[-2:]])
+    return _table(lines)
+
+
+def quality_knobs(rows: list[Row]) -> list[str]:
+    """All right answers of each length, and perplexity, a line for each setting."""
+    rows = [row for row in rows if row["study"] == "knobs"]
+    answers = [row for row in rows if row["exact"]]
+    lengths = sorted({int(row["length"]) for row in answers})
+    end = max(int(row["end_position"]) for row in rows if row["end_position"])
+    asked = sum(
+        int(row["prompts"])
+        for row in answers
+        if row["cache"] == answers[0]["cache"] and int(row["length"]) == lengths[0]
+    )
+    heading = ["cache", "sub-caches"]
+    heading += [f"right of {asked} at {length:,} tokens" for length in lengths]
+    lines = [[*heading, f"perplexity, last part of {end:,} tokens"]]
+    for cache in dict.fromkeys(row["cache"] for row in rows):
+        own = [row for row in rows if row["cache"] == cache]
+        line = [f"`{cache}`", own[0]["num_sub_caches"]]
+        for length in lengths:
+            of_length = [row for row in own if row["exact"] and int(row["length"]) == length]
+            line.append(str(sum(int(row["exact"]) for row in of_length)))
+        last = [row for row in own if row["end_position"] == str(end)]
+        lines.append([*line, _number(last[0]["perplexity"], 2)])
+    return _table(lines)
+
+
 TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
-    table.__name__: table for table in (gpu_context, gpu_paper_protocol)
+    table.__name__: table for table in (gpu_context, gpu_paper_protocol, quality, quality_knobs)
 }
+
+
+def rows_of(name: str, results: Path) -> Path:
+    """The result file of a table; two tables are of quality.csv."""
+    return results / f"{name.removesuffix('_knobs')}.csv"
 
 
 def section(name: str, results: Path = RESULTS) -> str:
     """What stands between the markers of a table: the table, and of which run it is."""
-    with (results / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+    with rows_of(name, results).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     said = {
         column: ", ".join(dict.fromkeys(row[column] for row in rows))
         for column in ("gpu", "vllm", "torch", "commit")
     }
+    file = rows_of(name, results).name
     source = (
-        f"[Rows](benchmarks/results/{name}.csv): {said['gpu']}, vLLM {said['vllm']}, "
+        f"[Rows](benchmarks/results/{file}): {said['gpu']}, vLLM {said['vllm']}, "
         f"PyTorch {said['torch']}, commit {said['commit']}."
     )
     return "\n".join([*TABLES[name](rows), "", source, ""])
@@ -85,7 +150,7 @@ def section(name: str, results: Path = RESULTS) -> str:
 def rewritten(text: str, results: Path = RESULTS) -> str:
     """A Markdown text with the sections of all tables that have rows."""
     for name in TABLES:
-        if (results / f"{name}.csv").exists():
+        if rows_of(name, results).exists():
             between = re.compile(rf"(?<=^<!-- {name} -->\n).*?(?=^<!-- /{name} -->$)", re.M | re.S)
             text = between.sub(lambda _, name=name: section(name, results), text)
     return text
@@ -113,7 +178,7 @@ def main() -> int:
         path.write_text(text, encoding="utf-8")
     if not sys.argv[1:]:
         for name in TABLES:
-            if (RESULTS / f"{name}.csv").exists():
+            if rows_of(name, RESULTS).exists():
                 print(f"<!-- {name} -->\n{section(name)}<!-- /{name} -->\n")
     return 0
 

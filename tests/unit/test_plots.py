@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from pathlib import Path
@@ -56,19 +55,21 @@ def protocol_rows() -> list[dict[str, str]]:
 
 
 def quality_rows() -> list[dict[str, str]]:
-    common = {"parts_right": 1, "parts": 1, "tokens_evicted": 0, "kv_blocks": 1, "kv_bytes": 1}
     found = []
+    names = ("exact", "prompts", "perplexity", "first_position", "end_position")
     for number, cache in enumerate(("full", "paper", "blend:stride=256", "blend:stride=512")):
-        row: dict[str, Any] = {"cache": cache, "options": "", "filler": "", **common}
+        row: dict[str, Any] = {"study": "lengths", "cache": cache, "filler": "", "task": ""}
+        row |= {"num_sub_caches": 4, "gpu": "G", "vllm": "V", "torch": "T", "commit": "C"}
+        row |= dict.fromkeys(names, "")
         for task in ("passkey", "multikey"):
             for length in (4096, 8192):
-                for index in range(4):
-                    answer = {"task": task, "length": length, "depth": index / 4}
-                    found.append({**row, **answer, "exact": int(index > number)})
+                answer = {"task": task, "length": length, "exact": 3 - number, "prompts": 4}
+                found.append({**row, **answer})
         for first, end in ((1, 1024), (1024, 2048)):
             part = {"task": "perplexity", "length": 2048, "first_position": first}
-            nats = (end - first) * math.log(2 + number + first)
-            found.append({**row, **part, "end_position": end, "nats": nats})
+            found.append({**row, **part, "end_position": end, "perplexity": 2 + number + first})
+    # Rows of the other study are in no panel.
+    found += [{**row, "study": "knobs", "cache": f"{row['cache']} other"} for row in found]
     return [{name: str(value) for name, value in row.items()} for row in found]
 
 
@@ -162,6 +163,16 @@ def test_quality_panels_show_the_rows() -> None:
 def test_readme_has_the_tables_of_the_rows() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tables.rewritten(text) == text, "run make readme"
+
+
+def test_quality_tables(tmp_path: Path) -> None:
+    text = written(tmp_path, "quality", quality_rows())
+    shown = tables.rewritten(text, tmp_path)
+    assert "| `full` | 3 3 | 3 3 | 3.00 | 1,026.00 |" in shown
+    assert "`blend:stride=512`" in shown and "other" not in shown
+    knobs = tables.rewritten(text.replace("quality", "quality_knobs"), tmp_path)
+    assert "right of 8 at 4,096 tokens" in knobs
+    assert "| `paper other` | 4 | 4 | 4 | 1,027.00 |" in knobs and "`full`" not in knobs
 
 
 def written(folder: Path, name: str, rows: list[dict[str, str]]) -> str:
