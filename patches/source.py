@@ -90,13 +90,12 @@ class Source:
         parts = path.relative_to(self.root).with_suffix("").parts
         return ".".join(("vllm", *parts)).removesuffix(".__init__")
 
-    @functools.cache  # noqa: B019 - a tree lives as long as the check
     def _module(self, name: str) -> ast.Module | None:
         first, *rest = name.split(".")
         folder = self.root.joinpath(*rest)
         for path in (folder / "__init__.py", folder.with_suffix(".py")):
             if first == "vllm" and path.exists():
-                return ast.parse(path.read_text())
+                return _parsed(path.resolve())
         return None
 
     def _member(self, scope: Found, name: str) -> Found | None:
@@ -158,6 +157,11 @@ class Source:
     def _package(self, module: str) -> str:
         is_package = (self.root.joinpath(*module.split(".")[1:]) / "__init__.py").exists()
         return module if is_package else module.rpartition(".")[0]
+
+
+@functools.cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[tuple[str, str]]:
