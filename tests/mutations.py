@@ -109,7 +109,7 @@ MUTATIONS = [
     Mutation(
         "a last sub-cache that never drops",
         "vllm_cascade/layout.py",
-        "del caches[-1][: max(0, len(caches[-1]) - size)]",
+        "del caches[-1][: max(0, len(caches[-1]) - sizes[-1])]",
         "pass",
         f"{LAYER}::test_every_boundary_is_seen",
     ),
