@@ -204,7 +204,7 @@ def _move(caches: list[list[int]], sizes: list[int], config: CascadeConfig) -> l
     """Run one boundary: edit `caches` in place, return the row entries of each group that merges.
 
     A group that passed through two sub-caches at once would have to merge twice; `stride` being
-    at most two sub-caches rules that out.
+    at most two of the older sub-caches rules that out.
     """
     blocks = config.group_tokens // config.block_size
     groups = []
