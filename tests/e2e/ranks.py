@@ -17,8 +17,6 @@ import torch
 
 from e2e.servers import Server
 
-# Every rank logs it.
-STARTUP_LINE = "CASCADE: policy="
 # Two ranks add in another order than one. Of logits below 16 in float32 that is some 1e-5.
 TIE, NEAR_TIES = 1e-3, 0.01
 # What a user would write. Prompts and options come as a file: a command line has an end.
@@ -68,7 +66,7 @@ class Played:
     @property
     def ranks(self) -> int:
         """How many logged that CASCADE serves their layers."""
-        return self.log.count(STARTUP_LINE)
+        return ranks_in(self.log)
 
 
 def play(folder: Path, model: str, prompts: list[list[int]], answer: int, **options: Any) -> Played:
@@ -120,6 +118,11 @@ def play(folder: Path, model: str, prompts: list[list[int]], answer: int, **opti
     )
 
 
+def ranks_in(log: str) -> int:
+    """How many processes logged that CASCADE serves their layers; Ray may show a line twice."""
+    return len(set(re.findall(r"pid=(\d+)\) INFO .*CASCADE: policy=", log)))
+
+
 def ask(server: Server, replica: int, prompt: list[int], answer: int) -> list[int]:
     """What one replica of a server of the model `tiny` answers, as token ids.
 
@@ -167,7 +170,7 @@ def check_replicas(
     series = r'^vllm_cascade:request_span_tokens_count{engine="(\d+)".*} (\S+)$'
     counted = {(str(replica), f"{len(prompts):.1f}") for replica in range(count)}
     assert set(re.findall(series, text, re.MULTILINE)) == counted
-    assert server.log.read_text().count(STARTUP_LINE) == ranks
+    assert ranks_in(server.log.read_text()) == ranks
 
 
 def join(ranks: list[list[dict[str, Any]]]) -> dict[int, torch.Tensor]:
