@@ -12,7 +12,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from vllm_cascade.refusal import MIN_BLOCK_SIZE, refusal
-from vllm_cascade.rules import CascadeConfig, ConfigError, Fault, Model, broken_rule, shares
+from vllm_cascade.rules import (
+    CascadeConfig,
+    ConfigError,
+    Fault,
+    Model,
+    broken_rule,
+    shares,
+    spanned,
+)
 
 __all__ = ["PRESETS", "CascadeConfig", "CascadeOptions", "ConfigError"]
 
@@ -207,8 +215,7 @@ class CascadeOptions:
             newest, older = shares(budget // block, number, self._newest_share)
             if number > 1 and not older:
                 break
-            # A token that is handed on i times stands for 2**i.
-            if sinks + block * (newest + older * ((1 << number) - 2)) >= model.max_model_len:
+            if sinks + block * spanned(newest, older, number) >= model.max_model_len:
                 return number
         return Fault(
             "cache_tokens",

@@ -65,6 +65,20 @@ def shares(blocks: int, num_sub_caches: int, newest_share: float) -> tuple[int, 
     return blocks - others * older, older
 
 
+def spanned(newest: int, older: int, num_sub_caches: int) -> int:
+    """Context that sub-caches span: what was handed on i times stands for 2**i times as much.
+
+    Args:
+        newest: Size of the newest sub-cache, in blocks or tokens.
+        older: Size of each other one; 0 if there is none.
+        num_sub_caches: Number of sub-caches.
+
+    Returns:
+        The span in the same unit.
+    """
+    return newest + older * ((1 << num_sub_caches) - 2)
+
+
 @dataclass(frozen=True, slots=True)
 class CascadeConfig:
     """A complete, valid configuration for one model.
@@ -144,9 +158,7 @@ class CascadeConfig:
     @property
     def reach(self) -> int:
         """Context the cache can span, in tokens; older tokens are gone whatever their score."""
-        return self.num_sink_tokens + sum(
-            size << index for index, size in enumerate(self.sub_cache_tokens)
-        )
+        return self.num_sink_tokens + spanned(*self._sizes, self.num_sub_caches)
 
     @property
     def needs_scores(self) -> bool:
