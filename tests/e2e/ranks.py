@@ -119,8 +119,11 @@ def play(folder: Path, model: str, prompts: list[list[int]], answer: int, **opti
 
 
 def ranks_in(log: str) -> int:
-    """How many processes logged that CASCADE serves their layers; Ray may show a line twice."""
-    return len(set(re.findall(r"pid=(\d+)\) INFO .*CASCADE: policy=", log)))
+    """How many processes logged that CASCADE serves their layers; Ray may show a line twice.
+
+    A rank within the front end's process has no number in its lines.
+    """
+    return len(set(re.findall(r"(?:pid=(\d+)\) )?INFO .*CASCADE: policy=", log)))
 
 
 def ask(server: Server, replica: int, prompt: list[int], answer: int) -> list[int]:
