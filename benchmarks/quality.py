@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py --gpu GPU --commit HASH --lengths FOLDER... --knobs FOLDER...
 
-The folders are those that the evaluation wrote to; NOTES.md has its commands. Rows of the study
-"lengths" count the first 20 prompts of a cell, so that all caches answered the same ones.
+The folders are those that the evaluation wrote to; NOTES.md has its commands. A cache may be spread
+over several. Its rows replace those that the file has of the cache in that study; others stay. Rows
+of the study "lengths" count the first 20 prompts of a cell, so that all caches answered the same.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vllm_cascade.config import PRESETS, CascadeOptions
 from vllm_cascade.evaluation.report import summarise
+from vllm_cascade.evaluation.results import KEY
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "quality.csv"
 PROMPTS = 20
@@ -48,13 +50,23 @@ def name_of(label: str, options: dict[str, Any]) -> str:
     return f"{policy}:{','.join(said)}" if said else policy
 
 
-def read(folder: Path, prompts: int | None) -> list[dict[str, str]]:
-    """A folder's rows under their caches' names, of the first `prompts` prompts of a cell."""
-    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        row["cache"] = name_of(row["cache"], json.loads(row["options"] or "{}"))
-    return [row for row in rows if prompts is None or int(row["index"]) < prompts]
+def read(folders: Sequence[Path], prompts: int | None) -> list[dict[str, str]]:
+    """Rows under their caches' names, of the first `prompts` prompts of a cell.
+
+    Args:
+        folders: Where a prompt is in several, the first one's row counts.
+        prompts: None for all.
+    """
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for folder in folders:
+        with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            row["cache"] = name_of(row["cache"], json.loads(row["options"] or "{}"))
+            if prompts is None or int(row["index"]) < prompts:
+                place = (*(row[name] for name in KEY), row["first_position"])
+                found.setdefault(place, row)
+    return list(found.values())
 
 
 def cells(rows: list[dict[str, str]]) -> Iterable[dict[str, Any]]:
@@ -77,6 +89,18 @@ def cells(rows: list[dict[str, str]]) -> Iterable[dict[str, Any]]:
         }
 
 
+def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows, the new ones in the place of those of the same study and cache, or at the end."""
+    kinds = dict.fromkeys((row["study"], row["cache"]) for row in [*rows, *new])
+    newer = {(row["study"], row["cache"]) for row in new}
+    return [
+        row
+        for kind in kinds
+        for row in (new if kind in newer else rows)
+        if (row["study"], row["cache"]) == kind
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", required=True)
@@ -85,16 +109,12 @@ def main() -> int:
     parser.add_argument("--lengths", type=Path, nargs="+", default=[], metavar="FOLDER")
     parser.add_argument("--knobs", type=Path, nargs="+", default=[], metavar="FOLDER")
     given = parser.parse_args()
-    rows = []
+    with OUTPUT.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     for study, folders, prompts in (
         ("lengths", given.lengths, PROMPTS),
         ("knobs", given.knobs, None),
     ):
-        found: list[dict[str, str]] = []
-        for folder in folders:
-            known = {row["cache"] for row in found}
-            # A cache that several folders have is the first one's.
-            found += [row for row in read(folder, prompts) if row["cache"] not in known]
         if folders:
             said = json.loads((folders[0] / "summary.json").read_text(encoding="utf-8"))
             common = {
@@ -105,7 +125,7 @@ def main() -> int:
                 "vllm": said["versions"]["vllm"],
                 "model": given.model,
             }
-            rows += [{**common, **cell} for cell in cells(found)]
+            rows = merged(rows, [{**common, **cell} for cell in cells(read(folders, prompts))])
     with OUTPUT.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.segments import DecodeRows, Merges
 
 CHUNK = 1024
@@ -283,7 +284,9 @@ def _launch(
         raise ValueError(f"{num_segments} segments, room for {len(out.places)}")
     if block_table.stride(1) != 1 or block_table.dtype != torch.int32:
         raise ValueError("block_table must be int32 with dense rows")
-    _resolve_kernel[(num_segments,)](
+    launch(
+        _resolve_kernel,
+        (num_segments,),
         ends if segments is None else segments[0],
         ends,
         ends if query_start_loc is None else query_start_loc,
@@ -315,6 +318,6 @@ def _launch(
         table.entries.shape[1],
         table.groups.shape[1] * table.groups.shape[2],
         BLOCK_SIZE=table.block_size,
-        CHUNK=min(CHUNK, triton.next_power_of_2(max(16, table.entries.shape[1]))),
+        CHUNK=min(CHUNK, next_power_of_2(max(16, table.entries.shape[1]))),
         SINGLE=segments is None,
     )

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.mean_keys import (
     MAX_KEYS,
     MAX_PARTS,
@@ -264,9 +265,9 @@ def launch_config(head_size: int, element_size: int, group: int) -> LaunchConfig
         element_size: Bytes of one.
         group: Tokens of a merge group.
     """
-    channels = triton.next_power_of_2(head_size)
+    channels = next_power_of_2(head_size)
     keys = max(8192 // channels, 16)
-    row_bytes = triton.next_power_of_2(2 * head_size) * element_size
+    row_bytes = next_power_of_2(2 * head_size) * element_size
     return LaunchConfig(
         sum_keys=keys,
         sum_warps=4,
@@ -402,7 +403,9 @@ def merge_groups(
             max_registers=config.max_registers,
         )
     token = pages.token if pages.token is not None else pages.score
-    _merge_kernel[(num_programs,)](
+    launch(
+        _merge_kernel,
+        (num_programs,),
         pages.kv,
         pages.score,
         token,
@@ -424,14 +427,14 @@ def merge_groups(
         NUM_KV_HEADS=num_kv_heads,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,
-        CHANNELS=triton.next_power_of_2(head_size),
+        CHANNELS=next_power_of_2(head_size),
         GROUP=group,
         WINDOW=window,
         KEYS=config.group_keys,
         TOKENS=config.tokens,
         SPAN=max(window, config.tokens),
         MOVE=config.move,
-        MOVE_CHANNELS=triton.next_power_of_2(2 * head_size),
+        MOVE_CHANNELS=next_power_of_2(2 * head_size),
         ROWS=ROWS_AT_A_TIME,
         MAX_PARTS=MAX_PARTS,
         PARTS=PARTS_TILE,

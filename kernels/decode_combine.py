@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_cascade.kernels.decode_launch import Config, Scratch, keys_per_split
+from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import load_sink
 from vllm_cascade.kernels.segments import DecodeRows
@@ -165,7 +166,9 @@ def combine(
     group = num_heads // num_kv_heads
     score = pages.score if scored and pages.score is not None else scratch.lse
     pieces = max(group, config.score_pieces) if scored else group
-    _combine_kernel[(num_kv_heads, len(batch.rows), pieces)](
+    launch(
+        _combine_kernel,
+        (num_kv_heads, len(batch.rows), pieces),
         output,
         score,
         counter if counter is not None else batch.rows,
@@ -191,8 +194,8 @@ def combine(
         BLOCK_SIZE=block_size,
         KEYS=config.keys,
         MIN_KEYS=config.min_keys,
-        SPLITS=triton.next_power_of_2(splits),
-        CHANNELS=triton.next_power_of_2(head_size),
+        SPLITS=next_power_of_2(splits),
+        CHANNELS=next_power_of_2(head_size),
         BLOCKS=max(1, config.score_tile // block_size),
         SCORED=scored,
         MEAN=reduction == "mean",

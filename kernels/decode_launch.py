@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_cascade.kernels.launch import cdiv, next_power_of_2
+
 # Rows of logits end on a whole block, and on a whole tile, of any size up to this.
 MAX_BLOCK_SIZE = 128
 
@@ -60,7 +62,7 @@ def make_scratch(
     Returns:
         Uninitialised tensors.
     """
-    padded = triton.cdiv(max_places, MAX_BLOCK_SIZE) * MAX_BLOCK_SIZE if scored else 0
+    padded = cdiv(max_places, MAX_BLOCK_SIZE) * MAX_BLOCK_SIZE if scored else 0
     kinds = {"dtype": torch.float32, "device": device}
     return Scratch(
         partial=torch.empty(max_rows, num_heads, max_splits, head_size, **kinds),
@@ -126,7 +128,7 @@ def launch_config(
     programs = num_rows * num_kv_heads
     min_keys = 2048 if programs >= 512 else 512 if programs >= 64 else 256
     most = max(1, min(64, max_places // min_keys))
-    splits = min(most, triton.next_power_of_2(triton.cdiv(4096, programs)))
+    splits = min(most, next_power_of_2(cdiv(4096, programs)))
     return Config(
         keys=32,
         splits=splits,
@@ -137,6 +139,6 @@ def launch_config(
         num_stages=3 if element_size == 2 else 2,
         max_registers=None,
         score_tile=512,
-        score_pieces=max(1, min(64, triton.cdiv(max_places, 2048))),
+        score_pieces=max(1, min(64, cdiv(max_places, 2048))),
         score_warps=4,
     )

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_cascade.kernels.launch import cdiv, launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import LOG2_E
 from vllm_cascade.kernels.segments import Segments
@@ -53,7 +54,7 @@ def launch_config(dtype: torch.dtype, head_size: int, group: int) -> ScoreConfig
     Returns:
         The tiles that suit a Hopper GPU.
     """
-    heads = triton.next_power_of_2(group)
+    heads = next_power_of_2(group)
     if dtype == torch.float32:
         return ScoreConfig(32, max(32, heads), 4, 1, key_in_registers=False)
     if head_size > 128:
@@ -283,7 +284,7 @@ def shifts_elements(num_queries: int, num_segments: int, num_heads: int, num_kv_
     Returns:
         Number of float32.
     """
-    heads = num_kv_heads * triton.next_power_of_2(num_heads // num_kv_heads)
+    heads = num_kv_heads * next_power_of_2(num_heads // num_kv_heads)
     widest = max(config.columns for config in SCORE_CONFIGS.values())
     return heads * num_queries + num_kv_heads * num_segments * widest
 
@@ -340,21 +341,23 @@ def score_keys(
     assert query.stride(2) == key.stride(2) == 1
     assert pages.score.stride()[1:] == (block_size, 1)
     group = num_heads // num_kv_heads
-    heads = triton.next_power_of_2(group)
+    heads = next_power_of_2(group)
     if config is None:
         config = launch_config(query.dtype, head_size, group)
     elif isinstance(config, str):
         config = SCORE_CONFIGS[config]
     block_q = config.columns // heads
-    block_d = max(16, triton.next_power_of_2(head_size))
+    block_d = max(16, next_power_of_2(head_size))
     num_slots = segments.num_queries // block_q + num_segments
     elements = num_kv_heads * num_slots * config.columns
     if shifts is None:
         shifts = torch.empty(elements, dtype=torch.float32, device=query.device)
     assert shifts.numel() >= elements and shifts.is_contiguous()
 
-    grid = (triton.cdiv(segments.max_query_len, block_q), num_segments, num_kv_heads)
-    _shifts_kernel[grid](
+    grid = (cdiv(segments.max_query_len, block_q), num_segments, num_kv_heads)
+    launch(
+        _shifts_kernel,
+        grid,
         shifts,
         lse,
         segments.query_spans,
@@ -370,8 +373,10 @@ def score_keys(
         num_warps=1,
     )
     options = {} if config.max_registers is None else {"maxnreg": config.max_registers}
-    grid = (num_kv_heads * num_segments, triton.cdiv(segments.max_key_len, config.block_k))
-    _score_keys_kernel[grid](
+    grid = (num_kv_heads * num_segments, cdiv(segments.max_key_len, config.block_k))
+    launch(
+        _score_keys_kernel,
+        grid,
         pages.score,
         query,
         key,

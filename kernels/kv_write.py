@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
 
 
@@ -99,7 +100,9 @@ def write(
     if len(rows) == 0:
         return
     traced = pages.token if pages.token is not None else slots
-    _write_kernel[(len(rows),)](
+    launch(
+        _write_kernel,
+        (len(rows),),
         pages.kv,
         traced,
         key,
@@ -116,8 +119,8 @@ def write(
         NUM_KV_HEADS=num_kv_heads,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,
-        HEADS=triton.next_power_of_2(num_kv_heads),
-        CHANNELS=triton.next_power_of_2(head_size),
+        HEADS=next_power_of_2(num_kv_heads),
+        CHANNELS=next_power_of_2(head_size),
         HAS_TOKEN=pages.token is not None,
         num_warps=4,
     )

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
 
@@ -238,7 +239,9 @@ def sum_unit_keys(
         max_registers: Bound on a thread's registers.
     """
     num_sums, num_kv_heads, head_size = sums.shape
-    _unit_key_sums_kernel[(num_programs,)](
+    launch(
+        _unit_key_sums_kernel,
+        (num_programs,),
         pages.kv,
         merges.num_groups,
         merges.num_keys,
@@ -251,7 +254,7 @@ def sum_unit_keys(
         NUM_KV_HEADS=num_kv_heads,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=pages.kv.shape[2],
-        CHANNELS=triton.next_power_of_2(head_size),
+        CHANNELS=next_power_of_2(head_size),
         KEYS=tile_keys,
         STAGES=num_stages,
         ROWS=ROWS_AT_A_TIME,

@@ -27,6 +27,7 @@ from vllm_cascade.kernels.decode_launch import (
     launch_config,
     make_scratch,
 )
+from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import LOG2_E
 from vllm_cascade.kernels.segments import DecodeRows
@@ -288,7 +289,9 @@ def decode(
             exact_table,
         )
         splits = min(chosen.splits, max_splits)
-        _split_kernel[(num_kv_heads, len(some.rows), splits)](
+        launch(
+            _split_kernel,
+            (num_kv_heads, len(some.rows), splits),
             scratch.partial,
             scratch.lse,
             scratch.logits,
@@ -311,11 +314,11 @@ def decode(
             HEAD_SIZE=head_size,
             HALF=half,
             BLOCK_SIZE=block_size,
-            HEADS=max(MIN_DOT, triton.next_power_of_2(group)),
+            HEADS=max(MIN_DOT, next_power_of_2(group)),
             KEYS=chosen.keys,
-            PAIRS=max(MIN_DOT, triton.next_power_of_2(half)),
-            REST=max(MIN_DOT, triton.next_power_of_2(head_size - 2 * half)),
-            CHANNELS=triton.next_power_of_2(head_size),
+            PAIRS=max(MIN_DOT, next_power_of_2(half)),
+            REST=max(MIN_DOT, next_power_of_2(head_size - 2 * half)),
+            CHANNELS=next_power_of_2(head_size),
             MIN_KEYS=chosen.min_keys,
             IS_NEOX=is_neox,
             BY_PLACE=chosen.by_place,

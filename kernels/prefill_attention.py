@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_cascade.kernels.launch import cdiv, launch, next_power_of_2
 from vllm_cascade.kernels.primitives import LOG2_E, load_sink
 from vllm_cascade.kernels.segments import Segments
 
@@ -143,11 +144,13 @@ def attend(
     assert lse.dtype == torch.float32 and lse.stride(1) == 1
     assert sinks is None or sinks.shape == (num_heads,)
     assert out.stride(2) == query.stride(2) == key.stride(2) == value.stride(2) == 1
-    block_d = max(16, triton.next_power_of_2(head_size))
+    block_d = max(16, next_power_of_2(head_size))
     is_single = query.dtype == torch.float32
     block_q, block_k = (32, 32) if is_single else (128, 64 if block_d <= 128 else 32)
-    grid = (num_heads, triton.cdiv(segments.max_query_len, block_q), num_segments)
-    _attend_kernel[grid](
+    grid = (num_heads, cdiv(segments.max_query_len, block_q), num_segments)
+    launch(
+        _attend_kernel,
+        grid,
         out,
         lse,
         query,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_cascade.kernels.launch import cdiv, launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import load_angles, rotate_tile
 from vllm_cascade.kernels.segments import KEY_PADDING, Segments
@@ -94,8 +95,10 @@ def rotate_queries(
     block_d = _rotation_width(head_size, 2 * cos.shape[1])
     block_h = min(num_heads, 8)
     block_t = 16
-    grid = (triton.cdiv(num_packed, block_t), triton.cdiv(num_heads, block_h))
-    _rotate_queries_kernel[grid](
+    grid = (cdiv(num_packed, block_t), cdiv(num_heads, block_h))
+    launch(
+        _rotate_queries_kernel,
+        grid,
         out,
         query,
         rows,
@@ -121,7 +124,7 @@ def rotate_queries(
 
 def _rotation_width(head_size: int, rotary_dim: int) -> int:
     """Channels of a tile of `rotate_tile`: half of a head, or of what is not rotated."""
-    return triton.next_power_of_2(max(rotary_dim // 2, triton.cdiv(head_size - rotary_dim, 2)))
+    return next_power_of_2(max(rotary_dim // 2, cdiv(head_size - rotary_dim, 2)))
 
 
 @triton.jit(
@@ -224,11 +227,13 @@ def gather_keys(
         return
     block_t, block_h = 16, min(num_kv_heads, 4)
     grid = (
-        triton.cdiv(num_kv_heads, block_h),
-        triton.cdiv(segments.max_key_len + KEY_PADDING, block_t),
+        cdiv(num_kv_heads, block_h),
+        cdiv(segments.max_key_len + KEY_PADDING, block_t),
         num_segments,
     )
-    _gather_keys_kernel[grid](
+    launch(
+        _gather_keys_kernel,
+        grid,
         key_out,
         value_out,
         pages.kv,
@@ -251,7 +256,7 @@ def gather_keys(
         BLOCK_T=block_t,
         BLOCK_H=block_h,
         BLOCK_D=_rotation_width(head_size, 2 * cos.shape[1]),
-        BLOCK_V=triton.next_power_of_2(head_size),
+        BLOCK_V=next_power_of_2(head_size),
         PADDING=KEY_PADDING,
         num_warps=4,
     )
