@@ -29,7 +29,7 @@ def engine(cascade: dict[str, Any] | None, model: str | None = None, **options: 
     Args:
         cascade: The cascade's options, or None for vLLM's own attention.
         model: Model folder; SmolLM2 unless given.
-        options: For `LLM`; eager float32, and a small part of a GPU, unless given.
+        options: For `LLM`; eager float32, and 2 GiB of pages on a GPU, unless given.
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -41,8 +41,9 @@ def engine(cascade: dict[str, Any] | None, model: str | None = None, **options: 
             **options,
         }
     options = {"dtype": "float32", "enforce_eager": True, "seed": 0, **options}
-    if torch.cuda.is_available():
-        options = {"gpu_memory_utilization": 0.15, **options}
+    if torch.cuda.is_available() and "gpu_memory_utilization" not in options:
+        # vLLM does not look for free memory then: other tests may run beside this one.
+        options = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30, **options}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         llm = LLM(model or model_folder(), **options)
