@@ -65,7 +65,6 @@ def gpu_paper_protocol(rows: list[Row]) -> list[str]:
 
 def quality(rows: list[Row]) -> list[str]:
     """Right answers of each task over the lengths, a line for each cache."""
-    rows = [row for row in rows if row["study"] == "lengths"]
     answers = [row for row in rows if row["exact"]]
     lengths = sorted({int(row["length"]) for row in answers})
     lengths = [length for length in lengths if length >= QUALITY_FROM]
@@ -98,7 +97,6 @@ def quality(rows: list[Row]) -> list[str]:
 
 def quality_knobs(rows: list[Row]) -> list[str]:
     """All right answers of each length, and perplexity, a line for each setting."""
-    rows = [row for row in rows if row["study"] == "knobs"]
     answers = [row for row in rows if row["exact"]]
     lengths = sorted({int(row["length"]) for row in answers})
     end = max(int(row["end_position"]) for row in rows if row["end_position"])
@@ -121,20 +119,49 @@ def quality_knobs(rows: list[Row]) -> list[str]:
     return _table(lines)
 
 
+def gpu_scaling(rows: list[Row]) -> list[str]:
+    """Times of each way to spread an engine, and rates over those of a single GPU."""
+    first = rows[0]
+    heading = ["engine", "GPUs", f"first token of {int(first['prompt_tokens']):,}, s"]
+    heading += ["prefill, tokens/s", f"decode of {first['decode_requests']} requests, tokens/s"]
+    lines = []
+    for row in rows:
+        spread = [
+            f"{name} parallel {row[column]}"
+            for name, column in (("tensor", "tensor"), ("pipeline", "pipeline"))
+            if row[column] != "1"
+        ]
+        if row["replicas"] != "1":
+            spread.append(f"{row['replicas']} replicas")
+        spread += ["through Ray"] if row["executor"] == "ray" else []
+        rates = [
+            f"{_number(row[column], 0)} ({float(row[column]) / float(first[column]):.2f}x)"
+            for column in ("prefill_tokens_per_s", "decode_tokens_per_s")
+        ]
+        cells = [", ".join(spread) or "one GPU", row["gpus"], _number(row["ttft_s"], 2)]
+        lines.append([*cells, *rates])
+    return _table([heading, *lines])
+
+
 TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
-    table.__name__: table for table in (gpu_context, gpu_paper_protocol, quality, quality_knobs)
+    table.__name__: table
+    for table in (gpu_context, gpu_paper_protocol, gpu_scaling, quality, quality_knobs)
 }
 
 
+# Two tables are of one file, each of a study of its own.
+STUDIES = {"quality": "lengths", "quality_knobs": "knobs"}
+
+
 def rows_of(name: str, results: Path) -> Path:
-    """The result file of a table; two tables are of quality.csv."""
+    """The result file of a table."""
     return results / f"{name.removesuffix('_knobs')}.csv"
 
 
 def section(name: str, results: Path = RESULTS) -> str:
     """What stands between the markers of a table: the table, and of which run it is."""
     with rows_of(name, results).open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row.get("study") == STUDIES.get(name)]
     said = {
         column: ", ".join(dict.fromkeys(row[column] for row in rows))
         for column in ("gpu", "vllm", "torch", "commit")
