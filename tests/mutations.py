@@ -128,6 +128,13 @@ MUTATIONS = [
         f"{LAYER}::test_every_boundary_is_seen",
     ),
     Mutation(
+        "a kernel for aligned tensors launched with others",
+        "kernels/launch.py",
+        "return value.dtype, value.data_ptr() % 16 == 0",
+        "return value.dtype",
+        "tests/unit/test_launch.py::test_another_kind_is_looked_up[alignment]",
+    ),
+    Mutation(
         "a sink in a decoded output but not in its scores",
         "kernels/decode_combine.py",
         "norm, _ = _join(lse_at, active, sinks_ptr, member, SPLITS)",

@@ -32,7 +32,10 @@ if __name__ == "__main__":
         temperature=0, max_tokens=given["answer"], ignore_eos=True, detokenize=False, logprobs=2
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in given["prompts"]]
-    outputs = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False)]
+    outputs, ranks = [], []
+    for batch in [[prompt] for prompt in prompts] if given["alone"] else [prompts]:
+        outputs += [output.outputs[0] for output in llm.generate(batch, sampling, use_tqdm=False)]
+        ranks.append(llm.collective_rpc("kept_tokens"))
     steps = [
         [sorted((each.logprob for each in step.values()), reverse=True) for step in output.logprobs]
         for output in outputs
@@ -40,7 +43,8 @@ if __name__ == "__main__":
     found = {
         "answers": [list(output.token_ids) for output in outputs],
         "margins": [[best - second for best, second, *_ in each] for each in steps],
-        "ranks": llm.collective_rpc("kept_tokens"),
+        # What each rank kept, of one batch after the other.
+        "ranks": [sum(batches, []) for batches in zip(*ranks)],
     }
     with open(sys.argv[2], "w") as file:
         json.dump(found, file)
@@ -69,7 +73,15 @@ class Played:
         return ranks_in(self.log)
 
 
-def play(folder: Path, model: str, prompts: list[list[int]], answer: int, **options: Any) -> Played:
+def play(
+    folder: Path,
+    model: str,
+    prompts: list[list[int]],
+    answer: int,
+    *,
+    alone: bool = False,
+    **options: Any,
+) -> Played:
     """Let all ranks of an engine answer, in processes of their own.
 
     Args:
@@ -77,6 +89,7 @@ def play(folder: Path, model: str, prompts: list[list[int]], answer: int, **opti
         model: Folder of the model.
         prompts: Token ids; no two of one length.
         answer: Tokens to generate for each.
+        alone: One request after the other, as a server without load has them.
         options: Of `LLM`; the cascade's have to switch `trace_tokens` on.
     """
     script, given, found = folder / "play.py", folder / "given.json", folder / "found.json"
@@ -95,7 +108,15 @@ def play(folder: Path, model: str, prompts: list[list[int]], answer: int, **opti
         # One rank needs no process of its own.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     given.write_text(
-        json.dumps({"model": model, "prompts": prompts, "answer": answer, "options": options})
+        json.dumps(
+            {
+                "model": model,
+                "prompts": prompts,
+                "answer": answer,
+                "alone": alone,
+                "options": options,
+            }
+        )
     )
     found.unlink(missing_ok=True)
     done = subprocess.run(

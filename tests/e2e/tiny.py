@@ -72,6 +72,21 @@ def random_prompt(num_tokens: int, seed: int) -> list[int]:
     return torch.randint(2, 256, (num_tokens,), generator=generator).tolist()
 
 
+def prompt_without_ties(num_tokens: int, seed: int, neighbours: int = 64) -> list[int]:
+    """Token ids of a prompt in which no token stands twice among so many neighbours.
+
+    In the first layer equal tokens have equal keys. Which of two is kept is then settled by how their
+    keys were rounded, and batches and ranks of other shapes round otherwise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens: list[int] = []
+    while len(tokens) < num_tokens:
+        token = int(torch.randint(2, 256, (), generator=generator))
+        if token not in tokens[-neighbours:]:
+            tokens.append(token)
+    return tokens
+
+
 def save_random(folder: Path, model_type: str, seed: int = 0, **changes: Any) -> str:
     """Write a random model of any architecture that transformers has to `folder`.
 

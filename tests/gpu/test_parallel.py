@@ -14,7 +14,7 @@ import torch
 
 from e2e.ranks import Played, assert_same_up_to_ties, check_replicas, play
 from e2e.servers import serve
-from e2e.tiny import random_prompt, save_llama
+from e2e.tiny import prompt_without_ties, save_llama
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +36,7 @@ GRAPHS = {
 }
 TRACED = {"cascade": {**CASCADE, "trace_tokens": True}}
 # Under the budget, at it, where it fills while the answer grows, and far past it.
-PROMPTS = [random_prompt(n, seed=n) for n in (40, 256, 272, 700, 2000)]
+PROMPTS = [prompt_without_ties(n, seed=n) for n in (40, 256, 272, 700, 2000)]
 # Across two boundaries.
 ANSWER = 140
 
@@ -112,6 +112,23 @@ def test_ranks(
     assert_same_up_to_ties(many, one)
     assert many.ranks == tensor * pipeline
     assert "Graph capturing finished" in many.log
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_one_request_after_the_other(tensor: int, model: str, one: Played, tmp_path: Path) -> None:
+    needs(max(2, tensor))
+    alone = play(
+        tmp_path,
+        model,
+        PROMPTS,
+        ANSWER,
+        alone=True,
+        additional_config=TRACED,
+        compilation_config=GRAPHS,
+        tensor_parallel_size=tensor,
+        **OPTIONS,
+    )
+    assert_same_up_to_ties(alone, one)
 
 
 def test_compiled(model: str, one: Played, tmp_path: Path) -> None:

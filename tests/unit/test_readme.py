@@ -110,3 +110,16 @@ def test_plot_is_drawn_from_the_rows() -> None:
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     plot = (RESULTS / "streaming_perplexity.svg").read_text(encoding="utf-8")
     assert f"rows {digest}" in plot, "run python benchmarks/plots.py"
+
+
+def test_soak() -> None:
+    (row,) = rows("soak.csv")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = readme.partition("### Under load")[2].partition("\n#")[0]
+    shown = [number.rstrip(".") for number in NUMBER.findall(said)]
+    grown = float(row["engine_grew_mib"]) + float(row["front_end_grew_mib"])
+    expected = [row[name] for name in ("requests", "aborted_in_prefill", "aborted_in_decode")]
+    expected += [row["preemptions"], f"{int(row['mixed_steps']):,}", row["compared"]]
+    expected += [f"{float(row['seconds']):.0f}", f"{float(row['device_grew_mib']):.0f}"]
+    assert {*expected, f"{grown:.0f}"} <= set(shown)
+    assert row["wrong"] == "0" and row["async_scheduling"] == "True"
