@@ -75,8 +75,8 @@ def random_prompt(num_tokens: int, seed: int) -> list[int]:
 def prompt_without_ties(num_tokens: int, seed: int, neighbours: int = 64) -> list[int]:
     """Token ids of a prompt in which no token stands twice among so many neighbours.
 
-    In the first layer equal tokens have equal keys. Which of two is kept is then settled by how their
-    keys were rounded, and batches and ranks of other shapes round otherwise.
+    In the first layer equal tokens have equal keys. Which of two is kept is then settled by how
+    their keys were rounded, and batches and ranks of other shapes round otherwise.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens: list[int] = []
