@@ -25,7 +25,8 @@ OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 512,
     "additional_config": {"cascade": {**CASCADE, "trace_tokens": True}},
 }
-PROMPTS = [prompt_without_ties(n, seed=n) for n in (1500, 40, 700)]
+# Of lengths and seeds to which the random model does not answer one token again and again.
+PROMPTS = [prompt_without_ties(n, seed) for n, seed in ((1500, 1), (40, 40), (700, 2))]
 ANSWER = 16
 
 
