@@ -73,6 +73,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         f"--max-model-len={MAX_MODEL_LEN}",
         f"--additional-config={json.dumps({'cascade': BUDGET})}",
         "--enforce-eager",
+        # Some processors multiply bfloat16 a hundred times slower.
+        "--dtype=float32",
     ]
     with serve(tmp_path_factory.mktemp("server"), model_folder(), *flags) as server:
         assert planned()["startup_line"] in server.log.read_text()
@@ -88,6 +90,7 @@ def planned() -> dict:
         "plan",
         model_folder(),
         f"--max-model-len={MAX_MODEL_LEN}",
+        "--dtype=float32",
         *(f"--{name.replace('_', '-')}={value}" for name, value in BUDGET.items()),
         "--json",
     ]
