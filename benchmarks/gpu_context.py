@@ -317,6 +317,7 @@ def parse() -> tuple[argparse.Namespace, Sizes]:
     parser.add_argument("--backend", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.logs.mkdir(parents=True, exist_ok=True)
     sizes = TINY if arguments.tiny else FULL
     arguments.backends = (arguments.backends or ",".join(sizes.longest)).split(",")
     if not set(arguments.backends) <= set(sizes.longest):

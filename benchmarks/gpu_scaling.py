@@ -219,6 +219,7 @@ def parse() -> tuple[argparse.Namespace, Sizes]:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.logs.mkdir(parents=True, exist_ok=True)
     arguments.rows = arguments.rows.split(",") if arguments.rows else list(GRIDS)
     if not set(arguments.rows) <= set(GRIDS):
         parser.error(f"rows are {', '.join(GRIDS)}")

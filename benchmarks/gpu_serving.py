@@ -445,6 +445,7 @@ def parse() -> argparse.Namespace:
     for name in ("--side", "--model", "--result"):
         parser.add_argument(name, type=str if name == "--side" else Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.logs.mkdir(parents=True, exist_ok=True)
     if arguments.tiny:
         arguments.max_model_len = TINY_LLAMA["max_position_embeddings"]
     elif arguments.output is None:

@@ -120,12 +120,13 @@ def quality_knobs(rows: list[Row]) -> list[str]:
 
 
 def gpu_scaling(rows: list[Row]) -> list[str]:
-    """Times of each way to spread an engine, and rates over those of a single GPU."""
-    first = rows[0]
+    """Times of each way to spread an engine, and rates over those of the single GPU above it."""
+    first = single = rows[0]
     heading = ["engine", "GPUs", f"first token of {int(first['prompt_tokens']):,}, s"]
     heading += ["prefill, tokens/s", f"decode of {first['decode_requests']} requests, tokens/s"]
     lines = []
     for row in rows:
+        single = row if row["gpus"] == "1" else single
         spread = [
             f"{name} parallel {row[column]}"
             for name, column in (("tensor", "tensor"), ("pipeline", "pipeline"))
@@ -135,7 +136,7 @@ def gpu_scaling(rows: list[Row]) -> list[str]:
             spread.append(f"{row['replicas']} replicas")
         spread += ["through Ray"] if row["executor"] == "ray" else []
         rates = [
-            f"{_number(row[column], 0)} ({float(row[column]) / float(first[column]):.2f}x)"
+            f"{_number(row[column], 0)} ({float(row[column]) / float(single[column]):.2f}x)"
             for column in ("prefill_tokens_per_s", "decode_tokens_per_s")
         ]
         cells = [", ".join(spread) or "one GPU", row["gpus"], _number(row["ttft_s"], 2)]

@@ -220,6 +220,7 @@ def test_scaling_table(tmp_path: Path) -> None:
     common = {"prompt_tokens": 65536, "decode_requests": 64, "ttft_s": 2.0, "pipeline": 1}
     common |= {"gpu": "GPU", "vllm": 0, "torch": 2, "commit": "abc"}
     spreads = [(1, 1, 1, "", 100.0, 50.0), (4, 2, 1, "ray", 190.0, 75.0), (2, 1, 2, "", 50, 50)]
+    spreads += [(1, 1, 1, "", 200, 25), (2, 2, 1, "", 100, 50)]
     rows = [
         common
         | {"gpus": gpus, "tensor": tensor, "replicas": replicas, "executor": executor}
@@ -233,6 +234,8 @@ def test_scaling_table(tmp_path: Path) -> None:
         ["one GPU", "1", "2.00", "100 (1.00x)", "50 (1.00x)"],
         ["tensor parallel 2, through Ray", "4", "2.00", "190 (1.90x)", "75 (1.50x)"],
         ["2 replicas", "2", "2.00", "50 (0.50x)", "50 (1.00x)"],
+        ["one GPU", "1", "2.00", "200 (1.00x)", "25 (1.00x)"],
+        ["tensor parallel 2", "2", "2.00", "100 (0.50x)", "50 (2.00x)"],
     ]
 
 
