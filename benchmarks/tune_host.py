@@ -1,4 +1,4 @@
-"""Host time of a wave of prefill in one layer: launches of the package, and as Triton has them.
+"""Host time of a wave of prefill in one layer: the first of a step, the others, as Triton launches.
 
 python benchmarks/tune_host.py            prints a table
 python benchmarks/tune_host.py --tiny     small sizes, for the interpreter, which launches nothing
@@ -67,8 +67,15 @@ def as_triton_has_them() -> Iterator[None]:
         yield
 
 
-def microseconds(driver: Driver, inputs: Inputs, repeats: int) -> tuple[float, float]:
-    """Median host time of a wave until its launches are made, and until the device is done."""
+def microseconds(driver: Driver, inputs: Inputs, repeats: int, *, anew: bool) -> str:
+    """Median host time of a wave until its launches are made, and until the device is done.
+
+    Args:
+        driver: The layer.
+        inputs: A chunk.
+        repeats: How often it is timed.
+        anew: Whether as the first layer of a step, which the others repeat.
+    """
     num_tokens = len(inputs.query)
     full = driver.config.num_sink_tokens + driver.config.cache_tokens + driver.config.stride
     start = -(-full // num_tokens) * num_tokens
@@ -76,6 +83,8 @@ def microseconds(driver: Driver, inputs: Inputs, repeats: int) -> tuple[float, f
     rows = inputs.rows(0, num_tokens)
     host, whole = [], []
     for number in range(repeats + 3):
+        if anew:
+            metadata.recordings.clear()
         begin = time.perf_counter()
         driver.forward(metadata, *rows)
         launched = time.perf_counter()
@@ -85,7 +94,7 @@ def microseconds(driver: Driver, inputs: Inputs, repeats: int) -> tuple[float, f
             host.append(1e6 * (launched - begin))
             whole.append(1e6 * (time.perf_counter() - begin))
     waves = len(metadata.launches)
-    return statistics.median(host) / waves, statistics.median(whole) / waves
+    return f"{statistics.median(host) / waves:.0f} ({statistics.median(whole) / waves:.0f})"
 
 
 def main() -> None:
@@ -106,11 +115,12 @@ def main() -> None:
         repeats = 1 if arguments.tiny else 20
         for turn in range(1 if arguments.tiny else 2):
             with as_triton_has_them():
-                theirs = microseconds(driver, inputs, repeats)
-            ours = microseconds(driver, inputs, repeats)
+                theirs = microseconds(driver, inputs, repeats, anew=True)
+            first = microseconds(driver, inputs, repeats, anew=True)
+            others = microseconds(driver, inputs, repeats, anew=False)
             print(
                 f"{num_heads:>5}/{num_kv_heads:<2} {budget:>7} {stride:>7}   {turn + 1}: "
-                f"Triton's {theirs[0]:.0f} ({theirs[1]:.0f}), ours {ours[0]:.0f} ({ours[1]:.0f})"
+                f"Triton's {theirs}, a first layer {first}, another {others}"
             )
 
 

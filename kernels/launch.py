@@ -1,4 +1,4 @@
-"""Launches Triton kernels at a tenth of the host time that Triton's own look-up takes.
+"""Launches Triton kernels at a fraction of the host time that Triton's own look-up takes.
 
 Prefill launches a few small kernels for each wave and layer. Where GPUs share a layer, or a stride
 is short, the device is done with them before the host has launched the next.
@@ -6,7 +6,9 @@ is short, the device is done with them before the host has launched the next.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import triton
 _INT32 = range(-(2**31), 2**31)
 # What tells the variants of kernels apart -> compiled kernel and its constants.
 _variants: dict[tuple[Hashable, ...], tuple[Any, tuple[Any, ...]]] = {}
+_thread = threading.local()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -27,18 +30,97 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         meta: All constants of the kernel, which follow its arguments, in its order, and options of
             the compiler.
     """
+    recording: Recording | None = getattr(_thread, "recording", None)
     if not isinstance(kernel, triton.JITFunction):
         # Triton's interpreter compiles nothing.
         kernel[grid](*args, **meta)
+        if recording is not None:
+            recording.add(partial(kernel[grid], **meta), args)
         return
     key = (id(kernel), torch.cuda.current_device(), *map(_kind, args), *meta.values())
     variant = _variants.get(key)
     if variant is None:
         constants = tuple(meta[name] for name in kernel.arg_names[len(args) :])
-        _variants[key] = kernel[grid](*args, **meta), constants
-        return
-    compiled, constants = variant
-    compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        variant = _variants[key] = kernel[grid](*args, **meta), constants
+    else:
+        compiled, constants = variant
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+    if recording is not None:
+        compiled, constants = variant
+        recording.add(compiled[(*grid, 1, 1)[:3]], (*args, *constants), takes_addresses=True)
+
+
+class Recording:
+    """Launches that layers alike repeat, each with tensors of its own: no wrapper, no look-up.
+
+    As a context manager it records what `launch` does in this thread. All other arguments stay as
+    they are: numbers, and tensors that must outlive the recording, at their addresses.
+
+    Args:
+        tensors: What the next layer replaces, in the order of `repeat`; None where there is none.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        self._index = {id(t): index for index, t in enumerate(tensors) if t is not None}
+        assert len(self._index) == sum(t is not None for t in tensors), "a tensor is given twice"
+        self._storages = {t.untyped_storage().data_ptr() for t in tensors if t is not None}
+        # Function, arguments, which of them are replaced by which tensor, whether by its address.
+        self._calls: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]], bool]] = []
+
+    def __enter__(self) -> Recording:
+        assert getattr(_thread, "recording", None) is None, "recordings do not nest"
+        _thread.recording = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _thread.recording = None
+
+    def add(
+        self, call: Callable[..., Any], args: Sequence[Any], *, takes_addresses: bool = False
+    ) -> None:
+        """Append a launch.
+
+        Args:
+            call: What launches.
+            args: Its arguments.
+            takes_addresses: Whether addresses may stand for tensors.
+
+        Raises:
+            RuntimeError: An argument is a view of a tensor to be replaced.
+        """
+        kept: list[Any] = list(args)
+        places = []
+        for place, arg in enumerate(args):
+            if not isinstance(arg, torch.Tensor):
+                continue
+            index = self._index.get(id(arg))
+            if index is not None:
+                places.append((place, index))
+                # The first layer's tensors are not kept alive.
+                kept[place] = None
+            elif arg.untyped_storage().data_ptr() in self._storages:
+                raise RuntimeError(f"argument {place} is a view of a tensor that is replaced")
+            elif takes_addresses:
+                kept[place] = arg.data_ptr()
+        self._calls.append((call, kept, places, takes_addresses))
+
+    def repeat(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        """Launch all of it again.
+
+        Args:
+            tensors: In the place of those recorded, with their dtypes and strides, and at addresses
+                that are multiples of 16 where theirs are (`alike`).
+        """
+        addresses = [None if t is None else t.data_ptr() for t in tensors]
+        for call, args, places, takes_addresses in self._calls:
+            for place, index in places:
+                args[place] = addresses[index] if takes_addresses else tensors[index]
+            call(*args)
+
+
+def alike(tensors: Sequence[torch.Tensor | None]) -> Hashable:
+    """What tensors must have in common to take each other's place in a `Recording`."""
+    return tuple(None if t is None else (t.dtype, t.stride(), _is_aligned(t)) for t in tensors)
 
 
 def cdiv(numerator: int, denominator: int) -> int:
@@ -51,10 +133,14 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0
+
+
 def _kind(value: Any) -> Hashable:
     """What of an argument Triton may compile a variant for, or more."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        return value.dtype, _is_aligned(value)
     if type(value) is int:
         return 1 if value == 1 else (value % 16 == 0, value in _INT32)
     return type(value)

@@ -21,6 +21,11 @@ class Pages:
     score: torch.Tensor | None
     token: torch.Tensor | None
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """All there are."""
+        return self.kv, self.score, self.token
+
     @classmethod
     def view(cls, kv: torch.Tensor, has_score: bool, has_token: bool) -> Pages:
         """Lay the views over a page pool whose blocks lie ``kv.stride(0)`` elements apart.

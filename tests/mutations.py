@@ -135,6 +135,13 @@ MUTATIONS = [
         "tests/unit/test_launch.py::test_another_kind_is_looked_up[alignment]",
     ),
     Mutation(
+        "a layer that repeats launches over the pages of another",
+        "vllm_cascade/gpu_layer.py",
+        "tensors = (query, key, value, output, *pages.tensors,",
+        "tensors = (query, key, value, output,",
+        "tests/kernels/test_gpu_layer.py::test_a_layer_that_repeats_what_another_launched",
+    ),
+    Mutation(
         "a sink in a decoded output but not in its scores",
         "kernels/decode_combine.py",
         "norm, _ = _join(lse_at, active, sinks_ptr, member, SPLITS)",

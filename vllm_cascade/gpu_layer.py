@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,8 +19,9 @@ from vllm_cascade.kernels import (
     prefill_attention,
     prefill_workspace,
 )
+from vllm_cascade.kernels.launch import Recording, alike
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.kernels.segments import KEY_PADDING
+from vllm_cascade.kernels.segments import KEY_PADDING, Segments
 
 # Rows whose logits are kept between the two launches of decode; more are processed in turn.
 MAX_DECODE_ROWS = 64
@@ -224,6 +225,8 @@ class GpuLayer:
         self.workspace = workspace
         self.sinks = sinks
         self.flash = flash_attention(shape)
+        # Layers of one kind launch the same, but for tensors of their own.
+        self.kind = (config, shape, scale, is_neox, id(workspace))
 
     def forward(
         self,
@@ -244,10 +247,24 @@ class GpuLayer:
             metadata: The step.
             output: [num_tokens, num_heads, head_size], the batch's rows are written.
         """
+        tensors = (query, key, value, output, *pages.tensors, self.cos, self.sin, self.sinks)
+        recordings = metadata.recordings.setdefault((*self.kind, alike(tensors)), {})
+
+        def once(part: Hashable, run: Callable[..., None], *args: Any, lse: Any = None) -> None:
+            """Launch a part of the step: a kind's first layer by `run`, others as it did."""
+            if part in recordings:
+                recordings[part].repeat((*tensors, lse))
+                return
+            with Recording((*tensors, lse)) as recording:
+                run(*args)
+            recordings[part] = recording
+
         if metadata.decode is not None:
-            self._decode(query, key, value, pages, metadata.decode, output)
-        for launch in metadata.launches:
-            self._prefill(query, key, value, pages, launch, output)
+            once("decode", self._decode, query, key, value, pages, metadata.decode, output)
+        for number, launch in enumerate(metadata.launches):
+            once((number, "write"), self._write, query, key, value, pages, launch)
+            lse = self._attend_rows(launch, output)
+            once((number, "score"), self._score, pages, launch, lse, lse=lse)
 
     def _decode(
         self,
@@ -279,44 +296,58 @@ class GpuLayer:
         if step.merges is not None:
             self._merge(pages, step.merges)
 
-    def _prefill(
+    def _write(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         pages: Pages,
         launch: Launch,
-        output: torch.Tensor,
     ) -> None:
-        config, space, segments = self.config, self.workspace, launch.segments
+        """Write keys and values into their pages, and all that attention reads to the workspace."""
         table = (self.cos, self.sin, self.is_neox)
         kv_write.write(pages, key, value, launch.rows, launch.slots, launch.tokens)
-        rotated = space.query[: segments.num_queries]
+        rotated, keys, values = self._rows(launch.segments)
         prefill_workspace.rotate_queries(query, launch.rows, launch.places, *table, rotated)
-        held_keys, held_values = space.key[: segments.num_rows], space.value[: segments.num_rows]
-        prefill_workspace.gather_keys(pages, segments, *table, held_keys, held_values)
-        packed = space.output[: segments.num_queries]
-        if launch.span is not None:
-            packed = output[launch.span[0] : launch.span[1]]
-        lse = self._attend(packed, rotated, held_keys, held_values, launch)
-        if launch.span is None:
-            output[launch.rows.long()] = packed
-        if config.needs_scores:
-            key_scores.score_keys(
-                pages,
-                segments,
-                rotated,
-                held_keys,
-                lse,
-                self.scale,
-                config.score_decay,
-                config.score_power,
-                config.score_reduction,
-                space.counters[:1],
-                shifts=space.shifts,
-            )
-        if launch.merges is not None and config.needs_scores:
+        prefill_workspace.gather_keys(pages, launch.segments, *table, keys, values)
+
+    def _rows(self, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rows of the workspace that some segments take: queries, keys and values."""
+        space, num_rows = self.workspace, segments.num_rows
+        return space.query[: segments.num_queries], space.key[:num_rows], space.value[:num_rows]
+
+    def _score(self, pages: Pages, launch: Launch, lse: torch.Tensor) -> None:
+        """Score the keys, and merge where a boundary follows."""
+        config, space = self.config, self.workspace
+        if not config.needs_scores:
+            return
+        query, key, _ = self._rows(launch.segments)
+        key_scores.score_keys(
+            pages,
+            launch.segments,
+            query,
+            key,
+            lse,
+            self.scale,
+            config.score_decay,
+            config.score_power,
+            config.score_reduction,
+            space.counters[:1],
+            shifts=space.shifts,
+        )
+        if launch.merges is not None:
             self._merge(pages, launch.merges)
+
+    def _attend_rows(self, launch: Launch, output: torch.Tensor) -> torch.Tensor:
+        """Attend a wave's rows of the batch; the log-sum-exps as `_attend` returns them."""
+        segments = launch.segments
+        if launch.span is not None:
+            rows = output[launch.span[0] : launch.span[1]]
+            return self._attend(rows, *self._rows(segments), segments)
+        packed = self.workspace.output[: segments.num_queries]
+        lse = self._attend(packed, *self._rows(segments), segments)
+        output[launch.rows.long()] = packed
+        return lse
 
     def _attend(
         self,
@@ -324,10 +355,9 @@ class GpuLayer:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        launch: Launch,
+        segments: Segments,
     ) -> torch.Tensor:
         """Write `output`; return the log-sum-exps [num_heads, num_queries], sinks included."""
-        segments = launch.segments
         if self.flash is None:
             lse = self.workspace.lse[:, : segments.num_queries]
             prefill_attention.attend(

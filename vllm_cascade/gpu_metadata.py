@@ -8,7 +8,8 @@ tokens are cut into waves on the host, which knows their lengths before the devi
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from vllm_cascade.kernels.block_tables import (
     resolve_decodes,
     resolve_segments,
 )
+from vllm_cascade.kernels.launch import Recording
 from vllm_cascade.kernels.segments import KEY_PADDING, DecodeRows, Merges, Segments
 from vllm_cascade.layout import Layout, Segment
 
@@ -73,10 +75,12 @@ class GpuMetadata:
     Args:
         decode: Its single tokens, or None.
         launches: Its chunks, in the order in which they run.
+        recordings: What the first layer of each kind launched in each part, for those that follow.
     """
 
     decode: DecodeStep | None
     launches: list[Launch]
+    recordings: dict[Hashable, dict[Hashable, Recording]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Engine(Pool):
-    """The least that runs a layer, with room for one full cache at a time."""
+    """The least that runs a layer, with room for one full cache at a time.
+
+    With `follows` another layer, with tensors of its own, takes each step before it.
+    """
 
     def __init__(
         self,
@@ -28,6 +31,7 @@ class Engine(Pool):
         num_requests: int,
         dtype: torch.dtype,
         sinks: torch.Tensor | None = None,
+        follows: bool = False,
     ) -> None:
         from vllm_cascade.gpu_layer import GpuLayer, Shape, make_workspace
         from vllm_cascade.gpu_metadata import Planner
@@ -42,7 +46,11 @@ class Engine(Pool):
         table = (cos, sin, True)
         self.layer = GpuLayer(config, shape, HEAD**-0.5, *table, workspace, sinks)
         self.planner = Planner(self.layout, DEVICE, num_requests, max_keys=700)
-        self.pairs = 0
+        self.first = None
+        if follows:
+            others = (cos.clone(), sin.clone(), True, workspace, None if sinks is None else -sinks)
+            self.first = GpuLayer(config, shape, HEAD**-0.5, *others)
+            self.first_pages = Pool(config, num_requests, dtype, DEVICE).pages
 
     def step(self, spans, q, k, v) -> torch.Tensor:
         """Run tokens start .. end - 1 of several requests; spans: (request, start, end)."""
@@ -59,6 +67,9 @@ class Engine(Pool):
             lengths,
             rows,
         )
+        if self.first is not None:
+            parts = (torch.randn_like(x) for x in (query, key, value))
+            self.first.forward(*parts, self.first_pages, step, torch.empty_like(query))
         output = torch.full_like(query, float("nan"))
         self.layer.forward(query, key, value, self.pages, step, output)
         return output.cpu()
@@ -98,6 +109,18 @@ def test_sinks_are_in_outputs_and_scores() -> None:
     assert not torch.equal(oracle(config, q[0], k[0], v[0])[1][last], boundaries[last])
 
 
+def test_a_layer_that_repeats_what_another_launched() -> None:
+    """Chunks whose rows lie apart, single tokens and boundaries, and sinks of its own."""
+    config = config_of(500, policy="blend", cache_tokens=64, num_sub_caches=2)
+    lengths = [230, 31, 200]
+    alone, kept_alone, _ = play(partial(Engine, sinks=SINKS), config, lengths, 90, seed=4)
+    engine_of = partial(Engine, sinks=SINKS, follows=True)
+    outputs, kept, _ = play(engine_of, config, lengths, 90, seed=4)
+    for r in range(len(lengths)):
+        assert torch.equal(outputs[r], alone[r])
+        assert all(torch.equal(kept[r][end], kept_alone[r][end]) for end in kept[r])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("seed", "sinks"), [(0, None), (1, None), (2, None), (3, SINKS)])
@@ -105,7 +128,7 @@ def test_long_mixed_batches(dtype: torch.dtype, seed: int, sinks: torch.Tensor |
     """Some 200 steps of prefill and decode in any mixture, many boundaries in one step."""
     config = config_of(1500, policy="blend")
     lengths = [1500, 900, 31, 320, 433, 1300]
-    engine_of = partial(Engine, sinks=sinks)
+    engine_of = partial(Engine, sinks=sinks, follows=seed > 0)
     outputs, kept, (q, k, v) = play(engine_of, config, lengths, 60, seed=seed, dtype=dtype)
     unit = torch.finfo(dtype).eps
     for r in range(len(lengths)):

@@ -7,7 +7,6 @@ The bound on an error is that of the same computation by eager PyTorch in the ke
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -280,7 +279,7 @@ def test_flash_attention(shape, has_sinks):
         case.query[:num_queries],
         case.key[:num_rows],
         case.value[:num_rows],
-        SimpleNamespace(segments=case.segments),
+        case.segments,
     )
     check_attention(case, out, lse, sinks)
 

@@ -1,4 +1,7 @@
-"""A kernel is looked up anew for all that Triton compiles a variant for, and for nothing else."""
+"""A kernel is looked up anew for all that Triton compiles a variant for, and for nothing else.
+
+What is recorded is launched again with other tensors, and nothing of it is baked in by mistake.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_cascade.kernels.launch import cdiv, launch, next_power_of_2
+from vllm_cascade.kernels.launch import Recording, alike, cdiv, launch, next_power_of_2
 
 
 @triton.jit
@@ -87,6 +90,52 @@ def test_another_kind_is_looked_up(compiled: list[Compiled], name: str) -> None:
 def test_constants_have_to_be_whole(compiled: list[Compiled]) -> None:
     with pytest.raises(KeyError, match="FLAG"):
         launch(kernel, (1,), ALIGNED, None, 1, 0.5, WIDTH=32)
+
+
+def test_a_recording_is_launched_with_other_tensors(compiled: list[Compiled]) -> None:
+    data, other = torch.zeros(64), torch.ones(64)
+    with Recording((data, None)) as recording:
+        call(data, other, 48, 0.5)
+        call(other, data, 48, 0.5)
+        call(data, None, 64, 0.5)
+    assert len(compiled) == 2
+    first, second = compiled
+    # The first launch of a variant is Triton's own.
+    assert [len(each.launches) for each in compiled] == [1, 0]
+    new = torch.zeros(64)
+    recording.repeat((new, None))
+    here, there = new.data_ptr(), other.data_ptr()
+    assert first.launches[1:] == [
+        ((7, 2, 1), here, there, 48, 0.5, 32, True),
+        ((7, 2, 1), there, here, 48, 0.5, 32, True),
+    ]
+    assert second.launches == [((7, 2, 1), here, None, 64, 0.5, 32, True)]
+    call(data, other, 48, 0.5)
+    recording.repeat((data, None))
+    assert [len(each.launches) for each in compiled] == [6, 2]
+
+
+def test_views_of_what_is_replaced_cannot_be_recorded(compiled: list[Compiled]) -> None:
+    data = torch.zeros(64)
+    with Recording((data,)), pytest.raises(RuntimeError, match="argument 1 is a view"):
+        call(ALIGNED, data[16:], 48, 0.5)
+    call(ALIGNED, data[16:], 48, 0.5)
+
+
+def test_recordings_do_not_nest() -> None:
+    with Recording(()), pytest.raises(AssertionError, match="nest"), Recording(()):
+        pass
+    with Recording(()):
+        pass
+
+
+def test_alike() -> None:
+    matrix = torch.zeros(8, 32)
+    given = (matrix, None)
+    assert alike(given) == alike((torch.ones(4, 32), None))
+    others = [torch.zeros(8, 48)[:, :32], matrix.int(), torch.zeros(8 * 32 + 1)[1:].view(8, 32)]
+    assert all(alike(given) != alike((other, None)) for other in others)
+    assert alike(given) != alike((matrix, matrix))
 
 
 def test_arithmetic_is_as_in_triton() -> None:
