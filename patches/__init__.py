@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from vllm_cascade.patches import (
     backend_pickling,
+    continued_requests,
     cpu_backend_selection,
     cpu_distribution_name,
     front_end_validation,
@@ -24,6 +25,7 @@ PATCHES = (
     rope_at_logical_place.PATCH,
     long_max_model_len.PATCH,
     front_end_validation.PATCH,
+    continued_requests.PATCH,
     cpu_distribution_name.PATCH,
 )
 

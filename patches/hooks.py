@@ -29,6 +29,9 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
         "get_num_blocks_to_allocate",
         "allocate_new_blocks",
         "allocate_external_computed_blocks",
+        "add_local_computed_blocks",
+        "cache_blocks",
+        "free",
         "pop_blocks_for_free",
     ),
     "vllm_cascade/metrics.py:CascadeStatLogger": ("__init__", "record", "log_engine_initialized"),
@@ -61,8 +64,29 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm_cascade/manager.py": {
         "vllm.v1.core.single_type_kv_cache_manager.CircularBufferManager": (
             "block_pool",
+            "block_size",
             "req_to_blocks",
         ),
+        "vllm.v1.core.block_pool.BlockPool": ("free_blocks",),
+        "vllm.v1.request.Request": ("request_id", "is_finished"),
+    },
+    "vllm_cascade/continuation.py": {
+        "vllm.v1.request.Request": (
+            "all_token_ids",
+            "block_hashes",
+            "mm_features",
+            "num_computed_tokens",
+            "num_tokens",
+            "prompt_embeds",
+        ),
+    },
+    "patches/continued_requests.py": {
+        "vllm.v1.core.kv_cache_manager.KVCacheManager": (
+            "coordinator",
+            "create_kv_cache_blocks",
+            "prefix_cache_lookup_enabled",
+        ),
+        "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("single_type_managers",),
     },
     "vllm_cascade/spec.py": {
         "vllm.v1.kv_cache_interface.AttentionSpec": (
@@ -166,6 +190,10 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
 EXACTLY: dict[str, dict[str, str]] = {
     "vllm_cascade/manager.py": {
         "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "(self, num_blocks)",
+    },
+    "vllm_cascade/continuation.py": {
+        "vllm.v1.core.block_pool.BlockPool.touch": "(self, blocks)",
+        "vllm.v1.core.block_pool.BlockPool.unpin_blocks": "(self, blocks, on_reuse)",
     },
     "vllm_cascade/plugin.py": {
         "vllm.v1.attention.backends.registry.register_backend": (

@@ -58,10 +58,12 @@ def needs(patches: tuple[Patch, ...], source: Source) -> list[Need]:
         patches: Its patches.
         source: A vLLM, to tell which of the plugin's classes derive from one of vLLM's.
     """
-    found = [
-        Need("replaces", f"patches/{patch.name}.py", (patch.target,), patch.signature)
-        for patch in patches
-    ]
+    found = []
+    for patch in patches:
+        target, says = source.find(patch.target), patch.signature
+        if target is not None and target.says == patch.later_signature:
+            says = target.says
+        found.append(Need("replaces", f"patches/{patch.name}.py", (patch.target,), says))
     for user, path in plugin_files():
         names = imports(ast.parse(path.read_text()))
         found += [Need("imports", user, paths) for paths, needed in names.values() if needed]

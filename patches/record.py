@@ -30,6 +30,7 @@ class Patch:
         removal: When it can be deleted.
         install: Makes the change; called at most once in a process.
         vllm: The vLLM versions it was written for.
+        later_signature: That of the target in the later ones of these, where it is another.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Patch:
     removal: str
     install: Callable[[], object]
     vllm: str = VLLM_RANGE
+    later_signature: str | None = None
 
     @property
     def applied(self) -> bool:
@@ -67,7 +69,7 @@ class Patch:
                 f"vllm-cascade's patch {self.name!r} changes {self.target}, which vLLM "
                 f"{vllm_version} does not have ({error}). Install an unmodified vLLM {self.vllm}."
             ) from error
-        if found != self.signature:
+        if found not in (self.signature, self.later_signature):
             raise PatchError(
                 f"vllm-cascade's patch {self.name!r} was written for {self.target}"
                 f"{self.signature}, but in vLLM {vllm_version} it is {found}. Install an "

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 
+from vllm_cascade.continuation import Continuations
 from vllm_cascade.layout import build_layout
 from vllm_cascade.spec import CascadeSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 
 class CascadeManager(CircularBufferManager):
     """Hands a request need(tokens) blocks and lets it keep them until it ends.
 
-    Blocks are recycled inside the row, so nothing is freed, moved or cached on the way. vLLM
+    Blocks are recycled inside the row, so nothing is freed, moved or shared on the way. With prefix
+    caching a later request may go on where this one ended (`Continuations`). vLLM
     admits a waiting request if its whole prompt fits the free blocks of the moment; blocks that
     admitted prompts have yet to take are counted here as taken, so that a pool with room for k
     budgets runs k long requests and preempts none.
@@ -26,6 +31,22 @@ class CascadeManager(CircularBufferManager):
         self._layout = build_layout(kv_cache_spec.config)
         # Request -> blocks that its prompt will hold, as promised on admission.
         self._promised: dict[str, int] = {}
+        self._running: dict[str, Request] = {}
+        self._continuations = Continuations(self.block_pool, self.block_size)
+
+    def continued_by(self, request: Request, most: int) -> tuple[list[KVCacheBlock], int]:
+        """Where a request can go on.
+
+        Args:
+            request: A request that has computed nothing.
+            most: Tokens that may be taken as computed.
+
+        Returns:
+            Blocks for its row, and the tokens they were computed from; none and 0 if it has to
+            begin at the beginning.
+        """
+        end = self._continuations.find(request, most)
+        return ([], 0) if end is None else (end.blocks, end.num_tokens)
 
     def get_num_blocks_to_allocate(
         self,
@@ -72,8 +93,41 @@ class CascadeManager(CircularBufferManager):
                 "token. Start without --kv-transfer-config"
             )
 
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        if new_computed_blocks:
+            self._continuations.take(list(new_computed_blocks))
+            self.req_to_blocks[request_id].extend(new_computed_blocks)
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        # Called in each step with prefix caching, and only then.
+        self._running[request.request_id] = request
+
+    def free(self, request_id: str) -> None:
+        request = self._running.get(request_id)
+        blocks = self.pop_blocks_for_free(request_id)
+        if (
+            request is None
+            or not request.is_finished()
+            or not self._continuations.keep(request, blocks)
+        ):
+            self.block_pool.free_blocks(reversed(blocks))
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._promised.pop(request_id, None)
+        self._running.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def _num_held(self, request_id: str) -> int:

@@ -1,0 +1,48 @@
+"""Lets a request go on where a finished one ended, in a cascade's blocks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_cascade.patches.record import Patch
+
+
+def install() -> None:
+    """Wrap vLLM's look-up of what is cached of a waiting request."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    original = KVCacheManager.get_computed_blocks
+
+    @functools.wraps(original)
+    def get_computed_blocks(self: Any, request: Any, *more: Any, **named: Any) -> Any:
+        managers = self.coordinator.single_type_managers
+        # Layers of other backends would have to go on as well.
+        if len(managers) == 1 and hasattr(managers[0], "continued_by"):
+            (most,) = (*more, *named.values()) or (None,)
+            blocks, num_tokens = [], 0
+            if self.prefix_cache_lookup_enabled(request):
+                # The last token is computed in any case: what follows it is asked for.
+                limit = request.num_tokens - 1
+                most = limit if most is None else min(most, limit)
+                blocks, num_tokens = managers[0].continued_by(request, most)
+            if num_tokens:
+                return self.create_kv_cache_blocks((blocks,)), num_tokens, 0
+        return original(self, request, *more, **named)
+
+    KVCacheManager.get_computed_blocks = get_computed_blocks
+
+
+PATCH = Patch(
+    name="continued_requests",
+    target="vllm.v1.core.kv_cache_manager.KVCacheManager.get_computed_blocks",
+    signature="(self, request)",
+    later_signature="(self, request, max_cache_hit_length=None)",
+    symptom=(
+        "A prefix is found in whole blocks of tokens only, and shared; what a cascade holds can be "
+        "taken over by one request, at the very token where another ended. A chat's next turn "
+        "would compute the whole chat again"
+    ),
+    removal="a KV cache manager may say how many tokens the blocks it finds stand for",
+    install=install,
+)

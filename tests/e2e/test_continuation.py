@@ -1,0 +1,188 @@
+"""A request that begins with all tokens of a finished one goes on in its blocks, as computed alone.
+
+A random model of three layers, requests of several times the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from e2e.support import cascade_manager_of, core_of, engine
+from e2e.tiny import random_prompt, save_llama
+
+CASCADE = {
+    "cache_tokens": 128,
+    "num_sub_caches": 4,
+    "newest_share": 0.0,
+    "num_sink_tokens": 16,
+    "stride": 64,
+}
+SAMPLING = SamplingParams(
+    temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, logprobs=0
+)
+PROMPT, MORE = random_prompt(700, seed=1), random_prompt(90, seed=2)
+
+
+def start(model: str, **options: Any) -> Any:
+    options = {"max_num_batched_tokens": 256, "max_num_seqs": 4, **options}
+    return engine(
+        CASCADE,
+        model,
+        block_size=16,
+        max_model_len=4096,
+        skip_tokenizer_init=True,
+        disable_log_stats=False,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def llm(model: str) -> Iterator[Any]:
+    with start(model, enable_prefix_caching=True) as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def forget(llm: Any) -> None:
+    assert llm.reset_prefix_cache()
+
+
+def run(llm: Any, *prompts: Any, sampling: SamplingParams = SAMPLING) -> list[Any]:
+    given = [p if isinstance(p, dict) else {"prompt_token_ids": p} for p in prompts]
+    return llm.generate(given, sampling, use_tqdm=False)
+
+
+def tokens_of(output: Any) -> list[int]:
+    return list(output.outputs[0].token_ids)
+
+
+def logprobs_of(output: Any) -> torch.Tensor:
+    answer = output.outputs[0]
+    steps = zip(answer.logprobs, answer.token_ids, strict=True)
+    return torch.tensor([step[token].logprob for step, token in steps])
+
+
+def check_alike(outputs: list[Any], expected: list[Any]) -> None:
+    for ours, theirs in zip(outputs, expected, strict=True):
+        assert tokens_of(ours) == tokens_of(theirs)
+        torch.testing.assert_close(logprobs_of(ours), logprobs_of(theirs), rtol=0, atol=1e-4)
+
+
+def check_pool(llm: Any) -> None:
+    """Every block is free, and nothing is remembered of a request that has gone on."""
+    pool = core_of(llm).scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    manager = cascade_manager_of(llm)
+    assert not manager.req_to_blocks and not manager._running and not manager._promised
+
+
+def afresh(llm: Any, *prompts: Any) -> list[Any]:
+    """The same requests, with nothing to go on from."""
+    assert llm.reset_prefix_cache()
+    outputs = run(llm, *prompts)
+    assert [output.num_cached_tokens for output in outputs] == [0] * len(outputs)
+    return outputs
+
+
+def test_turns_of_a_chat(llm: Any) -> None:
+    chat, outputs, prompts = PROMPT, [], []
+    for turn in range(4):
+        (output,) = run(llm, chat)
+        # The last token of an answer is computed only where a step was under way already.
+        computed = len(chat) - len(MORE)
+        assert output.num_cached_tokens in ((computed - 1, computed) if turn else (0,))
+        outputs.append(output)
+        prompts.append(chat)
+        chat = [*chat, *tokens_of(output), *MORE[turn:], *MORE[:turn]]
+        check_pool(llm)
+    check_alike(outputs, [afresh(llm, prompt)[0] for prompt in prompts])
+
+
+def test_one_goes_on_and_the_others_begin_at_the_beginning(llm: Any) -> None:
+    (first,) = run(llm, PROMPT)
+    begun = [*PROMPT, *tokens_of(first)]
+    prompts = [[*begun, *MORE], [*begun, *MORE[5:]], PROMPT]
+    outputs = run(llm, *prompts)
+    assert sorted(output.num_cached_tokens > 0 for output in outputs) == [False, False, True]
+    check_pool(llm)
+    check_alike(outputs, afresh(llm, *prompts))
+
+
+def test_the_longest_end_is_gone_on_from(llm: Any) -> None:
+    (first,) = run(llm, PROMPT)
+    (second,) = run(llm, PROMPT[:400])
+    assert second.num_cached_tokens == 0
+    (third,) = run(llm, [*PROMPT, *tokens_of(first), *MORE])
+    assert third.num_cached_tokens >= len(PROMPT)
+    (fourth,) = run(llm, [*PROMPT[:400], *tokens_of(second), *MORE])
+    assert 400 <= fourth.num_cached_tokens <= 420
+
+
+@pytest.mark.parametrize("place", [3, 300, 716])
+def test_another_token_in_a_block_or_after_the_last(llm: Any, place: int) -> None:
+    (first,) = run(llm, PROMPT)
+    prompt = [*PROMPT, *tokens_of(first), *MORE]
+    prompt[place] = prompt[place] % 50 + 1 if prompt[place] % 50 + 1 != prompt[place] else 60
+    (output,) = run(llm, prompt)
+    assert output.num_cached_tokens == 0
+
+
+def test_salts_and_skipping(llm: Any) -> None:
+    (first,) = run(llm, {"prompt_token_ids": PROMPT, "cache_salt": "a"})
+    prompt = [*PROMPT, *tokens_of(first), *MORE]
+    assert run(llm, prompt)[0].num_cached_tokens == 0
+    assert run(llm, {"prompt_token_ids": prompt, "cache_salt": "b"})[0].num_cached_tokens == 0
+    scored = SamplingParams(temperature=0, max_tokens=1, detokenize=False, prompt_logprobs=0)
+    salted = {"prompt_token_ids": prompt, "cache_salt": "a"}
+    (whole,) = run(llm, salted, sampling=scored)
+    assert len(whole.prompt_logprobs) == len(prompt)
+    assert run(llm, salted)[0].num_cached_tokens > 0
+
+
+def test_a_request_that_was_aborted_in_its_prefill(llm: Any) -> None:
+    llm.llm_engine.add_request("gone", {"prompt_token_ids": PROMPT}, SAMPLING)
+    llm.llm_engine.step()
+    (name,) = core_of(llm).scheduler.requests
+    llm.llm_engine.abort_request([name], internal=True)
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    (output,) = run(llm, PROMPT)
+    assert output.num_cached_tokens >= 256
+    check_alike([output], afresh(llm, PROMPT))
+
+
+def test_blocks_that_others_took(model: str) -> None:
+    """In a pool with room for two full caches, another request leaves nothing to go on from."""
+    with start(model, enable_prefix_caching=True) as llm:
+        most = cascade_manager_of(llm)._layout.max_blocks
+    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=2 * most + 1) as llm:
+        (first,) = run(llm, PROMPT)
+        prompt = [*PROMPT, *tokens_of(first), *MORE]
+        others = [random_prompt(500, seed=seed) for seed in (3, 4)]
+        run(llm, others[0])
+        (output,) = run(llm, prompt)
+        assert output.num_cached_tokens > 0
+        (again,) = run(llm, PROMPT)
+        run(llm, *others)
+        (late,) = run(llm, prompt)
+        assert late.num_cached_tokens == 0 and tokens_of(again) == tokens_of(first)
+        check_alike([output], [late])
+        check_pool(llm)
+
+
+def test_off_where_prefix_caching_is(model: str) -> None:
+    with start(model, enable_prefix_caching=False) as llm:
+        (first,) = run(llm, PROMPT)
+        (output,) = run(llm, [*PROMPT, *tokens_of(first), *MORE])
+        assert not output.num_cached_tokens
+        assert not cascade_manager_of(llm)._continuations._ended
