@@ -130,7 +130,7 @@ MUTATIONS = [
     Mutation(
         "a kernel for aligned tensors launched with others",
         "kernels/launch.py",
-        "return value.dtype, value.data_ptr() % 16 == 0",
+        "return value.dtype, _is_aligned(value)",
         "return value.dtype",
         "tests/unit/test_launch.py::test_another_kind_is_looked_up[alignment]",
     ),
@@ -140,6 +140,13 @@ MUTATIONS = [
         "tensors = (query, key, value, output, *pages.tensors,",
         "tensors = (query, key, value, output,",
         "tests/kernels/test_gpu_layer.py::test_a_layer_that_repeats_what_another_launched",
+    ),
+    Mutation(
+        "a request that goes on after other last tokens",
+        "vllm_cascade/continuation.py",
+        "same: bool = request.all_token_ids[first : end.num_tokens] == end.rest",
+        "same: bool = bool(end.rest)",
+        "tests/e2e/test_continuation.py::test_another_token_in_a_block_or_after_the_last[716]",
     ),
     Mutation(
         "a sink in a decoded output but not in its scores",
