@@ -50,7 +50,7 @@ test-unit: $(SETUP) ## tests without an engine or a model
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit
 
 test-kernels: $(SETUP) ## GPU kernels through Triton's interpreter
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/kernels
 
 test-mutations: $(SETUP) ## break the code in one place at a time: a named test goes red
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py

@@ -116,6 +116,7 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         "vllm.v1.metrics.stats.FinishedRequestStats": (
             "num_prompt_tokens",
             "num_generation_tokens",
+            "num_cached_tokens",
         ),
     },
     "vllm_cascade/selection.py": {

@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -205,15 +207,16 @@ def survives(mutation: Mutation) -> bool:
 
 def main() -> None:
     chosen = [m for m in MUTATIONS if len(sys.argv) == 1 or m.name in sys.argv[1:]]
+    at_once = ThreadPoolExecutor(os.cpu_count())
     with tempfile.TemporaryDirectory() as folder:
         copy_package(Path(folder))
-        tests = dict.fromkeys(mutation.test for mutation in chosen)
-        red = [test for test in tests if not run(test, Path(folder))]
+        tests = list(dict.fromkeys(mutation.test for mutation in chosen))
+        green = at_once.map(partial(run, package=Path(folder)), tests)
+        red = [test for test, passes in zip(tests, green, strict=True) if not passes]
     if red:
         raise SystemExit(f"red without any mutation: {', '.join(red)}")
     survivors = 0
-    for mutation in chosen:
-        alive = survives(mutation)
+    for mutation, alive in zip(chosen, at_once.map(survives, chosen), strict=True):
         survivors += alive
         verdict = "SURVIVES" if alive else "red"
         print(f"{verdict:8}  {mutation.name}  ({mutation.test.partition('::')[2]})", flush=True)

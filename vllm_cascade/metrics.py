@@ -110,7 +110,10 @@ class CascadeStatLogger(AggregateStatLoggerBase):
         past_budget = accounting.past_budget(config, num_tokens)
         self._of(self._past_budget, engine).inc(past_budget)
         self._of(self._evicted, engine).inc(accounting.tokens_evicted(config, num_tokens))
-        self._of(self._boundaries, engine).inc(accounting.boundaries_run(config, num_tokens))
+        # Those of a request that this one went on from were counted with it.
+        before = accounting.boundaries_run(config, request.num_cached_tokens)
+        boundaries = accounting.boundaries_run(config, num_tokens)
+        self._of(self._boundaries, engine).inc(max(0, boundaries - before))
         self._of(self._span, engine).observe(accounting.final_span(config, num_tokens))
 
     def _of(self, metric: Metric, engine: int) -> Any:

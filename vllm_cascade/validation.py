@@ -305,6 +305,7 @@ def _log_prefix_caching(vllm_config: Any) -> None:
 
         # vLLM prints only what is logged under its own name.
         init_logger(f"vllm.{__name__}").info_once(
-            "Prefix caching never hits for CASCADE layers: what a block holds depends on all that "
-            "came after it. --no-enable-prefix-caching saves the hashing."
+            "Prefix caching with CASCADE: a request goes on in the blocks of a finished one if it "
+            "begins with all tokens that that one computed, as a chat's next turn does. Other "
+            "prefixes are computed again, as what a block holds depends on all that came after it."
         )

@@ -13,7 +13,7 @@ import torch
 from vllm import SamplingParams
 
 from e2e.support import cascade_manager_of, core_of, engine
-from e2e.tiny import random_prompt, save_llama
+from e2e.tiny import prompt_without_ties, random_prompt, save_llama
 
 CASCADE = {
     "cache_tokens": 128,
@@ -25,7 +25,7 @@ CASCADE = {
 SAMPLING = SamplingParams(
     temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, logprobs=0
 )
-PROMPT, MORE = random_prompt(700, seed=1), random_prompt(90, seed=2)
+PROMPT, MORE = prompt_without_ties(700, seed=1), prompt_without_ties(90, seed=2)
 
 
 def start(model: str, **options: Any) -> Any:

@@ -82,6 +82,15 @@ def test_finished_requests_are_counted(vllm_config):
     assert read("request_span_tokens_count", 0) == 0
 
 
+def test_boundaries_before_a_request_went_on_are_not_its_own(vllm_config):
+    logger = CascadeStatLogger(vllm_config, [0])
+    step = finished((5000, 1))
+    step.finished_requests[0].num_cached_tokens = 4000
+    logger.record(None, step)
+    before, after = (accounting.boundaries_run(CONFIG, n) for n in (4000, 5000))
+    assert read("boundaries_run_total") == after - before > 0
+
+
 def test_a_second_server_in_a_process_starts_from_zero(vllm_config):
     CascadeStatLogger(vllm_config, [0]).record(None, finished((5000, 1)))
     unregister_vllm_metrics()  # as vLLM does next

@@ -396,7 +396,7 @@ def test_prefix_caching_is_left_on_and_logged_once(served, monkeypatch):
         validate(served)
     finally:
         logger.removeHandler(handler)
-    assert sum("never hits" in message for message in said) == 1
+    assert sum("Prefix caching with CASCADE" in message for message in said) == 1
     assert served.cache_config.enable_prefix_caching
 
 

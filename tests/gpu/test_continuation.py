@@ -1,0 +1,38 @@
+"""A request that goes on in the blocks of a finished one, under vLLM's default options and graphs.
+
+The cases of `e2e.test_continuation`, with the model runner, scheduler and kernels of a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from e2e.test_continuation import (
+    forget,
+    start,
+    test_a_request_that_was_aborted_in_its_prefill,
+    test_one_goes_on_and_the_others_begin_at_the_beginning,
+    test_turns_of_a_chat,
+)
+from e2e.tiny import save_llama
+
+__all__ = [
+    "forget",
+    "test_a_request_that_was_aborted_in_its_prefill",
+    "test_one_goes_on_and_the_others_begin_at_the_beginning",
+    "test_turns_of_a_chat",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_llama(tmp_path_factory.mktemp("llama"), head_dim=64)
+
+
+@pytest.fixture(scope="module")
+def llm(model: str) -> Iterator[Any]:
+    with start(model, enable_prefix_caching=True, enforce_eager=False) as llm:
+        yield llm
