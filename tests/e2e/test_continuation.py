@@ -161,6 +161,29 @@ def test_a_request_that_was_aborted_in_its_prefill(llm: Any) -> None:
     check_alike([output], afresh(llm, PROMPT))
 
 
+def test_an_answer_that_was_stopped(model: str) -> None:
+    check_stopped(model, asynchronous=False)
+
+
+def check_stopped(model: str, *, asynchronous: bool) -> None:
+    """With async scheduling the next step, of the token that stops it, is under way by then."""
+    with start(model, enable_prefix_caching=True, async_scheduling=asynchronous) as llm:
+        assert core_of(llm).scheduler.__class__.__name__.startswith("Async") == asynchronous
+        (whole,) = run(llm, PROMPT)
+        stop = SamplingParams(
+            temperature=0, max_tokens=20, detokenize=False, stop_token_ids=tokens_of(whole)[7:8]
+        )
+        assert llm.reset_prefix_cache()
+        (first,) = run(llm, PROMPT, sampling=stop)
+        answer = tokens_of(first)
+        assert len(answer) < 9 and answer == tokens_of(whole)[: len(answer)]
+        prompt = [*PROMPT, *answer, *MORE]
+        (output,) = run(llm, prompt)
+        assert output.num_cached_tokens == len(PROMPT) + len(answer) - (not asynchronous)
+        check_pool(llm)
+        check_alike([output], afresh(llm, prompt))
+
+
 def test_blocks_that_others_took(model: str) -> None:
     """In a pool with room for two full caches, another request leaves nothing to go on from."""
     with start(model, enable_prefix_caching=True) as llm:

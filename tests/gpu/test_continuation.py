@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from e2e.test_continuation import (
+    check_stopped,
     forget,
     start,
     test_a_request_that_was_aborted_in_its_prefill,
@@ -36,3 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def llm(model: str) -> Iterator[Any]:
     with start(model, enable_prefix_caching=True, enforce_eager=False) as llm:
         yield llm
+
+
+def test_an_answer_that_was_stopped(model: str) -> None:
+    check_stopped(model, asynchronous=True)
