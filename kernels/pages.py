@@ -53,6 +53,17 @@ class Pages:
         token = tail(torch.int32, offset + slots * has_score) if has_token else None
         return cls(kv, score, token)
 
+    def copy_tails(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy the scores and token indices of whole blocks.
+
+        Args:
+            source: [num_copies] int64 blocks.
+            target: As `source`; none is both.
+        """
+        for tail in (self.score, self.token):
+            if tail is not None:
+                tail[target] = tail[source]
+
     def write(
         self,
         key: torch.Tensor,

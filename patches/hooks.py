@@ -66,8 +66,10 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "block_pool",
             "block_size",
             "req_to_blocks",
+            "kv_cache_group_id",
+            "_pending_cow_copies",
         ),
-        "vllm.v1.core.block_pool.BlockPool": ("free_blocks",),
+        "vllm.v1.core.block_pool.BlockPool": ("free_blocks", "get_num_free_blocks"),
         "vllm.v1.request.Request": ("request_id", "is_finished"),
     },
     "vllm_cascade/continuation.py": {
@@ -76,9 +78,11 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "block_hashes",
             "mm_features",
             "num_computed_tokens",
+            "num_prompt_tokens",
             "num_tokens",
             "prompt_embeds",
         ),
+        "vllm.v1.core.kv_cache_utils.KVCacheBlock": ("ref_cnt", "set_block_hash", "reset_hash"),
     },
     "patches/continued_requests.py": {
         "vllm.v1.core.kv_cache_manager.KVCacheManager": (
@@ -193,6 +197,7 @@ EXACTLY: dict[str, dict[str, str]] = {
         "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "(self, num_blocks)",
     },
     "vllm_cascade/continuation.py": {
+        "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "(self, num_blocks)",
         "vllm.v1.core.block_pool.BlockPool.touch": "(self, blocks)",
         "vllm.v1.core.block_pool.BlockPool.unpin_blocks": "(self, blocks, on_reuse)",
     },

@@ -151,6 +151,13 @@ MUTATIONS = [
         "tests/e2e/test_continuation.py::test_another_token_in_a_block_or_after_the_last[716]",
     ),
     Mutation(
+        "a copied block without its scores",
+        "kernels/pages.py",
+        "tail[target] = tail[source]",
+        "pass",
+        "tests/e2e/test_continuation.py::test_many_go_on_from_a_prompt",
+    ),
+    Mutation(
         "a sink in a decoded output but not in its scores",
         "kernels/decode_combine.py",
         "norm, _ = _join(lse_at, active, sinks_ptr, member, SPLITS)",

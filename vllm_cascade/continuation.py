@@ -1,8 +1,9 @@
 """What finished requests held, for a request that goes on where one of them ended.
 
 A block of a cascade holds what survived all that came after it, so no two requests can share one.
-But a request whose tokens begin with all those that a finished one computed, as a chat's next turn
-does, can take over the blocks as they are. They count as free meanwhile.
+But a request whose tokens begin with all those that a finished one computed can go on from its
+blocks: a chat's next turn takes them over, and of what was a prompt alone it gets a copy, as more
+requests may begin with it. All of them count as free meanwhile.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
     from vllm.v1.request import Request
 
 
@@ -26,12 +29,14 @@ class Ended:
         whole: vLLM's hash of those in whole blocks, which counts adapter and salt in.
         rest: The others.
         blocks: All that it held.
+        is_prompt: Whether it had computed no token of an answer.
     """
 
     num_tokens: int
-    whole: bytes
+    whole: BlockHash
     rest: list[int]
     blocks: list[KVCacheBlock]
+    is_prompt: bool
 
 
 class Continuations:
@@ -40,10 +45,11 @@ class Continuations:
     Args:
         block_pool: vLLM's pool.
         block_size: Tokens of a block that is hashed.
+        group_id: Of the layers among the model's.
     """
 
-    def __init__(self, block_pool: BlockPool, block_size: int) -> None:
-        self._pool, self._block_size = block_pool, block_size
+    def __init__(self, block_pool: BlockPool, block_size: int, group_id: int) -> None:
+        self._pool, self._block_size, self._group_id = block_pool, block_size, group_id
         # In the order in which the pool hands their blocks out again.
         self._ended: dict[int, Ended] = {}
 
@@ -64,9 +70,18 @@ class Continuations:
         told = num_tokens <= request.num_tokens and 0 < number <= len(request.block_hashes)
         if not told or not blocks or request.mm_features or request.prompt_embeds is not None:
             return False
+        if any(block.ref_cnt > 1 for block in blocks):
+            # They are still being copied.
+            return False
         rest = list(request.all_token_ids[number * self._block_size : num_tokens])
-        ended = Ended(num_tokens, request.block_hashes[number - 1], rest, blocks)
+        is_prompt = num_tokens <= request.num_prompt_tokens
+        ended = Ended(num_tokens, request.block_hashes[number - 1], rest, blocks, is_prompt)
         self._ended[id(ended)] = ended
+        if is_prompt:
+            # With a hash, though nothing finds them by it, they are given out last again once they
+            # have been copied.
+            for block in blocks:
+                block.set_block_hash(make_block_hash_with_group_id(ended.whole, self._group_id))
         self._pool.unpin_blocks(blocks, partial(self._forget, ended))
         return True
 
@@ -85,7 +100,7 @@ class Continuations:
         )
 
     def take(self, blocks: list[KVCacheBlock]) -> None:
-        """Hand over an end's blocks, which nobody else can take then.
+        """Hand over an end's blocks, from which nobody else can go on then.
 
         Args:
             blocks: Of an end that `find` returned.
@@ -94,6 +109,22 @@ class Continuations:
         end = next(end for end in self._ended.values() if end.blocks[0] is blocks[0])
         del self._ended[id(end)]
         self._pool.touch(blocks)
+        for block in blocks:
+            block.reset_hash()
+
+    def copy(self, blocks: list[KVCacheBlock]) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+        """Take as many new blocks, to be copied to by the worker before anything else is computed.
+
+        Args:
+            blocks: Of an end that `find` returned.
+
+        Returns:
+            Each block and its copy, with a reference more that vLLM drops once they are copied.
+        """
+        self._pool.touch(blocks)
+        copies = self._pool.get_new_blocks(len(blocks))
+        self._pool.touch(copies)
+        return list(zip(blocks, copies, strict=True))
 
     def _begins(self, request: Request, end: Ended) -> bool:
         number = end.num_tokens // self._block_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -145,6 +146,30 @@ class CascadeImpl(AttentionImpl[Any]):
         pages = self._pages_of(kv_cache)
         self.worker.forward(query, key, value, pages, attn_metadata, output)
         return output
+
+    @classmethod
+    def copy_tails(
+        cls, kv_caches: Sequence[torch.Tensor], copies: Sequence[tuple[int, int]]
+    ) -> None:
+        """Copy what lies behind keys and values in the pages of CASCADE layers.
+
+        Args:
+            kv_caches: As `kv_cache` of `forward`, one for each of a model's layers.
+            copies: From which block to which; none is both.
+        """
+        addresses = {kv_cache.data_ptr() for kv_cache in kv_caches}
+        layers = cls._vllm_config.compilation_config.static_forward_context.values()
+        impls = [getattr(layer, "impl", None) for layer in layers]
+        pages = [impl.pages for impl in impls if isinstance(impl, cls) and impl.pages]
+        pages = [each for each in pages if each.kv.data_ptr() in addresses]
+        if not copies or not pages:
+            return
+        blocks = torch.tensor(copies)
+        if pages[0].kv.is_cuda:
+            blocks = blocks.pin_memory()
+        source, target = blocks.to(pages[0].kv.device, non_blocking=True).unbind(1)
+        for each in pages:
+            each.copy_tails(source, target)
 
     def _pages_of(self, kv_cache: torch.Tensor) -> Pages:
         if self.pages is None or self.pages.kv.data_ptr() != kv_cache.data_ptr():

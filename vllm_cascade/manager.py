@@ -32,7 +32,13 @@ class CascadeManager(CircularBufferManager):
         # Request -> blocks that its prompt will hold, as promised on admission.
         self._promised: dict[str, int] = {}
         self._running: dict[str, Request] = {}
-        self._continuations = Continuations(self.block_pool, self.block_size)
+        self._continuations = Continuations(
+            self.block_pool, self.block_size, self.kv_cache_group_id
+        )
+        # Requests that go on from a copy.
+        self._copying: set[str] = set()
+        # Not where other layers' caches would have to go on too; nobody asks then.
+        self._is_asked = False
 
     def continued_by(self, request: Request, most: int) -> tuple[list[KVCacheBlock], int]:
         """Where a request can go on.
@@ -45,8 +51,19 @@ class CascadeManager(CircularBufferManager):
             Blocks for its row, and the tokens they were computed from; none and 0 if it has to
             begin at the beginning.
         """
+        self._is_asked = True
+        self._copying.discard(request.request_id)
         end = self._continuations.find(request, most)
-        return ([], 0) if end is None else (end.blocks, end.num_tokens)
+        if end is None:
+            return [], 0
+        num_free = sum(block.ref_cnt == 0 for block in end.blocks)
+        need = self._layout.need(request.num_tokens)
+        if end.is_prompt and num_free + need <= self.block_pool.get_num_free_blocks():
+            self._copying.add(request.request_id)
+        elif num_free < len(end.blocks):
+            # Another request is about to get a copy.
+            return [], 0
+        return end.blocks, end.num_tokens
 
     def get_num_blocks_to_allocate(
         self,
@@ -61,6 +78,9 @@ class CascadeManager(CircularBufferManager):
     ) -> int:
         need = self._layout.need(num_tokens)
         missing = max(0, need - self._num_held(request_id))
+        if request_id in self._copying:
+            # What is copied is not free meanwhile.
+            missing += sum(block.ref_cnt == 0 for block in new_computed_blocks)
         if apply_admission_cap:
             self._promised[request_id] = need
             missing += sum(
@@ -100,9 +120,17 @@ class CascadeManager(CircularBufferManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        if new_computed_blocks:
-            self._continuations.take(list(new_computed_blocks))
-            self.req_to_blocks[request_id].extend(new_computed_blocks)
+        blocks = list(new_computed_blocks)
+        if not blocks:
+            return
+        if request_id in self._copying:
+            self._copying.remove(request_id)
+            copied = self._continuations.copy(blocks)
+            self._pending_cow_copies += copied
+            blocks = [copy for _, copy in copied]
+        else:
+            self._continuations.take(blocks)
+        self.req_to_blocks[request_id].extend(blocks)
 
     def cache_blocks(
         self,
@@ -118,16 +146,14 @@ class CascadeManager(CircularBufferManager):
     def free(self, request_id: str) -> None:
         request = self._running.get(request_id)
         blocks = self.pop_blocks_for_free(request_id)
-        if (
-            request is None
-            or not request.is_finished()
-            or not self._continuations.keep(request, blocks)
-        ):
+        has_ended = request is not None and request.is_finished() and self._is_asked
+        if not has_ended or not self._continuations.keep(request, blocks):
             self.block_pool.free_blocks(reversed(blocks))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._promised.pop(request_id, None)
         self._running.pop(request_id, None)
+        self._copying.discard(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def _num_held(self, request_id: str) -> int:

@@ -118,6 +118,22 @@ def test_one_goes_on_and_the_others_begin_at_the_beginning(llm: Any) -> None:
     check_alike(outputs, afresh(llm, *prompts))
 
 
+def prime(llm: Any, prompt: list[int]) -> None:
+    run(llm, prompt, sampling=SamplingParams(temperature=0, max_tokens=1, detokenize=False))
+
+
+def test_many_go_on_from_a_prompt(llm: Any) -> None:
+    """At once and later; each with further boundaries, which the copied scores decide."""
+    prime(llm, PROMPT)
+    prompts = [[*PROMPT, *MORE[first:], *MORE] for first in range(5)]
+    outputs = run(llm, *prompts[:3])
+    prime(llm, random_prompt(300, seed=9))
+    outputs += run(llm, *prompts[3:])
+    assert [output.num_cached_tokens for output in outputs] == [len(PROMPT)] * 5
+    check_pool(llm)
+    check_alike(outputs, [afresh(llm, prompt)[0] for prompt in prompts])
+
+
 def test_the_longest_end_is_gone_on_from(llm: Any) -> None:
     (first,) = run(llm, PROMPT)
     (second,) = run(llm, PROMPT[:400])
@@ -201,6 +217,19 @@ def test_blocks_that_others_took(model: str) -> None:
         assert late.num_cached_tokens == 0 and tokens_of(again) == tokens_of(first)
         check_alike([output], [late])
         check_pool(llm)
+
+
+def test_a_pool_without_room_for_a_copy(model: str) -> None:
+    """A prompt's blocks are taken over then, and are gone for others."""
+    with start(model, enable_prefix_caching=True) as llm:
+        most = cascade_manager_of(llm)._layout.max_blocks
+    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=2 * most) as llm:
+        prime(llm, PROMPT)
+        prompts = [[*PROMPT, *MORE], [*PROMPT, *MORE[5:]]]
+        outputs = run(llm, *prompts)
+        assert [output.num_cached_tokens for output in outputs] == [len(PROMPT), 0]
+        check_pool(llm)
+        check_alike(outputs, [afresh(llm, prompt)[0] for prompt in prompts])
 
 
 def test_off_where_prefix_caching_is(model: str) -> None:

@@ -1,0 +1,43 @@
+"""Copies of blocks take along what a cascade's pages hold behind keys and values."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from vllm_cascade.patches.record import Patch
+
+NAME = "copy_kv_cache_blocks_inplace"
+# They import it by name.
+RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+
+
+def install() -> None:
+    """Wrap vLLM's copying of blocks within a worker."""
+    from vllm.v1.worker import utils
+
+    original = getattr(utils, NAME)
+
+    @functools.wraps(original)
+    def copy(kv_caches: Any, num_blocks: int, kv_cache_block_copies: Any) -> None:
+        from vllm_cascade.impl import CascadeImpl
+
+        original(kv_caches, num_blocks, kv_cache_block_copies)
+        CascadeImpl.copy_tails(kv_caches, kv_cache_block_copies)
+
+    for module in (utils, *filter(None, map(sys.modules.get, RUNNERS))):
+        setattr(module, NAME, copy)
+
+
+PATCH = Patch(
+    name="whole_page_copies",
+    target=f"vllm.v1.worker.utils.{NAME}",
+    signature="(kv_caches, num_blocks, kv_cache_block_copies)",
+    symptom=(
+        "Where all layers share one allocation, which is always, a copied block is one of keys and "
+        "values: the scores in the padded tail of a page would stay behind"
+    ),
+    removal="vLLM copies the padding of pages",
+    install=install,
+)
