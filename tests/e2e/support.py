@@ -125,7 +125,16 @@ class KeptLog:
     def recording(self) -> Iterator[KeptLog]:
         """Record while the block runs."""
         if self._on_gpu:
+            from vllm_cascade.gpu_layer import GpuLayer
             from vllm_cascade.kernels import compaction
+
+            forward = GpuLayer.forward
+
+            def anew(layer: GpuLayer, *args: Any) -> None:
+                # Else layers repeat what the first one launched, and nothing is called.
+                *_, metadata, _ = args
+                metadata.recordings.clear()
+                forward(layer, *args)
         else:
             from vllm_cascade.kernels import cpu_compaction as compaction
         original = compaction.merge_groups
@@ -136,6 +145,8 @@ class KeptLog:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(compaction, "merge_groups", merge_groups)
+            if self._on_gpu:
+                patch.setattr(GpuLayer, "forward", anew)
             yield self
 
     def _held(self, merges: Any) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from e2e.support import cascade_manager_of, core_of, engine
+from e2e.support import KeptLog, cascade_manager_of, core_of, engine
 from e2e.tiny import prompt_without_ties, random_prompt, save_llama
 
 CASCADE = {
@@ -21,6 +21,7 @@ CASCADE = {
     "newest_share": 0.0,
     "num_sink_tokens": 16,
     "stride": 64,
+    "trace_tokens": True,
 }
 SAMPLING = SamplingParams(
     temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, logprobs=0
@@ -126,12 +127,19 @@ def test_many_go_on_from_a_prompt(llm: Any) -> None:
     """At once and later; each with further boundaries, which the copied scores decide."""
     prime(llm, PROMPT)
     prompts = [[*PROMPT, *MORE[first:], *MORE] for first in range(5)]
-    outputs = run(llm, *prompts[:3])
-    prime(llm, random_prompt(300, seed=9))
-    outputs += run(llm, *prompts[3:])
-    assert [output.num_cached_tokens for output in outputs] == [len(PROMPT)] * 5
-    check_pool(llm)
-    check_alike(outputs, [afresh(llm, prompt)[0] for prompt in prompts])
+    log = KeptLog(llm)
+    with log.recording():
+        outputs = run(llm, *prompts[:3])
+        prime(llm, random_prompt(300, seed=9))
+        outputs += run(llm, *prompts[3:])
+        assert [output.num_cached_tokens for output in outputs] == [len(PROMPT)] * 5
+        check_pool(llm)
+        expected = [afresh(llm, prompt)[0] for prompt in prompts]
+    check_alike(outputs, expected)
+    for ours, theirs in zip(outputs, expected, strict=True):
+        kept, alone = log.of(ours.request_id), log.of(theirs.request_id)
+        assert len(alone) > len(kept) > 1
+        assert all(torch.equal(kept[boundary], alone[boundary]) for boundary in kept)
 
 
 def test_the_longest_end_is_gone_on_from(llm: Any) -> None:
