@@ -87,6 +87,14 @@ def check_pool(llm: Any) -> None:
     assert not manager.req_to_blocks and not manager._running and not manager._promised
 
 
+def check_kept(log: KeptLog, outputs: list[Any], expected: list[Any]) -> None:
+    """Both kept the same tokens at every boundary that they ran."""
+    for ours, theirs in zip(outputs, expected, strict=True):
+        kept, alone = log.of(ours.request_id), log.of(theirs.request_id)
+        assert len(alone) >= len(kept) > 1
+        assert all(torch.equal(kept[boundary], alone[boundary]) for boundary in kept)
+
+
 def afresh(llm: Any, *prompts: Any) -> list[Any]:
     """The same requests, with nothing to go on from."""
     assert llm.reset_prefix_cache()
@@ -97,16 +105,20 @@ def afresh(llm: Any, *prompts: Any) -> list[Any]:
 
 def test_turns_of_a_chat(llm: Any) -> None:
     chat, outputs, prompts = PROMPT, [], []
-    for turn in range(4):
-        (output,) = run(llm, chat)
-        # The last token of an answer is computed only where a step was under way already.
-        computed = len(chat) - len(MORE)
-        assert output.num_cached_tokens in ((computed - 1, computed) if turn else (0,))
-        outputs.append(output)
-        prompts.append(chat)
-        chat = [*chat, *tokens_of(output), *MORE[turn:], *MORE[:turn]]
-        check_pool(llm)
-    check_alike(outputs, [afresh(llm, prompt)[0] for prompt in prompts])
+    log = KeptLog(llm)
+    with log.recording():
+        for turn in range(4):
+            (output,) = run(llm, chat)
+            # The last token of an answer is computed only where a step was under way already.
+            computed = len(chat) - len(MORE)
+            assert output.num_cached_tokens in ((computed - 1, computed) if turn else (0,))
+            outputs.append(output)
+            prompts.append(chat)
+            chat = [*chat, *tokens_of(output), *MORE[turn:], *MORE[:turn]]
+            check_pool(llm)
+        expected = [afresh(llm, prompt)[0] for prompt in prompts]
+    check_alike(outputs, expected)
+    check_kept(log, outputs, expected)
 
 
 def test_one_goes_on_and_the_others_begin_at_the_beginning(llm: Any) -> None:
@@ -136,10 +148,7 @@ def test_many_go_on_from_a_prompt(llm: Any) -> None:
         check_pool(llm)
         expected = [afresh(llm, prompt)[0] for prompt in prompts]
     check_alike(outputs, expected)
-    for ours, theirs in zip(outputs, expected, strict=True):
-        kept, alone = log.of(ours.request_id), log.of(theirs.request_id)
-        assert len(alone) > len(kept) > 1
-        assert all(torch.equal(kept[boundary], alone[boundary]) for boundary in kept)
+    check_kept(log, outputs, expected)
 
 
 def test_the_longest_end_is_gone_on_from(llm: Any) -> None:
@@ -189,9 +198,9 @@ def test_an_answer_that_was_stopped(model: str) -> None:
     check_stopped(model, asynchronous=False)
 
 
-def check_stopped(model: str, *, asynchronous: bool) -> None:
+def check_stopped(model: str, *, asynchronous: bool, **options: Any) -> None:
     """With async scheduling the next step, of the token that stops it, is under way by then."""
-    with start(model, enable_prefix_caching=True, async_scheduling=asynchronous) as llm:
+    with start(model, enable_prefix_caching=True, async_scheduling=asynchronous, **options) as llm:
         assert core_of(llm).scheduler.__class__.__name__.startswith("Async") == asynchronous
         (whole,) = run(llm, PROMPT)
         stop = SamplingParams(

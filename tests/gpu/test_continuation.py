@@ -1,4 +1,4 @@
-"""A request that goes on in the blocks of a finished one, under vLLM's default options and graphs.
+"""A request that goes on in the blocks of a finished one or in copies, and with vLLM's graphs.
 
 The cases of `e2e.test_continuation`, with the model runner, scheduler and kernels of a GPU.
 """
@@ -15,6 +15,7 @@ from e2e.test_continuation import (
     forget,
     start,
     test_a_request_that_was_aborted_in_its_prefill,
+    test_many_go_on_from_a_prompt,
     test_one_goes_on_and_the_others_begin_at_the_beginning,
     test_turns_of_a_chat,
 )
@@ -23,6 +24,7 @@ from e2e.tiny import save_llama
 __all__ = [
     "forget",
     "test_a_request_that_was_aborted_in_its_prefill",
+    "test_many_go_on_from_a_prompt",
     "test_one_goes_on_and_the_others_begin_at_the_beginning",
     "test_turns_of_a_chat",
 ]
@@ -35,9 +37,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def llm(model: str) -> Iterator[Any]:
-    with start(model, enable_prefix_caching=True, enforce_eager=False) as llm:
+    with start(model, enable_prefix_caching=True) as llm:
         yield llm
 
 
 def test_an_answer_that_was_stopped(model: str) -> None:
-    check_stopped(model, asynchronous=True)
+    check_stopped(model, asynchronous=True, enforce_eager=False)
