@@ -35,8 +35,8 @@ PATCH = Patch(
     target=f"vllm.v1.worker.utils.{NAME}",
     signature="(kv_caches, num_blocks, kv_cache_block_copies)",
     symptom=(
-        "Where all layers share one allocation, which is always, a copied block is one of keys and "
-        "values: the scores in the padded tail of a page would stay behind"
+        "Unless the pages of all layers of a block lie side by side, its keys and values alone are "
+        "copied: the scores in the padded tail of each page would stay behind"
     ),
     removal="vLLM copies the padding of pages",
     install=install,
