@@ -305,7 +305,7 @@ def _log_prefix_caching(vllm_config: Any) -> None:
 
         # vLLM prints only what is logged under its own name.
         init_logger(f"vllm.{__name__}").info_once(
-            "Prefix caching with CASCADE: a request that begins with all tokens that a finished "
-            "one computed goes on from there, as a chat's next turn does. Other prefixes are computed "
+            "Prefix caching with CASCADE: a request that begins with all that a finished one "
+            "computed goes on from there, as a chat's next turn does. Other prefixes are computed "
             "again, as what a block holds depends on all that came after it."
         )
