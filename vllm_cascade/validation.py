@@ -304,7 +304,14 @@ def _log_prefix_caching(vllm_config: Any) -> None:
         from vllm.logger import init_logger
 
         # vLLM prints only what is logged under its own name.
-        init_logger(f"vllm.{__name__}").info_once(
+        log = init_logger(f"vllm.{__name__}").info_once
+        if vllm_config.attention_config.backend_per_kind:
+            log(
+                "Prefix caching never hits where other layers have a backend of their own beside "
+                "CASCADE. --no-enable-prefix-caching saves the hashing."
+            )
+            return
+        log(
             "Prefix caching with CASCADE: a request that begins with all that a finished one "
             "computed goes on from there, as a chat's next turn does. Other prefixes are computed "
             "again, as what a block holds depends on all that came after it."
