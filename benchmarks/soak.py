@@ -110,16 +110,16 @@ TINY = Scale(
     engine={
         "dtype": "float32",
         "block_size": 16,
-        "max_num_seqs": 8,
+        "max_num_seqs": 24,
         "max_num_batched_tokens": 256,
         "enforce_eager": True,
     },
-    pool=2.2,
+    pool=3.2,
     load=Load(
         budget=128,
         max_output_tokens=256,
-        per_second=8.0,
-        at_once=16,
+        per_second=4.0,
+        at_once=24,
         sample=6,
         compared_tokens=48,
     ),
@@ -180,6 +180,7 @@ async def soak(engine: Any, scale: Scale, seconds: float, seed: int) -> tuple[li
         "requests": clients.asked,
         "finished": clients.finished,
         "past_budget": clients.past_budget,
+        "continued": clients.continued,
         "tokens": clients.tokens,
         "preemptions": sum(
             int(metric.value)
@@ -195,9 +196,14 @@ async def soak(engine: Any, scale: Scale, seconds: float, seed: int) -> tuple[li
         row |= {f"{name}_mib": round(state["memory"][what] / MIB)}
         row |= {f"{name}_grew_mib": round(grown / MIB, 1)}
     asks = clients.sample(state["preempted"])
-    alone = [await clients.repeat(ask, "alone") for ask in asks]
+    # From the beginning, also where another request of the sample goes on from this one.
+    alone = []
+    for ask in asks:
+        await engine.reset_prefix_cache()
+        alone.append(await clients.repeat(ask, "alone"))
+    await engine.reset_prefix_cache()
     batch = await asyncio.gather(*(clients.repeat(ask, "batch") for ask in asks))
-    found = [clients.answers[ask.number] for ask in asks]
+    found = [clients.answers[ask] for ask in asks]
     row |= compare(found, alone, batch, scale.tie, scale.noise)
     return clients.faults + faults_of(row, await clients.state(), scale.growth), row
 

@@ -17,6 +17,7 @@ EXPECTED = (
     "mixed_steps",
     "preemptions",
     "past_budget",
+    "continued",
     "compared",
 )
 

@@ -9,7 +9,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -19,6 +19,9 @@ LEAVE = 0.1  # of clients when they are seen in prefill, and as many after some 
 # Every prompt ends alike: what differs between two answers, attention to the rest has brought.
 ENDING = range(2, 10)
 CANDIDATES = 8  # best tokens that a request alone reports for each of its own
+FOLLOW = 0.6  # of clients ask more once they are answered, or the same once more if they had left
+FOLLOW_BUDGETS = 10  # the longest text of one that asks more
+TURN = 1_000_000  # added to the number of a client that asks more
 PERIOD = 2.0  # seconds for which arrivals keep their rate
 RATES = (0.2, 1.0, 2.0)  # times the mean
 DRAIN_SECONDS = 90
@@ -58,6 +61,8 @@ class Ask:
         temperature: 0 is greedy.
         is_hasty: Whether the client leaves as soon as it is seen in prefill.
         enough: Tokens after which the client leaves, or None.
+        begin: Tokens before the prompt: all of an earlier request and its answer.
+        is_again: Whether its client had left before.
     """
 
     number: int
@@ -66,6 +71,13 @@ class Ask:
     temperature: float
     is_hasty: bool
     enough: int | None
+    begin: array.array | None = field(default=None, compare=False)
+    is_again: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of what is sent."""
+        return len(self.begin or ()) + self.prompt_tokens
 
     @classmethod
     def draw(cls, load: Load, number: int) -> Ask:
@@ -90,7 +102,26 @@ class Ask:
         # Python shares small numbers: so prompts in flight weigh little in the memory watched.
         ids = range(2, min(vocabulary, 256))
         tokens = random.Random(~self.number).choices(ids, k=self.prompt_tokens)
-        return [*tokens[: -len(ENDING)], *ENDING][-self.prompt_tokens :]
+        ended = [*tokens[: -len(ENDING)], *ENDING][-self.prompt_tokens :]
+        return [*(self.begin or ()), *ended]
+
+    def follow(self, load: Load, vocabulary: int, answer: array.array | None) -> Ask | None:
+        """What the client asks next, or None.
+
+        Args:
+            load: What clients ask.
+            vocabulary: Of the model.
+            answer: What it was answered; None if it left before that.
+        """
+        source = random.Random(-self.number)
+        if source.random() >= FOLLOW:
+            return None
+        if answer is None:
+            return replace(self, is_hasty=False, enough=None, is_again=True)
+        begin = array.array("i", self.prompt(vocabulary)) + answer
+        more = source.randint(1, load.budget)
+        follow = replace(self, number=self.number + TURN, prompt_tokens=more, begin=begin)
+        return follow if follow.num_tokens <= FOLLOW_BUDGETS * load.budget else None
 
 
 @dataclass(slots=True)
@@ -101,6 +132,7 @@ class Answer:
     logprobs: array.array = field(default_factory=lambda: array.array("d"))
     candidates: list[dict[int, float]] = field(default_factory=list)
     finished: bool = False
+    begun_at: int = 0  # tokens that an earlier request had computed
 
 
 def number_of(name: str) -> int:
@@ -121,9 +153,10 @@ class Clients:
         self.engine, self.load = engine, load
         self.vocabulary = engine.model_config.get_vocab_size()
         self.faults: list[str] = []
-        self.answers: dict[int, Answer] = {}  # greedy and complete
+        self.answers: dict[Ask, Answer] = {}  # greedy and complete
         self.readings: list[tuple[float, dict[str, int]]] = []  # seconds, bytes
-        self.asked = self.finished = self.past_budget = self.tokens = 0
+        self.asked = self.finished = self.past_budget = self.tokens = self.continued = 0
+        self.number = 0
         self._source = random.Random(seed)
         self._tasks: set[asyncio.Task[None]] = set()
         self._hasty: dict[int, asyncio.Timeout] = {}
@@ -165,8 +198,8 @@ class Clients:
                 continue
             while len(self._tasks) >= self.load.at_once:
                 await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-            task = asyncio.create_task(self._serve(Ask.draw(self.load, self.asked)))
-            self.asked += 1
+            task = asyncio.create_task(self._serve(Ask.draw(self.load, self.number)))
+            self.number += 1
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -187,29 +220,37 @@ class Clients:
                 )
             await asyncio.sleep(READ_SECONDS)
 
-    async def _serve(self, ask: Ask) -> None:
+    async def _serve(self, ask: Ask | None) -> None:
+        while ask is not None and not self.faults:
+            answer = await self._ask(ask)
+            tokens = answer.tokens if answer is not None and answer.finished else None
+            ask = ask.follow(self.load, self.vocabulary, tokens)
+
+    async def _ask(self, ask: Ask) -> Answer | None:
+        self.asked += 1
         try:
             async with asyncio.timeout(None) as patience:
                 if ask.is_hasty:
                     self._hasty[ask.number] = patience
-                answer = await self.answer(ask, str(ask.number))
+                answer = await self.answer(ask, f"{ask.number}-{int(ask.is_again)}")
         except TimeoutError:
-            return
+            return None
         except Exception as error:
             self.faults.append(f"request {ask.number} failed: {error!r}")
-            return
+            return None
         finally:
             self._hasty.pop(ask.number, None)
         if not answer.finished:
-            return
+            return answer
         self.finished += 1
-        self.past_budget += ask.prompt_tokens > self.load.budget
+        self.past_budget += ask.num_tokens > self.load.budget
         if len(answer.tokens) != ask.output_tokens:
             self.faults.append(
                 f"request {ask.number}: {len(answer.tokens)} tokens, not {ask.output_tokens}"
             )
         elif ask.temperature == 0:
-            self.answers[ask.number] = answer
+            self.answers[ask] = answer
+        return answer
 
     async def answer(
         self, ask: Ask, name: str, *, candidates: int = 0, most: int = 1 << 30
@@ -246,21 +287,24 @@ class Clients:
                 if ask.enough is not None and len(answer.tokens) >= ask.enough:
                     break
                 answer.finished = output.finished
-        self.tokens += ask.prompt_tokens + len(answer.tokens)
+                answer.begun_at = output.num_cached_tokens or 0
+        self.tokens += ask.num_tokens + len(answer.tokens)
+        self.continued += answer.begun_at > 0
         bad = sum(not math.isfinite(logprob) for logprob in answer.logprobs)
         if bad:
             self.faults.append(f"request {name}: {bad} log-probabilities are not finite")
         return answer
 
     def sample(self, preempted: Sequence[str]) -> list[Ask]:
-        """Requests to compare: a third was preempted, a third is past the budget, and others."""
+        """Requests to compare: some were preempted, some went on, some are past the budget."""
         names = set(map(number_of, preempted))
-        asks = [Ask.draw(self.load, number) for number in self.answers]
+        asks = list(self.answers)
         self._source.shuffle(asks)
         part = self.load.sample // 3
         first = [ask for ask in asks if ask.number in names][:part]
-        second = [ask for ask in asks if ask.prompt_tokens > self.load.budget][:part]
-        return list(dict.fromkeys([*first, *second, *asks]))[: self.load.sample]
+        second = [ask for ask in asks if self.answers[ask].begun_at][:part]
+        third = [ask for ask in asks if ask.num_tokens > self.load.budget][:part]
+        return list(dict.fromkeys([*first, *second, *third, *asks]))[: self.load.sample]
 
     async def repeat(self, ask: Ask, name: str) -> Answer:
         """What a request of the sample gets once more."""

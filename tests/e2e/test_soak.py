@@ -25,6 +25,7 @@ ROW = {
     "mixed_steps": 3,
     "preemptions": 3,
     "past_budget": 3,
+    "continued": 3,
     "compared": 6,
     "wrong": 0,
     "told_apart": 0.9,
