@@ -39,15 +39,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     key = (id(kernel), torch.cuda.current_device(), *map(_kind, args), *meta.values())
     variant = _variants.get(key)
+    is_new = variant is None
     if variant is None:
         constants = tuple(meta[name] for name in kernel.arg_names[len(args) :])
         variant = _variants[key] = kernel[grid](*args, **meta), constants
-    else:
-        compiled, constants = variant
-        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+    compiled, constants = variant
+    call = compiled[(*grid, 1, 1)[:3]]
+    if not is_new:
+        call(*args, *constants)
     if recording is not None:
-        compiled, constants = variant
-        recording.add(compiled[(*grid, 1, 1)[:3]], (*args, *constants), takes_addresses=True)
+        recording.add(call, (*args, *constants), takes_addresses=True)
 
 
 class Recording:

@@ -15,20 +15,22 @@ def install() -> None:
     original = KVCacheManager.get_computed_blocks
 
     @functools.wraps(original)
-    def get_computed_blocks(self: Any, request: Any, *more: Any, **named: Any) -> Any:
+    def get_computed_blocks(
+        self: Any, request: Any, max_cache_hit_length: int | None = None
+    ) -> Any:
         managers = self.coordinator.single_type_managers
         # Layers of other backends would have to go on as well.
-        if len(managers) == 1 and hasattr(managers[0], "continued_by"):
-            (most,) = (*more, *named.values()) or (None,)
-            blocks, num_tokens = [], 0
-            if self.prefix_cache_lookup_enabled(request):
-                # The last token is computed in any case: what follows it is asked for.
-                limit = request.num_tokens - 1
-                most = limit if most is None else min(most, limit)
-                blocks, num_tokens = managers[0].continued_by(request, most)
+        is_alone = len(managers) == 1 and hasattr(managers[0], "continued_by")
+        if is_alone and self.prefix_cache_lookup_enabled(request):
+            # The last token is computed in any case: what follows it is asked for.
+            most = request.num_tokens - 1
+            if max_cache_hit_length is not None:
+                most = min(most, max_cache_hit_length)
+            blocks, num_tokens = managers[0].continued_by(request, most)
             if num_tokens:
                 return self.create_kv_cache_blocks((blocks,)), num_tokens, 0
-        return original(self, request, *more, **named)
+        limit = () if max_cache_hit_length is None else (max_cache_hit_length,)
+        return original(self, request, *limit)
 
     KVCacheManager.get_computed_blocks = get_computed_blocks
 

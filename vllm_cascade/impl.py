@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -31,6 +32,7 @@ class CascadeImpl(AttentionImpl[Any]):
 
     # vLLM makes the KV cache specs after the layers, without a current configuration.
     _vllm_config: ClassVar[VllmConfig]
+    _alive: ClassVar[WeakSet[CascadeImpl]] = WeakSet()
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class CascadeImpl(AttentionImpl[Any]):
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
         )
         CascadeImpl._vllm_config = get_current_vllm_config()
+        CascadeImpl._alive.add(self)
         self.config = self.resolve_config(self._vllm_config.cache_config.block_size)
         self.num_heads = num_heads
         self.head_size = head_size
@@ -151,16 +154,14 @@ class CascadeImpl(AttentionImpl[Any]):
     def copy_tails(
         cls, kv_caches: Sequence[torch.Tensor], copies: Sequence[tuple[int, int]]
     ) -> None:
-        """Copy what lies behind keys and values in the pages of CASCADE layers.
+        """Copy what lies behind keys and values in the pages of CASCADE layers, if there are any.
 
         Args:
             kv_caches: As `kv_cache` of `forward`, one for each of a model's layers.
             copies: From which block to which; none is both.
         """
         addresses = {kv_cache.data_ptr() for kv_cache in kv_caches}
-        layers = cls._vllm_config.compilation_config.static_forward_context.values()
-        impls = [getattr(layer, "impl", None) for layer in layers]
-        pages = [impl.pages for impl in impls if isinstance(impl, cls) and impl.pages]
+        pages = [impl.pages for impl in cls._alive if impl.pages]
         pages = [each for each in pages if each.kv.data_ptr() in addresses]
         if not copies or not pages:
             return

@@ -100,7 +100,7 @@ def validate(vllm_config: Any) -> None:
         check(vllm_config)
     resolve_options(vllm_config, vllm_config.cache_config.block_size)
     check_selection(CascadeBackend, layer_of(vllm_config))
-    _log_prefix_caching(vllm_config)
+    log_prefix_caching(vllm_config)
 
 
 def check_layer(
@@ -299,7 +299,8 @@ def _features(vllm_config: Any) -> None:
         )
 
 
-def _log_prefix_caching(vllm_config: Any) -> None:
+def log_prefix_caching(vllm_config: Any) -> None:
+    """Say once what prefix caching, where it is on, finds."""
     if vllm_config.cache_config.enable_prefix_caching:
         from vllm.logger import init_logger
 

@@ -13,16 +13,9 @@ import torch
 from vllm import SamplingParams
 
 from e2e.support import KeptLog, cascade_manager_of, core_of, engine
-from e2e.tiny import prompt_without_ties, random_prompt, save_llama
+from e2e.tiny import CASCADE, prompt_without_ties, random_prompt, save_llama
 
-CASCADE = {
-    "cache_tokens": 128,
-    "num_sub_caches": 4,
-    "newest_share": 0.0,
-    "num_sink_tokens": 16,
-    "stride": 64,
-    "trace_tokens": True,
-}
+TRACED = CASCADE | {"trace_tokens": True}
 SAMPLING = SamplingParams(
     temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, logprobs=0
 )
@@ -32,7 +25,7 @@ PROMPT, MORE = prompt_without_ties(700, seed=1), prompt_without_ties(90, seed=2)
 def start(model: str, **options: Any) -> Any:
     options = {"max_num_batched_tokens": 256, "max_num_seqs": 4, **options}
     return engine(
-        CASCADE,
+        TRACED,
         model,
         block_size=16,
         max_model_len=4096,

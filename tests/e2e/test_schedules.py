@@ -14,18 +14,11 @@ import torch
 from vllm import SamplingParams
 
 from e2e.support import KeptLog, cascade_manager_of, core_of, engine, poisoned
-from e2e.tiny import random_prompt, save_llama
+from e2e.tiny import CASCADE, random_prompt, save_llama
 from reference.cascade import CascadeParameters
 from reference.llama import Llama
 
-CASCADE = {
-    "cache_tokens": 128,
-    "num_sub_caches": 4,
-    "newest_share": 0.0,
-    "num_sink_tokens": 16,
-    "stride": 64,
-    "trace_tokens": True,
-}
+TRACED = CASCADE | {"trace_tokens": True}
 LENGTHS = [2100, 700, 30, 1333, 288, 209, 1024]
 ANSWER = 70
 
@@ -68,7 +61,7 @@ def play(
         prompt_logprobs=0 if prompt_logprobs else None,
     )
     with engine(
-        {**CASCADE, "policy": policy},
+        {**TRACED, "policy": policy},
         model,
         block_size=16,
         max_model_len=4096,
@@ -186,7 +179,7 @@ def test_preempted_in_the_middle_of_prefill_and_decode(model: str) -> None:
 def test_kept_tokens_is_what_the_pages_hold(model: str) -> None:
     """The documented way to read kept tokens, after generation, against the log of merges."""
     with engine(
-        CASCADE,
+        TRACED,
         model,
         block_size=16,
         max_model_len=4096,
@@ -203,7 +196,7 @@ def test_kept_tokens_is_what_the_pages_hold(model: str) -> None:
         (found,) = llm.collective_rpc("kept_tokens")[0]
         boundary, kept = max(log.of(output.request_id).items())
     assert found["num_tokens"] == 1001
-    since = list(range(CASCADE["num_sink_tokens"] + boundary * CASCADE["stride"], 1001))
+    since = list(range(TRACED["num_sink_tokens"] + boundary * TRACED["stride"], 1001))
     assert len(found["layers"]) == len(kept) == 3
     for layer, heads in enumerate(found["layers"].values()):
         assert heads == [[*head, *since] for head in kept[layer].tolist()]
@@ -212,7 +205,7 @@ def test_kept_tokens_is_what_the_pages_hold(model: str) -> None:
 def test_kept_tokens_needs_the_trace(model: str) -> None:
     with (
         engine(
-            {**CASCADE, "trace_tokens": False},
+            CASCADE,
             model,
             block_size=16,
             max_model_len=512,
@@ -228,7 +221,7 @@ def test_kept_tokens_needs_the_trace(model: str) -> None:
 def test_pool_with_room_for_k_budgets_runs_k(model: str) -> None:
     from vllm_cascade.layout import build_layout
 
-    with engine(CASCADE, model, block_size=16, max_model_len=4096, skip_tokenizer_init=True) as llm:
+    with engine(TRACED, model, block_size=16, max_model_len=4096, skip_tokenizer_init=True) as llm:
         max_blocks = build_layout(KeptLog(llm).config).max_blocks
     for k in (1, 3):
         prompts = [random_prompt(1500 + n, seed=n) for n in range(k + 3)]

@@ -11,6 +11,14 @@ from safetensors.torch import save_file
 
 from reference.llama import random_tensors
 
+# A small cascade that random models of 1,024 positions run many times over.
+CASCADE = {
+    "cache_tokens": 128,
+    "num_sub_caches": 4,
+    "newest_share": 0.0,
+    "num_sink_tokens": 16,
+    "stride": 64,
+}
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -9,18 +9,11 @@ import torch
 from vllm import SamplingParams
 
 from e2e.support import engine
-from e2e.tiny import random_prompt, save_llama
+from e2e.tiny import CASCADE, random_prompt, save_llama
 from gpu.probe import watched
 
 pytestmark = pytest.mark.gpu
 
-CASCADE = {
-    "cache_tokens": 128,
-    "num_sub_caches": 4,
-    "newest_share": 0.0,
-    "num_sink_tokens": 16,
-    "stride": 64,
-}
 # Under the budget, at it, where it fills while the answer grows, and far past it.
 LENGTHS = [5, 100, 143, 208, 333, 1001]
 ANSWER = 140

@@ -10,17 +10,10 @@ import torch
 from vllm import SamplingParams
 
 from e2e.support import engine, poisoned
-from e2e.tiny import random_prompt, save_llama
+from e2e.tiny import CASCADE, random_prompt, save_llama
 
 pytestmark = pytest.mark.gpu
 
-CASCADE = {
-    "cache_tokens": 128,
-    "num_sub_caches": 4,
-    "newest_share": 0.0,
-    "num_sink_tokens": 16,
-    "stride": 64,
-}
 LENGTHS = [1200, 30, 205, 700, 144]
 ANSWER = 100
 

