@@ -118,8 +118,9 @@ def test_soak() -> None:
     said = readme.partition("### Under load")[2].partition("\n#")[0]
     shown = [number.rstrip(".") for number in NUMBER.findall(said)]
     grown = float(row["engine_grew_mib"]) + float(row["front_end_grew_mib"])
-    expected = [row[name] for name in ("requests", "aborted_in_prefill", "aborted_in_decode")]
-    expected += [row["preemptions"], f"{int(row['mixed_steps']):,}", row["compared"]]
+    counts = ["requests", "continued", "aborted_in_prefill", "aborted_in_decode"]
+    counts += ["preemptions", "mixed_steps", "compared"]
+    expected = [f"{int(row[name]):,}" for name in counts]
     expected += [f"{float(row['seconds']):.0f}", f"{float(row['device_grew_mib']):.0f}"]
     assert {*expected, f"{grown:.0f}"} <= set(shown)
     assert row["wrong"] == "0" and row["async_scheduling"] == "True"
