@@ -99,7 +99,7 @@ def write(
         raise ValueError("traced pages need the tokens' indices")
     if len(rows) == 0:
         return
-    traced = pages.token if pages.token is not None else slots
+    traced = pages.token if pages.token is not None else pages.kv
     launch(
         _write_kernel,
         (len(rows),),

@@ -83,13 +83,15 @@ class Pool:
     ) -> None:
         self.config, self.layout = config, build_layout(config)
         blocks = self.layout.max_blocks * num_requests
-        slots, tail = KV_HEADS * config.block_size, config.needs_scores + 1
+        slots, tail = KV_HEADS * config.block_size, config.needs_scores + config.trace_tokens
         per_word = 4 // dtype.itemsize
         page = slots * 2 * HEAD + slots * tail * per_word
         pool = torch.full((blocks * page,), float("nan"), dtype=dtype, device=device)
         kv = pool.view(blocks, page)[:, : slots * 2 * HEAD]
         self.pages = Pages.view(
-            kv.view(blocks, KV_HEADS, config.block_size, 2 * HEAD), config.needs_scores, True
+            kv.view(blocks, KV_HEADS, config.block_size, 2 * HEAD),
+            config.needs_scores,
+            config.trace_tokens,
         )
         self.table = torch.randperm(blocks).view(num_requests, -1).numpy().astype(np.int32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,3 +76,30 @@ def watched(*, forbid_sync: bool = False) -> Iterator[Steps]:
         patch.setattr(GpuLayer, "forward", watched_forward)
         patch.setattr(torch.cuda.CUDAGraph, "replay", watched_replay)
         yield steps
+
+
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[list[str]]:
+    """The cascade's kernels that are compiled while the block runs, as in a process that starts."""
+    import triton
+
+    import vllm_cascade.gpu_layer  # noqa: F401
+    from vllm_cascade.kernels import launch
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm_cascade.kernels."):
+            for each in vars(module).values():
+                if isinstance(each, triton.JITFunction):
+                    each.device_caches.clear()
+    names: list[str] = []
+    hook = triton.knobs.runtime.jit_post_compile_hook
+
+    def note(*args: Any, fn: Any, **kwargs: Any) -> Any:
+        if fn.jit_function.fn.__module__.startswith("vllm_cascade."):
+            names.append(fn.name.rpartition(".")[2])
+        return None if hook is None else hook(*args, fn=fn, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_variants", {})
+        patch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+        yield names

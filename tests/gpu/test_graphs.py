@@ -10,7 +10,7 @@ from vllm import SamplingParams
 
 from e2e.support import engine
 from e2e.tiny import CASCADE, random_prompt, save_llama
-from gpu.probe import watched
+from gpu.probe import compiled_anew, watched
 
 pytestmark = pytest.mark.gpu
 
@@ -81,6 +81,32 @@ def test_graphs_equal_eager(model: str, eager: Any, sizes: Any) -> None:
         expected = torch.tensor(list(layers.values()))
         differing = expected != torch.tensor(list(kept[num_tokens].values()))
         assert differing.float().mean() <= near_ties, num_tokens
+
+
+def test_no_request_waits_for_a_kernel_to_be_compiled(model: str) -> None:
+    with (
+        compiled_anew() as compiled,
+        engine(
+            CASCADE,
+            model,
+            dtype="bfloat16",
+            block_size=16,
+            max_model_len=4096,
+            max_num_batched_tokens=512,
+            max_num_seqs=8,
+            num_gpu_blocks_override=2000,
+            skip_tokenizer_init=True,
+            **graphs(1, 2, 4, 8),
+        ) as llm,
+    ):
+        assert "_write_kernel" in compiled
+        compiled.clear()
+        llm.generate(
+            [{"prompt_token_ids": random_prompt(n, seed=n)} for n in LENGTHS],
+            SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False),
+            use_tqdm=False,
+        )
+        assert not compiled
 
 
 def test_decode_never_waits_for_the_device(model: str) -> None:

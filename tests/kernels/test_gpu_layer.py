@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import random
+import sys
+from collections.abc import Hashable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ import torch
 from layers import HEAD, KV_HEADS, POLICIES, SHARED, THETA, Pool, config_of, oracle, play
 from reference.attention import rope_table
 from vllm_cascade.config import CascadeConfig
+from vllm_cascade.kernels.launch import launch
 
 MAX_TOKENS = 4096
 # Of each query head; below, among and above the logits of keys.
@@ -160,3 +165,55 @@ def test_layers_share_a_workspace_as_long_as_one_of_them_lives() -> None:
     del first
     gc.collect()
     assert shared_workspace(config, shape, 64, 2, DEVICE).counters.sum() == 0
+
+
+def variant(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Hashable:
+    """All that Triton compiles a variant of a kernel for."""
+    unspecialized = set(kernel.kwargs["do_not_specialize"] or ())
+    unaligned = set(kernel.kwargs["do_not_specialize_on_alignment"] or ())
+    kinds: list[Hashable] = []
+    for name, arg in zip(kernel.arg_names, args, strict=False):
+        if isinstance(arg, torch.Tensor):
+            kinds.append((arg.dtype, name not in unaligned and arg.data_ptr() % 16 == 0))
+        elif type(arg) is int and name not in unspecialized:
+            kinds.append((arg == 1, name not in unaligned and arg % 16 == 0))
+        else:
+            kinds.append(type(arg))
+    return kernel.__name__, *zip(kernel.arg_names, kinds, strict=False), *meta.items()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_graphs.py asks Triton")
+@pytest.mark.parametrize("trace_tokens", [False, True])
+@pytest.mark.parametrize("options", POLICIES[:2] + POLICIES[-1:])
+def test_vllms_warm_up_compiles_all_variants(
+    monkeypatch: pytest.MonkeyPatch, options: dict, trace_tokens: bool
+) -> None:
+    """Else a request waits for Triton: prompts of two tokens, single tokens, both in one step."""
+    launched: set[Hashable] = set()
+
+    def note(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        launched.add(variant(kernel, args, meta))
+
+    engine = Engine(config_of(500, **options, trace_tokens=trace_tokens), 3, torch.float32)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm_cascade.kernels.") and getattr(module, "launch", None) is launch:
+            monkeypatch.setattr(module, "launch", note)
+    tokens = torch.zeros(3, 500, (SHARED + 2) * KV_HEADS, HEAD)
+    inputs = tokens.split([SHARED * KV_HEADS, KV_HEADS, KV_HEADS], dim=2)
+    for spans in (
+        [(r, 0, 2) for r in range(3)],
+        [(r, 2, 3) for r in range(3)],
+        [(0, 0, 2)],
+        [(0, 2, 3), (1, 0, 15)],
+    ):
+        engine.step(spans, *inputs)
+    warm = launched.copy()
+    draw = random.Random(0)
+    for _ in range(300):
+        starts = [draw.randrange(499) for _ in range(3)]
+        spans = [
+            (r, n, draw.choice([n + 1, draw.randint(n + 1, 500)])) for r, n in enumerate(starts)
+        ]
+        engine.step(draw.sample(spans, draw.randint(1, 3)), *inputs)
+    assert len({name for name, *_ in warm}) >= 6
+    assert launched == warm
