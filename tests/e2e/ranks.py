@@ -32,10 +32,15 @@ if __name__ == "__main__":
         temperature=0, max_tokens=given["answer"], ignore_eos=True, detokenize=False, logprobs=2
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in given["prompts"]]
-    outputs, ranks = [], []
+    if given["begun"]:
+        begun = max(given["prompts"], key=len)[:given["begun"]]
+        first = SamplingParams(max_tokens=1, detokenize=False)
+        llm.generate([{"prompt_token_ids": begun}], first, use_tqdm=False)
+    done, ranks = [], []
     for batch in [[prompt] for prompt in prompts] if given["alone"] else [prompts]:
-        outputs += [output.outputs[0] for output in llm.generate(batch, sampling, use_tqdm=False)]
+        done += llm.generate(batch, sampling, use_tqdm=False)
         ranks.append(llm.collective_rpc("kept_tokens"))
+    outputs = [request.outputs[0] for request in done]
     steps = [
         [sorted((each.logprob for each in step.values()), reverse=True) for step in output.logprobs]
         for output in outputs
@@ -43,6 +48,7 @@ if __name__ == "__main__":
     found = {
         "answers": [list(output.token_ids) for output in outputs],
         "margins": [[best - second for best, second, *_ in each] for each in steps],
+        "cached": [request.num_cached_tokens for request in done],
         # What each rank kept, of one batch after the other.
         "ranks": [sum(batches, []) for batches in zip(*ranks)],
     }
@@ -58,12 +64,14 @@ class Played:
     Args:
         answers: Token ids, per prompt.
         margins: By how much the token chosen led the next one, in nats, per prompt and step.
+        cached: Tokens that another request had computed, per prompt.
         kept: Tokens computed -> [num_layers, num_kv_heads, kept] of all ranks, in logical order.
         log: What all processes printed.
     """
 
     answers: list[list[int]]
     margins: list[list[float]]
+    cached: list[int]
     kept: dict[int, torch.Tensor]
     log: str
 
@@ -80,6 +88,7 @@ def play(
     answer: int,
     *,
     alone: bool = False,
+    begun: int = 0,
     **options: Any,
 ) -> Played:
     """Let all ranks of an engine answer, in processes of their own.
@@ -90,6 +99,7 @@ def play(
         prompts: Token ids; no two of one length.
         answer: Tokens to generate for each.
         alone: One request after the other, as a server without load has them.
+        begun: Tokens of the longest prompt that another request computes before.
         options: Of `LLM`; the cascade's have to switch `trace_tokens` on.
     """
     script, given, found = folder / "play.py", folder / "given.json", folder / "found.json"
@@ -114,6 +124,7 @@ def play(
                 "prompts": prompts,
                 "answer": answer,
                 "alone": alone,
+                "begun": begun,
                 "options": options,
             }
         )
@@ -134,6 +145,7 @@ def play(
     return Played(
         answers=results["answers"],
         margins=results["margins"],
+        cached=results["cached"],
         kept={num_tokens: together[num_tokens] for num_tokens in lengths},
         log=done.stdout,
     )

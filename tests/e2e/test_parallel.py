@@ -28,6 +28,8 @@ OPTIONS: dict[str, Any] = {
 # Of lengths and seeds to which the random model does not answer one token again and again.
 PROMPTS = [prompt_without_ties(n, seed) for n, seed in ((1500, 1), (40, 40), (700, 2))]
 ANSWER = 16
+# Tokens of the longest prompt, past the budget and in the middle of a block.
+BEGUN = 1001
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +67,22 @@ def one(model: str, tmp_path_factory: pytest.TempPathFactory) -> Played:
     ids=["tensor", "pipeline"],
 )
 def test_two_ranks(options: dict[str, Any], model: str, one: Played, tmp_path: Path) -> None:
-    """Each rank keeps its own heads' or layers' tokens; of what it kept nothing is exchanged."""
+    """Each rank keeps its own heads' or layers' tokens; of what it kept nothing is exchanged.
+
+    One request goes on from copies of another's pages, scores included.
+    """
     two = play(
-        tmp_path, model, PROMPTS, ANSWER, distributed_executor_backend="mp", **options, **OPTIONS
+        tmp_path,
+        model,
+        PROMPTS,
+        ANSWER,
+        begun=BEGUN,
+        distributed_executor_backend="mp",
+        **options,
+        **OPTIONS,
     )
     assert_same_up_to_ties(two, one)
+    assert two.cached == [BEGUN, 0, 0]
     assert two.ranks == 2
 
 

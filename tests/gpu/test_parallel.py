@@ -39,6 +39,8 @@ TRACED = {"cascade": {**CASCADE, "trace_tokens": True}}
 PROMPTS = [prompt_without_ties(n, seed=n) for n in (40, 256, 272, 700, 2000)]
 # Across two boundaries.
 ANSWER = 140
+# Tokens of the longest prompt, past the budget and in the middle of a block.
+BEGUN = 1001
 
 NO_RAY = "needs Ray: pip install '.[ray]'"
 
@@ -102,6 +104,7 @@ def test_ranks(
         model,
         PROMPTS,
         ANSWER,
+        begun=BEGUN,
         additional_config=TRACED,
         compilation_config=GRAPHS,
         tensor_parallel_size=tensor,
@@ -110,6 +113,7 @@ def test_ranks(
         **OPTIONS,
     )
     assert_same_up_to_ties(many, one)
+    assert many.cached == [0, 0, 0, 0, BEGUN]
     assert many.ranks == tensor * pipeline
     assert "Graph capturing finished" in many.log
 
