@@ -178,6 +178,12 @@ def _gpu(vllm_config: Any) -> None:
 
 def _model(vllm_config: Any) -> None:
     model = vllm_config.model_config
+    if model.attn_type == "hybrid":
+        raise UnsupportedError(
+            "a model with state-space or linear-attention layers",
+            "vLLM makes its blocks as large as those layers' states, and CASCADE has not been "
+            "made for such blocks",
+        )
     if model.runner_type != "generate" or model.attn_type != "decoder":
         raise UnsupportedError(
             f"runner {model.runner_type!r} of a model of type {model.attn_type!r}",

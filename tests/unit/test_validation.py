@@ -108,7 +108,7 @@ SPOILT = [
     ({"runner_type": "pooling"}, "runner 'pooling'"),
     ({"attn_type": "encoder_decoder"}, "type 'encoder_decoder'"),
     ({"attn_type": "encoder_only"}, "type 'encoder_only'"),
-    ({"attn_type": "hybrid"}, "type 'hybrid'"),
+    ({"attn_type": "hybrid"}, "state-space or linear-attention layers"),
     ({"use_mla": True}, "MLA.*latent"),
     ({"model_impl": "transformers"}, "Transformers backend.*--model-impl vllm"),
     ({"sliding_window": 512}, "sliding-window layers alone .window 512 tokens"),
