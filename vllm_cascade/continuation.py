@@ -50,8 +50,11 @@ class Continuations:
 
     def __init__(self, block_pool: BlockPool, block_size: int, group_id: int) -> None:
         self._pool, self._block_size, self._group_id = block_pool, block_size, group_id
-        # In the order in which the pool hands their blocks out again.
+        # First block -> end, in the order in which the pool hands their blocks out again.
         self._ended: dict[int, Ended] = {}
+        # Whole blocks of tokens -> their hash -> ends. Thousands may be kept, and each request of
+        # each step that waits is looked up.
+        self._hashed: dict[int, dict[BlockHash, list[Ended]]] = {}
 
     def keep(self, request: Request, blocks: list[KVCacheBlock]) -> bool:
         """Give back the blocks of a finished request, and remember what they hold.
@@ -76,7 +79,8 @@ class Continuations:
         rest = list(request.all_token_ids[number * self._block_size : num_tokens])
         is_prompt = num_tokens <= request.num_prompt_tokens
         ended = Ended(num_tokens, request.block_hashes[number - 1], rest, blocks, is_prompt)
-        self._ended[id(ended)] = ended
+        self._ended[blocks[0].block_id] = ended
+        self._hashed.setdefault(number, {}).setdefault(ended.whole, []).append(ended)
         if is_prompt:
             # With a hash, though nothing finds them by it, they are given out last again once they
             # have been copied.
@@ -92,12 +96,18 @@ class Continuations:
             request: A request that has computed nothing.
             most: Tokens at most.
         """
-        ends = (end for end in self._ended.values() if end.num_tokens <= most)
-        return max(
-            (end for end in ends if self._begins(request, end)),
-            key=lambda end: end.num_tokens,
-            default=None,
-        )
+        if request.mm_features or request.prompt_embeds is not None:
+            return None
+        hashes = request.block_hashes
+        found = [
+            end
+            for number, hashed in self._hashed.items()
+            if number <= len(hashes)
+            for end in hashed.get(hashes[number - 1], ())
+            if end.num_tokens <= most
+            and request.all_token_ids[number * self._block_size : end.num_tokens] == end.rest
+        ]
+        return max(found, key=lambda end: end.num_tokens, default=None)
 
     def take(self, blocks: list[KVCacheBlock]) -> None:
         """Hand over an end's blocks, from which nobody else can go on then.
@@ -105,9 +115,7 @@ class Continuations:
         Args:
             blocks: Of an end that `find` returned.
         """
-        # Blocks compare by what they hold of each other, without an end.
-        end = next(end for end in self._ended.values() if end.blocks[0] is blocks[0])
-        del self._ended[id(end)]
+        self._remove(self._ended[blocks[0].block_id])
         self._pool.touch(blocks)
         for block in blocks:
             block.reset_hash()
@@ -126,14 +134,17 @@ class Continuations:
         self._pool.touch(copies)
         return list(zip(blocks, copies, strict=True))
 
-    def _begins(self, request: Request, end: Ended) -> bool:
-        number = end.num_tokens // self._block_size
-        if len(request.block_hashes) < number or request.block_hashes[number - 1] != end.whole:
-            return False
-        first = number * self._block_size
-        same: bool = request.all_token_ids[first : end.num_tokens] == end.rest
-        return same and not request.mm_features and request.prompt_embeds is None
-
     def _forget(self, end: Ended, _: KVCacheBlock) -> None:
         """One of its blocks is another request's now."""
-        self._ended.pop(id(end), None)
+        if self._ended.get(end.blocks[0].block_id) is end:
+            self._remove(end)
+
+    def _remove(self, end: Ended) -> None:
+        del self._ended[end.blocks[0].block_id]
+        number = end.num_tokens // self._block_size
+        hashed = self._hashed[number]
+        hashed[end.whole].remove(end)
+        if not hashed[end.whole]:
+            del hashed[end.whole]
+        if not hashed:
+            del self._hashed[number]
