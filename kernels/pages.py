@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,17 +54,6 @@ class Pages:
         token = tail(torch.int32, offset + slots * has_score) if has_token else None
         return cls(kv, score, token)
 
-    def copy_tails(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy the scores and token indices of whole blocks.
-
-        Args:
-            source: [num_copies] int64 blocks.
-            target: As `source`; none is both.
-        """
-        for tail in (self.score, self.token):
-            if tail is not None:
-                tail[target] = tail[source]
-
     def write(
         self,
         key: torch.Tensor,
@@ -85,3 +75,20 @@ class Pages:
         if self.token is not None:
             assert tokens is not None
             self.token[block_ids, :, offsets] = tokens[:, None]
+
+
+def copy_tails(pages: Sequence[Pages], copies: Sequence[tuple[int, int]]) -> None:
+    """Copy the scores and token indices of whole blocks, without waiting for the device.
+
+    Args:
+        pages: Of one layer or more on one device.
+        copies: From which block to which; none is both.
+    """
+    blocks = torch.tensor(copies)
+    if pages[0].kv.is_cuda:
+        blocks = blocks.pin_memory()
+    source, target = blocks.to(pages[0].kv.device, non_blocking=True).unbind(1)
+    for each in pages:
+        for tail in (each.score, each.token):
+            if tail is not None:
+                tail[target] = tail[source]

@@ -9,6 +9,8 @@ from typing import Any
 from vllm_cascade.patches.record import Patch
 
 NAME = "copy_kv_cache_blocks_inplace"
+# Bytes of a layer that are copied at a time; as much memory again is taken meanwhile.
+PIECE = 64 << 20
 # They import it by name.
 RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 
@@ -22,9 +24,17 @@ def install() -> None:
     @functools.wraps(original)
     def copy(kv_caches: Any, num_blocks: int, kv_cache_block_copies: Any) -> None:
         from vllm_cascade.impl import CascadeImpl
+        from vllm_cascade.kernels.pages import copy_tails
 
-        original(kv_caches, num_blocks, kv_cache_block_copies)
-        CascadeImpl.copy_tails(kv_caches, kv_cache_block_copies)
+        pages = CascadeImpl.pages_in(kv_caches)
+        if not pages or not kv_cache_block_copies:
+            original(kv_caches, num_blocks, kv_cache_block_copies)
+            return
+        # Many requests may go on in one step, each from a full cache. None is copied to and from.
+        size = max(1, PIECE // max(each.kv.stride(0) * each.kv.element_size() for each in pages))
+        for first in range(0, len(kv_cache_block_copies), size):
+            original(kv_caches, num_blocks, kv_cache_block_copies[first : first + size])
+        copy_tails(pages, kv_cache_block_copies)
 
     for module in (utils, *filter(None, map(sys.modules.get, RUNNERS))):
         setattr(module, NAME, copy)

@@ -146,9 +146,16 @@ MUTATIONS = [
     Mutation(
         "a request that goes on after other last tokens",
         "vllm_cascade/continuation.py",
-        "same: bool = request.all_token_ids[first : end.num_tokens] == end.rest",
-        "same: bool = bool(end.rest)",
-        "tests/e2e/test_continuation.py::test_another_token_in_a_block_or_after_the_last[716]",
+        "and request.all_token_ids[number * self._block_size : end.num_tokens] == end.rest",
+        "and bool(end.rest)",
+        "tests/e2e/test_continuation.py::test_another_token_in_a_block_or_after_the_last[716-256]",
+    ),
+    Mutation(
+        "a copy of a copy that is not made yet",
+        "vllm_cascade/continuation.py",
+        "blocks = self._originals.get(blocks[0].block_id, blocks)",
+        "blocks = list(blocks)",
+        "tests/e2e/test_continuation.py::test_several_go_on_from_an_answer",
     ),
     Mutation(
         "a copied block without its scores",

@@ -1,9 +1,10 @@
-"""What finished requests held, for a request that goes on where one of them ended.
+"""What requests held, for a request that goes on from there.
 
 A block of a cascade holds what survived all that came after it, so no two requests can share one.
 But a request whose tokens begin with all those that a finished one computed can go on from its
 blocks: a chat's next turn takes them over, and of what was a prompt alone it gets a copy, as more
-requests may begin with it. All of them count as free meanwhile.
+requests may begin with it. For the same reason a long prompt is copied shortly before its end. All
+of these blocks count as free meanwhile.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ended:
-    """Where a request ended.
+    """Where a request ended, or was copied.
 
     Args:
         num_tokens: Tokens it had computed.
         whole: vLLM's hash of those in whole blocks, which counts adapter and salt in.
         rest: The others.
-        blocks: All that it held.
+        blocks: All that it held, or the copies.
         is_prompt: Whether it had computed no token of an answer.
+        is_saved: Whether they are copies of what another request holds or held.
     """
 
     num_tokens: int
@@ -37,6 +39,7 @@ class Ended:
     rest: list[int]
     blocks: list[KVCacheBlock]
     is_prompt: bool
+    is_saved: bool
 
 
 class Continuations:
@@ -55,6 +58,31 @@ class Continuations:
         # Whole blocks of tokens -> their hash -> ends. Thousands may be kept, and each request of
         # each step that waits is looked up.
         self._hashed: dict[int, dict[BlockHash, list[Ended]]] = {}
+        # First block of copies that the worker has yet to make -> blocks that they are of.
+        self._originals: dict[int, list[KVCacheBlock]] = {}
+        # Copies of prompts, the oldest first, and blocks of all of them and of other ends.
+        self._saved: dict[int, Ended] = {}
+        self._num_blocks = {True: 0, False: 0}
+
+    @property
+    def num_unused(self) -> int:
+        """Free blocks without an end; copies of prompts are in them."""
+        return self._pool.get_num_free_blocks() - self._num_blocks[False]
+
+    def new_blocks(self, number: int) -> list[KVCacheBlock]:
+        """Take blocks out of the pool; as long as there is a prompt's copy, no end is lost.
+
+        Args:
+            number: How many, of those that are free.
+        """
+        missing = number - (self.num_unused - self._num_blocks[True])
+        for copy in list(self._saved.values()) if missing > 0 else ():
+            if missing > 0 and all(block.ref_cnt == 0 for block in copy.blocks):
+                missing -= len(copy.blocks)
+                self.take(copy.blocks)
+                # Without a hash they come first.
+                self._pool.free_blocks(copy.blocks)
+        return self._pool.get_new_blocks(number)
 
     def keep(self, request: Request, blocks: list[KVCacheBlock]) -> bool:
         """Give back the blocks of a finished request, and remember what they hold.
@@ -67,33 +95,47 @@ class Continuations:
             Whether that can be told from its tokens; if not, nothing was done.
         """
         num_tokens = request.num_computed_tokens
-        number = num_tokens // self._block_size
-        # A step may be under way for a token that is not known here. Images and embeddings are in
-        # the hashes, but not in the rest.
-        told = num_tokens <= request.num_tokens and 0 < number <= len(request.block_hashes)
-        if not told or not blocks or request.mm_features or request.prompt_embeds is not None:
+        # Others with a reference are still being copied.
+        if not blocks or any(block.ref_cnt > 1 for block in blocks):
             return False
-        if any(block.ref_cnt > 1 for block in blocks):
-            # They are still being copied.
+        if not self._is_told(request, num_tokens):
             return False
-        rest = list(request.all_token_ids[number * self._block_size : num_tokens])
         is_prompt = num_tokens <= request.num_prompt_tokens
-        ended = Ended(num_tokens, request.block_hashes[number - 1], rest, blocks, is_prompt)
-        self._ended[blocks[0].block_id] = ended
-        self._hashed.setdefault(number, {}).setdefault(ended.whole, []).append(ended)
-        if is_prompt:
-            # With a hash, though nothing finds them by it, they are given out last again once they
-            # have been copied.
-            for block in blocks:
-                block.set_block_hash(make_block_hash_with_group_id(ended.whole, self._group_id))
-        self._pool.unpin_blocks(blocks, partial(self._forget, ended))
+        self._add(self._end(request, num_tokens, blocks, is_prompt=is_prompt))
         return True
+
+    def save(
+        self, request: Request, num_tokens: int, blocks: list[KVCacheBlock]
+    ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+        """Copy what a request holds of its prompt, and remember that.
+
+        Args:
+            request: A request that goes on itself.
+            num_tokens: Tokens of its prompt that it has computed.
+            blocks: All that it holds of them.
+
+        Returns:
+            As `copy`; nothing if that is there already, or cannot be told from its tokens.
+        """
+        found = self.find(request, num_tokens)
+        is_there = found is not None and found.num_tokens == num_tokens
+        if is_there or not self._is_told(request, num_tokens):
+            return []
+        copied = self.copy(blocks)
+        copies = [copy for _, copy in copied]
+        self._originals[copies[0].block_id] = blocks
+        self._add(self._end(request, num_tokens, copies, is_prompt=True, is_saved=True))
+        return copied
+
+    def copies_are_made(self) -> None:
+        """Of now on the worker has made all copies before it does anything else."""
+        self._originals.clear()
 
     def find(self, request: Request, most: int) -> Ended | None:
         """The longest end with which the tokens of a request begin, and after which more follow.
 
         Args:
-            request: A request that has computed nothing.
+            request: Any request.
             most: Tokens at most.
         """
         if request.mm_features or request.prompt_embeds is not None:
@@ -129,10 +171,47 @@ class Continuations:
         Returns:
             Each block and its copy, with a reference more that vLLM drops once they are copied.
         """
+        blocks = self._originals.get(blocks[0].block_id, blocks)
         self._pool.touch(blocks)
-        copies = self._pool.get_new_blocks(len(blocks))
+        copies = self.new_blocks(len(blocks))
         self._pool.touch(copies)
         return list(zip(blocks, copies, strict=True))
+
+    def _is_told(self, request: Request, num_tokens: int) -> bool:
+        """Whether a request's first tokens can be told from another's."""
+        number = num_tokens // self._block_size
+        # A step may be under way for a token that is not known here. Images and embeddings are in
+        # the hashes, but not in what follows them.
+        told = num_tokens <= request.num_tokens and 0 < number <= len(request.block_hashes)
+        return told and not request.mm_features and request.prompt_embeds is None
+
+    def _end(
+        self,
+        request: Request,
+        num_tokens: int,
+        blocks: list[KVCacheBlock],
+        *,
+        is_prompt: bool,
+        is_saved: bool = False,
+    ) -> Ended:
+        number = num_tokens // self._block_size
+        rest = list(request.all_token_ids[number * self._block_size : num_tokens])
+        whole = request.block_hashes[number - 1]
+        return Ended(num_tokens, whole, rest, blocks, is_prompt, is_saved)
+
+    def _add(self, end: Ended) -> None:
+        first, number = end.blocks[0].block_id, end.num_tokens // self._block_size
+        self._ended[first] = end
+        self._hashed.setdefault(number, {}).setdefault(end.whole, []).append(end)
+        self._num_blocks[end.is_saved] += len(end.blocks)
+        if end.is_saved:
+            self._saved[first] = end
+        if end.is_prompt:
+            # With a hash, though nothing finds them by it, they are given out last again once they
+            # have been copied.
+            for block in end.blocks:
+                block.set_block_hash(make_block_hash_with_group_id(end.whole, self._group_id))
+        self._pool.unpin_blocks(end.blocks, partial(self._forget, end))
 
     def _forget(self, end: Ended, _: KVCacheBlock) -> None:
         """One of its blocks is another request's now."""
@@ -141,6 +220,8 @@ class Continuations:
 
     def _remove(self, end: Ended) -> None:
         del self._ended[end.blocks[0].block_id]
+        self._saved.pop(end.blocks[0].block_id, None)
+        self._num_blocks[end.is_saved] -= len(end.blocks)
         number = end.num_tokens // self._block_size
         hashed = self._hashed[number]
         hashed[end.whole].remove(end)

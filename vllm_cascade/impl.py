@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
@@ -151,26 +151,15 @@ class CascadeImpl(AttentionImpl[Any]):
         return output
 
     @classmethod
-    def copy_tails(
-        cls, kv_caches: Sequence[torch.Tensor], copies: Sequence[tuple[int, int]]
-    ) -> None:
-        """Copy what lies behind keys and values in the pages of CASCADE layers, if there are any.
+    def pages_in(cls, kv_caches: Iterable[torch.Tensor]) -> list[Pages]:
+        """The pages of CASCADE layers that have served a request.
 
         Args:
             kv_caches: As `kv_cache` of `forward`, one for each of a model's layers.
-            copies: From which block to which; none is both.
         """
         addresses = {kv_cache.data_ptr() for kv_cache in kv_caches}
         pages = [impl.pages for impl in cls._alive if impl.pages]
-        pages = [each for each in pages if each.kv.data_ptr() in addresses]
-        if not copies or not pages:
-            return
-        blocks = torch.tensor(copies)
-        if pages[0].kv.is_cuda:
-            blocks = blocks.pin_memory()
-        source, target = blocks.to(pages[0].kv.device, non_blocking=True).unbind(1)
-        for each in pages:
-            each.copy_tails(source, target)
+        return [each for each in pages if each.kv.data_ptr() in addresses]
 
     def _pages_of(self, kv_cache: torch.Tensor) -> Pages:
         if self.pages is None or self.pages.kv.data_ptr() != kv_cache.data_ptr():

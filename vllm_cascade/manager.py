@@ -15,6 +15,9 @@ from vllm_cascade.spec import CascadeSpec
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+# Of a prompt that may be a question of each request's own after a text that others have too.
+QUESTION_TOKENS = 256
+
 
 class CascadeManager(CircularBufferManager):
     """Hands a request need(tokens) blocks and lets it keep them until it ends.
@@ -37,6 +40,10 @@ class CascadeManager(CircularBufferManager):
         )
         # Requests that go on from a copy.
         self._copying: set[str] = set()
+        # Requests that took blocks over -> tokens these stand for, until their first step.
+        self._taken: dict[str, int] = {}
+        # Requests of whose prompt there is a copy.
+        self._saved: set[str] = set()
         # Not where other layers' caches would have to go on too; nobody asks then.
         self._is_asked = False
 
@@ -83,11 +90,7 @@ class CascadeManager(CircularBufferManager):
             missing += sum(block.ref_cnt == 0 for block in new_computed_blocks)
         if apply_admission_cap:
             self._promised[request_id] = need
-            missing += sum(
-                max(0, promised - self._num_held(other))
-                for other, promised in self._promised.items()
-                if other != request_id and self._num_held(other)
-            )
+            missing += self._num_promised(besides=request_id)
         return missing
 
     def allocate_new_blocks(
@@ -96,7 +99,7 @@ class CascadeManager(CircularBufferManager):
         missing = self._layout.need(num_tokens) - self._num_held(request_id)
         if missing <= 0:
             return []
-        blocks = self.block_pool.get_new_blocks(missing)
+        blocks = self._continuations.new_blocks(missing)
         self.req_to_blocks[request_id].extend(blocks)
         return blocks
 
@@ -130,6 +133,7 @@ class CascadeManager(CircularBufferManager):
             blocks = [copy for _, copy in copied]
         else:
             self._continuations.take(blocks)
+            self._taken[request_id] = num_local_computed_tokens
         self.req_to_blocks[request_id].extend(blocks)
 
     def cache_blocks(
@@ -142,6 +146,15 @@ class CascadeManager(CircularBufferManager):
     ) -> None:
         # Called in each step with prefix caching, and only then.
         self._running[request.request_id] = request
+        num_held = request.num_computed_tokens or self._taken.pop(request.request_id, 0)
+        num_others = request.num_prompt_tokens - QUESTION_TOKENS
+        # Before the last step that computes nothing but what other requests may begin with.
+        if self._is_asked and 0 < num_held < request.num_prompt_tokens and num_tokens > num_others:
+            self._save(request, num_held)
+
+    def take_pending_cow_copies(self) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+        self._continuations.copies_are_made()
+        return super().take_pending_cow_copies()
 
     def free(self, request_id: str) -> None:
         request = self._running.get(request_id)
@@ -154,7 +167,28 @@ class CascadeManager(CircularBufferManager):
         self._promised.pop(request_id, None)
         self._running.pop(request_id, None)
         self._copying.discard(request_id)
+        self._taken.pop(request_id, None)
+        self._saved.discard(request_id)
         return super().pop_blocks_for_free(request_id)
+
+    def _save(self, request: Request, num_tokens: int) -> None:
+        """Copy what a request holds, once, where nobody waits for the blocks and no end is lost."""
+        name = request.request_id
+        blocks = self.req_to_blocks[name][: self._layout.need(num_tokens)]
+        # Until the end of this step; each request may take another block meanwhile.
+        needed = len(blocks) + self._num_promised() + len(self.req_to_blocks)
+        if name in self._saved or needed > self._continuations.num_unused:
+            return
+        self._saved.add(name)
+        self._pending_cow_copies += self._continuations.save(request, num_tokens, blocks)
+
+    def _num_promised(self, besides: str | None = None) -> int:
+        """Blocks that admitted prompts have yet to take."""
+        return sum(
+            max(0, promised - self._num_held(name))
+            for name, promised in self._promised.items()
+            if name != besides and self._num_held(name)
+        )
 
     def _num_held(self, request_id: str) -> int:
         return len(self.req_to_blocks.get(request_id, ()))

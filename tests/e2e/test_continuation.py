@@ -19,11 +19,12 @@ TRACED = CASCADE | {"trace_tokens": True}
 SAMPLING = SamplingParams(
     temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, logprobs=0
 )
+CHUNK = 256
 PROMPT, MORE = prompt_without_ties(700, seed=1), prompt_without_ties(90, seed=2)
 
 
 def start(model: str, **options: Any) -> Any:
-    options = {"max_num_batched_tokens": 256, "max_num_seqs": 4, **options}
+    options = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 4, **options}
     return engine(
         TRACED,
         model,
@@ -114,14 +115,35 @@ def test_turns_of_a_chat(llm: Any) -> None:
     check_kept(log, outputs, expected)
 
 
-def test_one_goes_on_and_the_others_begin_at_the_beginning(llm: Any) -> None:
+def test_several_go_on_from_an_answer(llm: Any) -> None:
+    """One takes its blocks over and leaves a copy to the next, in the same step."""
     (first,) = run(llm, PROMPT)
     begun = [*PROMPT, *tokens_of(first)]
     prompts = [[*begun, *MORE], [*begun, *MORE[5:]], PROMPT]
-    outputs = run(llm, *prompts)
-    assert sorted(output.num_cached_tokens > 0 for output in outputs) == [False, False, True]
-    check_pool(llm)
-    check_alike(outputs, afresh(llm, *prompts))
+    log = KeptLog(llm)
+    with log.recording():
+        outputs = run(llm, *prompts)
+        taken, copied, again = (output.num_cached_tokens for output in outputs)
+        assert taken == copied >= len(begun) - 1 and again == CHUNK
+        check_pool(llm)
+        expected = [afresh(llm, prompt)[0] for prompt in prompts]
+    check_alike(outputs, expected)
+    check_kept(log, outputs, expected)
+
+
+def test_prompts_that_begin_alike(llm: Any) -> None:
+    """At once and later: all but the first go on from a copy made before the last chunk but one."""
+    prompts = [PROMPT, PROMPT, [*PROMPT[:500], *MORE], PROMPT]
+    log = KeptLog(llm)
+    with log.recording():
+        outputs = run(llm, *prompts[:3])
+        outputs += run(llm, *prompts[3:])
+        # Chunks are shorter where requests share a step.
+        assert [output.num_cached_tokens >= CHUNK for output in outputs] == [False, *[True] * 3]
+        check_pool(llm)
+        expected = [afresh(llm, prompt)[0] for prompt in prompts]
+    check_alike(outputs, expected)
+    check_kept(log, outputs, expected)
 
 
 def prime(llm: Any, prompt: list[int]) -> None:
@@ -147,20 +169,20 @@ def test_many_go_on_from_a_prompt(llm: Any) -> None:
 def test_the_longest_end_is_gone_on_from(llm: Any) -> None:
     (first,) = run(llm, PROMPT)
     (second,) = run(llm, PROMPT[:400])
-    assert second.num_cached_tokens == 0
+    assert second.num_cached_tokens == CHUNK
     (third,) = run(llm, [*PROMPT, *tokens_of(first), *MORE])
     assert third.num_cached_tokens >= len(PROMPT)
     (fourth,) = run(llm, [*PROMPT[:400], *tokens_of(second), *MORE])
     assert 400 <= fourth.num_cached_tokens <= 420
 
 
-@pytest.mark.parametrize("place", [3, 300, 716])
-def test_another_token_in_a_block_or_after_the_last(llm: Any, place: int) -> None:
+@pytest.mark.parametrize(("place", "cached"), [(3, 0), (300, 256), (716, 256)])
+def test_another_token_in_a_block_or_after_the_last(llm: Any, place: int, cached: int) -> None:
     (first,) = run(llm, PROMPT)
     prompt = [*PROMPT, *tokens_of(first), *MORE]
     prompt[place] = prompt[place] % 50 + 1 if prompt[place] % 50 + 1 != prompt[place] else 60
     (output,) = run(llm, prompt)
-    assert output.num_cached_tokens == 0
+    assert output.num_cached_tokens == cached
 
 
 def test_salts_and_skipping(llm: Any) -> None:
@@ -227,6 +249,27 @@ def test_blocks_that_others_took(model: str) -> None:
         assert late.num_cached_tokens == 0 and tokens_of(again) == tokens_of(first)
         check_alike([output], [late])
         check_pool(llm)
+
+
+def test_copies_of_prompts_give_way(model: str) -> None:
+    """To a third request, in a pool with room for three full caches; no end of an answer does."""
+    with start(model, enable_prefix_caching=True) as llm:
+        most = cascade_manager_of(llm)._layout.max_blocks
+    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=3 * most + 1) as llm:
+        texts = [PROMPT, random_prompt(500, seed=3), random_prompt(500, seed=4)]
+        run(llm, texts[0])
+        assert run(llm, texts[0])[0].num_cached_tokens == CHUNK
+        assert llm.reset_prefix_cache()
+        answers = [run(llm, text)[0] for text in texts]
+        assert [answer.num_cached_tokens for answer in answers] == [0, 0, 0]
+        assert len(cascade_manager_of(llm)._continuations._saved) <= 1
+        turns = [
+            [*text, *tokens_of(answer), *MORE] for text, answer in zip(texts, answers, strict=True)
+        ]
+        outputs = [run(llm, turn)[0] for turn in turns]
+        assert all(output.num_cached_tokens >= 500 for output in outputs)
+        check_pool(llm)
+        check_alike(outputs, [afresh(llm, turn)[0] for turn in turns])
 
 
 def test_a_pool_without_room_for_a_copy(model: str) -> None:

@@ -16,7 +16,8 @@ from e2e.test_continuation import (
     start,
     test_a_request_that_was_aborted_in_its_prefill,
     test_many_go_on_from_a_prompt,
-    test_one_goes_on_and_the_others_begin_at_the_beginning,
+    test_prompts_that_begin_alike,
+    test_several_go_on_from_an_answer,
     test_turns_of_a_chat,
 )
 from e2e.tiny import save_llama
@@ -25,7 +26,8 @@ __all__ = [
     "forget",
     "test_a_request_that_was_aborted_in_its_prefill",
     "test_many_go_on_from_a_prompt",
-    "test_one_goes_on_and_the_others_begin_at_the_beginning",
+    "test_prompts_that_begin_alike",
+    "test_several_go_on_from_an_answer",
     "test_turns_of_a_chat",
 ]
 

