@@ -1,4 +1,4 @@
-"""Time the turns of a long chat, then questions about one long text, on a server that runs.
+"""Time the turns of a long chat, and questions about one long text, on a server that runs.
 
     vllm serve .models/SmolLM2-135M-Instruct --served-model-name smollm2 \\
         --attention-backend CASCADE --max-model-len 65536 --dtype float32 \\
@@ -64,6 +64,11 @@ def main() -> None:
             {"role": "assistant", "content": answer},
             {"role": "user", "content": "Say more about that."},
         ]
+
+    print("its first turn again, then another question about the same text")
+    ask(client, model, chat[:1], max_tokens=16)
+    other = f"{text}\n\nWhere does this text take place, and who is in it?"
+    ask(client, model, [{"role": "user", "content": other}], max_tokens=16)
 
     print("a text, then a question, then all questions at once")
     system = {"role": "system", "content": text}

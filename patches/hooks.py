@@ -31,6 +31,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
         "allocate_external_computed_blocks",
         "add_local_computed_blocks",
         "cache_blocks",
+        "take_pending_cow_copies",
         "free",
         "pop_blocks_for_free",
     ),
