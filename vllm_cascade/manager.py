@@ -147,9 +147,11 @@ class CascadeManager(CircularBufferManager):
         # Called in each step with prefix caching, and only then.
         self._running[request.request_id] = request
         num_held = request.num_computed_tokens or self._taken.pop(request.request_id, 0)
-        num_others = request.num_prompt_tokens - QUESTION_TOKENS
-        # Before the last step that computes nothing but what other requests may begin with.
-        if self._is_asked and 0 < num_held < request.num_prompt_tokens and num_tokens > num_others:
+        num_prompt = request.num_prompt_tokens
+        # A copy costs as much whatever is in it: of little it would save too little.
+        is_worth_it = self._is_asked and self._layout.config.cache_tokens <= 4 * num_held
+        # Before the first step after which only a question is left.
+        if is_worth_it and num_held < num_prompt < num_tokens + QUESTION_TOKENS:
             self._save(request, num_held)
 
     def take_pending_cow_copies(self) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
