@@ -128,7 +128,7 @@ class Continuations:
         return copied
 
     def copies_are_made(self) -> None:
-        """Of now on the worker has made all copies before it does anything else."""
+        """From now on the worker has made all copies before it does anything else."""
         self._originals.clear()
 
     def find(self, request: Request, most: int) -> Ended | None:

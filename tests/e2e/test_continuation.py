@@ -132,7 +132,7 @@ def test_several_go_on_from_an_answer(llm: Any) -> None:
 
 
 def test_prompts_that_begin_alike(llm: Any) -> None:
-    """At once and later: all but the first go on from a copy made before the last chunk but one."""
+    """At once and later: all but the first go on from a copy that was made of one of them."""
     prompts = [PROMPT, PROMPT, [*PROMPT[:500], *MORE], PROMPT]
     log = KeptLog(llm)
     with log.recording():

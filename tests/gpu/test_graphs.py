@@ -17,6 +17,14 @@ pytestmark = pytest.mark.gpu
 # Under the budget, at it, where it fills while the answer grows, and far past it.
 LENGTHS = [5, 100, 143, 208, 333, 1001]
 ANSWER = 140
+OPTIONS: dict[str, Any] = {
+    "block_size": 16,
+    "max_model_len": 4096,
+    "max_num_batched_tokens": 512,
+    "max_num_seqs": 8,
+    "num_gpu_blocks_override": 2000,
+    "skip_tokenizer_init": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,26 +44,26 @@ def graphs(*sizes: int) -> dict[str, Any]:
     }
 
 
+def generate(llm: Any) -> list[Any]:
+    """The answers to prompts of all lengths."""
+    return llm.generate(
+        [{"prompt_token_ids": random_prompt(n, seed=n)} for n in LENGTHS],
+        SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False),
+        use_tqdm=False,
+    )
+
+
 def play(model: str, **options: Any) -> tuple[list[list[int]], dict[int, dict[str, Any]], int]:
     """(answers, tokens computed -> kept tokens per layer, graphs replayed) of all prompts."""
     with engine(
         {**CASCADE, "trace_tokens": True},
         model,
-        block_size=16,
-        max_model_len=4096,
-        max_num_batched_tokens=512,
-        max_num_seqs=8,
-        num_gpu_blocks_override=2000,
-        skip_tokenizer_init=True,
         worker_extension_cls="vllm_cascade.trace.WorkerExtension",
+        **OPTIONS,
         **options,
     ) as llm:
         with watched() as steps:
-            outputs = llm.generate(
-                [{"prompt_token_ids": random_prompt(n, seed=n)} for n in LENGTHS],
-                SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False),
-                use_tqdm=False,
-            )
+            outputs = generate(llm)
         # The newest of each length: a graph's capture runs rows of its own before.
         found = {
             each["num_tokens"]: each["layers"] for each in llm.collective_rpc("kept_tokens")[0]
@@ -90,22 +98,13 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(model: str) -> None:
             CASCADE,
             model,
             dtype="bfloat16",
-            block_size=16,
-            max_model_len=4096,
-            max_num_batched_tokens=512,
-            max_num_seqs=8,
-            num_gpu_blocks_override=2000,
-            skip_tokenizer_init=True,
+            **OPTIONS,
             **graphs(1, 2, 4, 8),
         ) as llm,
     ):
         assert "_write_kernel" in compiled
         compiled.clear()
-        llm.generate(
-            [{"prompt_token_ids": random_prompt(n, seed=n)} for n in LENGTHS],
-            SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False),
-            use_tqdm=False,
-        )
+        generate(llm)
         assert not compiled
 
 
@@ -117,12 +116,7 @@ def test_decode_never_waits_for_the_device(model: str) -> None:
         CASCADE,
         model,
         dtype="bfloat16",
-        block_size=16,
-        max_model_len=4096,
-        max_num_batched_tokens=2048,
-        max_num_seqs=8,
-        num_gpu_blocks_override=2000,
-        skip_tokenizer_init=True,
+        **(OPTIONS | {"max_num_batched_tokens": 2048}),
         **graphs(4, 8),
     ) as llm:
         prompts = [{"prompt_token_ids": random_prompt(n, seed=n)} for n in lengths]
