@@ -1,4 +1,4 @@
-"""Draws a plot of each committed result file that has one, NAME.svg of NAME.csv.
+"""Draws the plots of the committed result files: NAME.svg of NAME.csv, or of a study in it.
 
     pip install '.[plots]' && python benchmarks/plots.py
 
@@ -31,7 +31,7 @@ CACHES = {
 }
 BACKENDS = {"FLASH_ATTN": RED, "CASCADE": BLUE}
 FLASH = {"FlashAttention-2": RED, "FlashAttention-3": ORANGE}
-POLICIES = {"paper": GREEN, "blend": BLUE, "window": GREY, "full": RED}
+POLICIES = {"distinct": PINK, "paper": GREEN, "blend": BLUE, "window": GREY, "full": RED}
 # How much less time than FlashAttention-2 at 1M tokens (arXiv 2406.17808, abstract).
 PUBLISHED, PUBLISHED_TOKENS = 6.8, 1 << 20
 
@@ -130,15 +130,15 @@ def gpu_paper_protocol(rows: list[Row], figure: Any) -> None:
 
 def quality(rows: list[Row], figure: Any) -> None:
     """Share of right answers by length for each task, and perplexity by position, by cache."""
-    rows = [row for row in rows if row["study"] == "lengths"]
     panels: list[tuple[str, bool, list[dict[str, Any]]]] = []
     answers = [row for row in rows if row["exact"]]
     for task, filler in dict.fromkeys((row["task"], row["filler"]) for row in answers):
         found = [row for row in answers if (row["task"], row["filler"]) == (task, filler)]
         name = ", ".join(filter(None, [task, filler]))
         panels.append((f"{name}: share of right answers", True, [_share(row) for row in found]))
-    for length in dict.fromkeys(row["length"] for row in rows if row["perplexity"]):
-        found = [row for row in rows if row["perplexity"] and row["length"] == length]
+    books = [row for row in rows if row["perplexity"] and row["filler"] != "code"]
+    for length in dict.fromkeys(row["length"] for row in books):
+        found = [row for row in books if row["length"] == length]
         entries = [
             {
                 **row,
@@ -173,11 +173,42 @@ def quality(rows: list[Row], figure: Any) -> None:
     _legend(figure, grid[0], 3)
 
 
-def _share(row: Row) -> dict[str, Any]:
+def quality_tasks(rows: list[Row], figure: Any) -> None:
+    """Share of right answers of each task, against how many times the budget a prompt is."""
+    answers = [row for row in rows if row["exact"]]
+    kinds = list(dict.fromkeys((row["task"], row["filler"]) for row in answers))
+    budget = int(next(row["cache_tokens"] for row in answers if row["cache_tokens"]))
+    caches = _colours(dict.fromkeys(row["cache"] for row in rows))
+    height = -(-len(kinds) // 3)
+    figure.set_size_inches(10, 3.1 * height + 0.6)
+    grid = list(figure.subplots(height, 3, squeeze=False, sharey=True).flat)
+    for kind, axes in zip(kinds, grid, strict=False):
+        own = [row for row in answers if (row["task"], row["filler"]) == kind]
+        for number, (cache, colour) in enumerate(caches.items()):
+            # Side by side, or one interval would hide another.
+            shift = 2 ** (0.06 * (number - (len(caches) - 1) / 2))
+            found = [_share(row, shift / budget) for row in own if row["cache"] == cache]
+            if found:
+                _shares(axes, found, cache, colour)
+        axes.set_xscale("log", base=2)
+        times = sorted({int(row["length"]) / budget for row in own})
+        axes.set_xticks(times, [f"{value:.2g}x" for value in times], fontsize=9)
+        axes.minorticks_off()
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlabel("prompt, times the budget")
+        axes.set_title(", ".join(filter(None, kind)), fontsize=11)
+    for axes in grid[len(kinds) :]:
+        axes.remove()
+    _legend(figure, grid[0], len(caches))
+    title = f"Share of right answers and its 95% interval, {rows[0]['model']}"
+    figure.suptitle(f"{title}, a budget of {budget:,} tokens", fontsize=11)
+
+
+def _share(row: Row, scale: float = 1) -> dict[str, Any]:
     right, prompts = int(row["exact"]), int(row["prompts"])
     return {
         "cache": row["cache"],
-        "length": int(row["length"]),
+        "length": int(row["length"]) * scale,
         "share": right / prompts,
         "interval": wilson(right, prompts),
     }
@@ -247,8 +278,25 @@ def _short(tokens: int) -> str:
 
 
 PLOTS: dict[str, Callable[[list[Row], Any], None]] = {
-    draw.__name__: draw for draw in (streaming_perplexity, gpu_context, gpu_paper_protocol, quality)
+    draw.__name__: draw
+    for draw in (streaming_perplexity, gpu_context, gpu_paper_protocol, quality, quality_tasks)
 }
+# Plots of one file, quality.csv, each of a study in it.
+STUDIES = {"quality": "lengths", "quality_tasks": "tasks"}
+
+
+def file_of(name: str, results: Path = RESULTS) -> Path:
+    """The result file of a plot."""
+    return results / ("quality.csv" if name in STUDIES else f"{name}.csv")
+
+
+def rows_of(name: str, results: Path = RESULTS) -> list[Row]:
+    """The rows of a plot; none where it has no file or its study is not in it."""
+    source = file_of(name, results)
+    if not source.exists():
+        return []
+    with source.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row.get("study") == STUDIES.get(name)]
 
 
 def digests(source: Path) -> str:
@@ -261,36 +309,36 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_text(encoding="utf-8").encode()).hexdigest()[:16]
 
 
-def draw(source: Path, target: Path) -> None:
-    """Draw the plot of a result file.
+def draw(name: str, target: Path, results: Path = RESULTS) -> None:
+    """Draw a plot.
 
     Args:
-        source: NAME.csv, of a name in `PLOTS`.
+        name: Of `PLOTS`; it has rows.
         target: Where the SVG goes.
+        results: Folder of the result files.
     """
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    with source.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     # The same bytes each time; text stays text.
     style = {"svg.hashsalt": "cascade", "svg.fonttype": "none", "font.size": 11}
     style |= {"axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
         figure = pyplot.figure(layout="constrained")
-        PLOTS[source.stem](rows, figure)
-        figure.savefig(target, metadata={"Date": None, "Description": digests(source)})
+        PLOTS[name](rows_of(name, results), figure)
+        said = {"Date": None, "Description": digests(file_of(name, results))}
+        figure.savefig(target, metadata=said)
         pyplot.close(figure)
 
 
 def main() -> int:
     for name in PLOTS:
-        source = RESULTS / f"{name}.csv"
-        if source.exists():
-            draw(source, source.with_suffix(".svg"))
-            print(f"wrote {source.with_suffix('.svg')}")
+        if rows_of(name):
+            target = RESULTS / f"{name}.svg"
+            draw(name, target)
+            print(f"wrote {target}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Gathers results of `vllm-cascade eval` into benchmarks/results/quality.csv: a row for each cell.
 
     python benchmarks/quality.py --gpu GPU --commit HASH --lengths FOLDER... --knobs FOLDER...
+    python benchmarks/quality.py --gpu GPU --commit HASH --tasks FOLDER...
 
 The folders are those that the evaluation wrote to; NOTES.md has its commands. A cache may be spread
 over several. Its rows replace those that the file has of the cache in that study; others stay. Rows
@@ -14,71 +15,104 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_cascade.config import PRESETS, CascadeOptions
-from vllm_cascade.evaluation.report import summarise
+from vllm_cascade.evaluation.report import PERPLEXITY, summarise
 from vllm_cascade.evaluation.results import KEY
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "quality.csv"
-PROMPTS = 20
+SMALL, LARGE = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-1.5B-Instruct"
 # Options that make a name; the others are columns.
-NAMED = ("newest_share", "selection_window", "score_power", "key_weight")
-NAMED += ("score_reduction", "score_decay")
+NAMED = ("newest_share", "selection_window", "score_weight", "key_weight", "value_weight")
+NAMED += ("score_power", "score_reduction", "score_decay")
 COLUMNS = ("num_sub_caches", "newest_share", "stride", "cache_tokens", "block_size")
 
 
-def name_of(label: str, options: dict[str, Any]) -> str:
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What is asked of one model.
+
+    Attributes:
+        model: Its name.
+        stride: Of the caches that do not name theirs.
+        prompts: The first so many of a cell count; None for all.
+        about: For the help text.
+    """
+
+    model: str
+    stride: int
+    prompts: int | None
+    about: str
+
+
+STUDIES = {
+    "lengths": Study(SMALL, 128, 20, "passkeys and perplexity over the length"),
+    "knobs": Study(SMALL, 128, None, "one option after the other"),
+    "tasks": Study(LARGE, 512, None, "tasks that full attention can do"),
+}
+
+
+def name_of(label: str, options: dict[str, Any], stride: int) -> str:
     """A cache's name: its policy, and what differs from today's defaults.
 
     Args:
         label: As on the command line.
-        options: The resolved configuration; empty for full attention.
+        options: The resolved configuration; empty for full attention. It may lack an option that
+            was not there when it was written.
+        stride: Tokens; a cache of another stride names it.
     """
     if not options:
         return label
     policy = options["policy"]
     defaults = {**asdict(CascadeOptions()), **PRESETS[policy]}
-    said = [f"{name}={options[name]:g}" for name in NAMED[:4] if options[name] != defaults[name]]
-    said += [f"{name}={options[name]}" for name in NAMED[4:] if options[name] != defaults[name]]
+    said = [
+        f"{name}={value if isinstance(value, str) else f'{value:g}'}"
+        for name in NAMED
+        if (value := options.get(name, defaults[name])) != defaults[name]
+    ]
     if "num_sub_caches" in label:
         said.insert(0, f"num_sub_caches={options['num_sub_caches']}")
-    if options["stride"] != 128:
+    if options["stride"] != stride:
         said.append(f"stride={options['stride']}")
     return f"{policy}:{','.join(said)}" if said else policy
 
 
-def read(folders: Sequence[Path], prompts: int | None) -> list[dict[str, str]]:
-    """Rows under their caches' names, of the first `prompts` prompts of a cell.
+def read(folders: Sequence[Path], study: Study) -> list[dict[str, str]]:
+    """Rows under their caches' names, of those prompts of a cell that count.
 
     Args:
         folders: Where a prompt is in several, the first one's row counts.
-        prompts: None for all.
+        study: What the folders are of.
     """
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for folder in folders:
         with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         for row in rows:
-            row["cache"] = name_of(row["cache"], json.loads(row["options"] or "{}"))
-            if prompts is None or int(row["index"]) < prompts:
+            options = json.loads(row["options"] or "{}")
+            row["cache"] = name_of(row["cache"], options, study.stride)
+            if row["task"] == PERPLEXITY:
+                # Results of the time when perplexity was of books only do not say so.
+                row["filler"] = row["filler"] or "book"
+            if study.prompts is None or int(row["index"]) < study.prompts:
                 place = (*(row[name] for name in KEY), row["first_position"])
                 found.setdefault(place, row)
     return list(found.values())
 
 
 def cells(rows: list[dict[str, str]]) -> Iterable[dict[str, Any]]:
-    """A row for each task, filler, length and cache, and for each part of the books."""
+    """A row for each task, filler, length and cache, and for each part of the texts."""
     summary = summarise(rows)
     for entry in (*summary["answers"], *summary["perplexity"]):
         options = json.loads(entry["options"] or "{}")
         yield {
             "cache": entry["cache"],
             **{name: options.get(name, "") for name in COLUMNS},
-            "task": entry.get("task", "perplexity"),
-            "filler": entry.get("filler", ""),
+            "task": entry.get("task", PERPLEXITY),
+            "filler": entry["filler"],
             "length": entry["length"],
             "prompts": entry.get("prompts", ""),
             "exact": entry.get("exact", ""),
@@ -104,28 +138,27 @@ def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", required=True)
-    parser.add_argument("--model", default="SmolLM2-135M-Instruct")
     parser.add_argument("--commit", required=True, help="of the package that was evaluated")
-    parser.add_argument("--lengths", type=Path, nargs="+", default=[], metavar="FOLDER")
-    parser.add_argument("--knobs", type=Path, nargs="+", default=[], metavar="FOLDER")
+    for name, study in STUDIES.items():
+        help_text = f"{study.about}, {study.model}"
+        parser.add_argument(
+            f"--{name}", type=Path, nargs="+", default=[], metavar="FOLDER", help=help_text
+        )
     given = parser.parse_args()
     with OUTPUT.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    for study, folders, prompts in (
-        ("lengths", given.lengths, PROMPTS),
-        ("knobs", given.knobs, None),
-    ):
-        if folders:
+    for name, study in STUDIES.items():
+        if folders := getattr(given, name):
             said = json.loads((folders[0] / "summary.json").read_text(encoding="utf-8"))
             common = {
-                "study": study,
+                "study": name,
                 "commit": given.commit,
                 "gpu": given.gpu,
                 "torch": said["versions"]["torch"],
                 "vllm": said["versions"]["vllm"],
-                "model": given.model,
+                "model": study.model,
             }
-            rows = merged(rows, [{**common, **cell} for cell in cells(read(folders, prompts))])
+            rows = merged(rows, [{**common, **cell} for cell in cells(read(folders, study))])
     with OUTPUT.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

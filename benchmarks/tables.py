@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from vllm_cascade.evaluation.scoring import wilson
+
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, str]
 QUALITY_FROM = 2000  # tokens; shorter prompts lose too little
@@ -65,6 +67,7 @@ def gpu_paper_protocol(rows: list[Row]) -> list[str]:
 
 def quality(rows: list[Row]) -> list[str]:
     """Right answers of each task over the lengths, a line for each cache."""
+    rows = _of_books(rows)
     answers = [row for row in rows if row["exact"]]
     lengths = sorted({int(row["length"]) for row in answers})
     lengths = [length for length in lengths if length >= QUALITY_FROM]
@@ -95,8 +98,63 @@ def quality(rows: list[Row]) -> list[str]:
     return _table(lines)
 
 
+def quality_tasks(rows: list[Row]) -> list[str]:
+    """Right answers of each task over the lengths, and perplexity where the texts end."""
+    texts = [{**row, "filler": row["filler"] or "book"} for row in rows if row["perplexity"]]
+    ends = {
+        text: max(int(row["end_position"]) for row in texts if row["filler"] == text)
+        for text in dict.fromkeys(row["filler"] for row in texts)
+    }
+    found = {
+        (row["cache"], row["filler"]): row["perplexity"]
+        for row in texts
+        if int(row["end_position"]) == ends[row["filler"]]
+    }
+    heading, lines = _tasks(rows, "right", lambda row: row["exact"])
+    heading += [f"perplexity, {text}, tokens up to {end:,}" for text, end in ends.items()]
+    caches = dict.fromkeys(row["cache"] for row in rows)
+    for cache, line in zip(caches, lines, strict=True):
+        line += [_number(found.get((cache, text), ""), 2) for text in ends]
+    return _table([heading, *lines])
+
+
+def quality_intervals(rows: list[Row]) -> list[str]:
+    """The 95% Wilson interval of each share in `quality_tasks`, in percent."""
+
+    def interval(row: Row) -> str:
+        low, high = wilson(int(row["exact"]), int(row["prompts"]))
+        return f"{100 * low:.0f}-{100 * high:.0f}"
+
+    heading, lines = _tasks(rows, "95% interval of the share in percent,", interval)
+    return _table([heading, *lines])
+
+
+def _tasks(
+    rows: list[Row], what: str, show: Callable[[Row], str]
+) -> tuple[list[str], list[list[str]]]:
+    """A heading and a line for each cache: a cell for each task, of its lengths side by side."""
+    answers = [row for row in rows if row["exact"]]
+    lengths = sorted({int(row["length"]) for row in answers})
+    kinds = list(dict.fromkeys((row["task"], row["filler"]) for row in answers))
+    asked = ", ".join(dict.fromkeys(row["prompts"] for row in answers))
+    shown = ", ".join(f"{length:,}" for length in lengths)
+    heading = [f"{what} of {asked} at {shown} tokens", *(", ".join(filter(None, k)) for k in kinds)]
+    lines = []
+    for cache in dict.fromkeys(row["cache"] for row in rows):
+        own = {
+            (r["task"], r["filler"], int(r["length"])): r for r in answers if r["cache"] == cache
+        }
+        line = [f"`{cache}`"]
+        for kind in kinds:
+            cells = (own.get((*kind, length)) for length in lengths)
+            line.append(" ".join("-" if row is None else show(row) for row in cells))
+        lines.append(line)
+    return heading, lines
+
+
 def quality_knobs(rows: list[Row]) -> list[str]:
     """All right answers of each length, and perplexity, a line for each setting."""
+    rows = _of_books(rows)
     answers = [row for row in rows if row["exact"]]
     lengths = sorted({int(row["length"]) for row in answers})
     end = max(int(row["end_position"]) for row in rows if row["end_position"])
@@ -146,31 +204,49 @@ def gpu_scaling(rows: list[Row]) -> list[str]:
 
 TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     table.__name__: table
-    for table in (gpu_context, gpu_paper_protocol, gpu_scaling, quality, quality_knobs)
+    for table in (
+        gpu_context,
+        gpu_paper_protocol,
+        gpu_scaling,
+        quality,
+        quality_knobs,
+        quality_tasks,
+        quality_intervals,
+    )
+}
+# Tables of one file, quality.csv, each of a study in it.
+STUDIES = {
+    "quality": "lengths",
+    "quality_knobs": "knobs",
+    "quality_tasks": "tasks",
+    "quality_intervals": "tasks",
 }
 
 
-# Two tables are of one file, each of a study of its own.
-STUDIES = {"quality": "lengths", "quality_knobs": "knobs"}
-
-
-def rows_of(name: str, results: Path) -> Path:
+def file_of(name: str, results: Path) -> Path:
     """The result file of a table."""
-    return results / f"{name.removesuffix('_knobs')}.csv"
+    return results / ("quality.csv" if name in STUDIES else f"{name}.csv")
+
+
+def rows_of(name: str, results: Path) -> list[Row]:
+    """The rows of a table; none where it has no file or its study is not in it."""
+    file = file_of(name, results)
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        return [row for row in csv.DictReader(lines) if row.get("study") == STUDIES.get(name)]
 
 
 def section(name: str, results: Path = RESULTS) -> str:
     """What stands between the markers of a table: the table, and of which run it is."""
-    with rows_of(name, results).open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("study") == STUDIES.get(name)]
+    rows = rows_of(name, results)
     said = {
         column: ", ".join(dict.fromkeys(row[column] for row in rows))
         for column in ("gpu", "vllm", "torch", "commit")
     }
-    file = rows_of(name, results).name
     source = (
-        f"[Rows](benchmarks/results/{file}): {said['gpu']}, vLLM {said['vllm']}, "
-        f"PyTorch {said['torch']}, commit {said['commit']}."
+        f"[Rows](benchmarks/results/{file_of(name, results).name}): {said['gpu']}, vLLM "
+        f"{said['vllm']}, PyTorch {said['torch']}, commit {said['commit']}."
     )
     return "\n".join([*TABLES[name](rows), "", source, ""])
 
@@ -178,10 +254,15 @@ def section(name: str, results: Path = RESULTS) -> str:
 def rewritten(text: str, results: Path = RESULTS) -> str:
     """A Markdown text with the sections of all tables that have rows."""
     for name in TABLES:
-        if rows_of(name, results).exists():
+        if rows_of(name, results):
             between = re.compile(rf"(?<=^<!-- {name} -->\n).*?(?=^<!-- /{name} -->$)", re.M | re.S)
             text = between.sub(lambda _, name=name: section(name, results), text)
     return text
+
+
+def _of_books(rows: list[Row]) -> list[Row]:
+    """Without perplexity of code, which has no column in a table that says "perplexity"."""
+    return [row for row in rows if not row["perplexity"] or row["filler"] != "code"]
 
 
 def _number(text: str, digits: int, unit: float = 1.0) -> str:
@@ -206,7 +287,7 @@ def main() -> int:
         path.write_text(text, encoding="utf-8")
     if not sys.argv[1:]:
         for name in TABLES:
-            if rows_of(name, RESULTS).exists():
+            if rows_of(name, RESULTS):
                 print(f"<!-- {name} -->\n{section(name)}<!-- /{name} -->\n")
     return 0
 

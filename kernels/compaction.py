@@ -14,19 +14,18 @@ import triton
 import triton.language as tl
 
 from vllm_cascade.kernels.launch import launch, next_power_of_2
-from vllm_cascade.kernels.mean_keys import (
-    MAX_KEYS,
-    MAX_PARTS,
-    PARTS_TILE,
+from vllm_cascade.kernels.means import (
     ROWS_AT_A_TIME,
-    mean_key,
+    add_units,
+    make_sums,
+    mean_direction,
     rows_with_groups,
     store_distinctiveness,
-    sum_unit_keys,
 )
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
 from vllm_cascade.kernels.survivors import store_sources, store_worth
+from vllm_cascade.kernels.weights import Weights
 
 MAX_WINDOW = 1024
 PROGRAMS_PER_SM = 4
@@ -48,7 +47,6 @@ def _move(
     GROUP: tl.constexpr,
     MOVE: tl.constexpr,
     MOVE_CHANNELS: tl.constexpr,
-    HAS_TOKEN: tl.constexpr,
 ):
     """Bring the survivors of a group into its first half.
 
@@ -71,18 +69,42 @@ def _move(
 
         # [MOVE, MOVE_CHANNELS]
         kv = tl.load(kv_ptr + source_at_kv[:, None] + channels[None, :], mask=has_channel)
-        score = tl.load(score_ptr + source_blocks * score_stride_block + source_slots)
-        if HAS_TOKEN:
+        if score_ptr is not None:
+            score = tl.load(score_ptr + source_blocks * score_stride_block + source_slots)
+        if token_ptr is not None:
             token = tl.load(token_ptr + source_blocks * token_stride_block + source_slots)
         tl.debug_barrier()
         tl.store(kv_ptr + target_at_kv[:, None] + channels[None, :], kv, mask=has_channel)
-        tl.store(score_ptr + target_blocks * score_stride_block + target_slots, score)
-        if HAS_TOKEN:
+        if score_ptr is not None:
+            tl.store(score_ptr + target_blocks * score_stride_block + target_slots, score)
+        if token_ptr is not None:
             tl.store(token_ptr + target_blocks * token_stride_block + target_slots, token)
 
 
+@triton.jit
+def _zero_sums(
+    sums_ptr,
+    num_groups_ptr,
+    num_rows,
+    ROW: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Set the sums of all rows that had groups back to zero."""
+    for start in range(0, num_rows, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        counts = tl.load(num_groups_ptr + rows, mask=rows < num_rows, other=0)
+        has_groups = (counts > 0).to(tl.int32)
+        ends = tl.cumsum(has_groups, 0)
+        for index in range(tl.sum(has_groups)):
+            row = (start + tl.sum((ends <= index).to(tl.int32))).to(tl.int64)
+            for first in range(0, ROW, TILE):
+                at = first + tl.arange(0, TILE)
+                tl.store(sums_ptr + row * ROW + at, tl.zeros([TILE], tl.int64), mask=at < ROW)
+
+
 @triton.jit(
-    do_not_specialize=["num_rows", "num_sums", "groups_stride_row", "groups_stride_group"],
+    do_not_specialize=["num_rows", "groups_stride_row", "groups_stride_group"],
     do_not_specialize_on_alignment=["groups_ptr", "num_groups_ptr"],
 )
 def _merge_kernel(
@@ -92,12 +114,14 @@ def _merge_kernel(
     groups_ptr,
     num_groups_ptr,
     sums_ptr,
+    finished_ptr,
     values_ptr,
     sources_ptr,
     counters_ptr,
     num_rows,
-    num_sums,
+    score_weight,
     key_weight,
+    value_weight,
     kv_stride_block,
     score_stride_block,
     token_stride_block,
@@ -116,28 +140,24 @@ def _merge_kernel(
     MOVE: tl.constexpr,
     MOVE_CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
-    PARTS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_TOKEN: tl.constexpr,
-    HAS_COUNTERS: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    HAS_KEY: tl.constexpr,
+    HAS_VALUE: tl.constexpr,
 ):
     total_rows = rows_with_groups(num_groups_ptr, num_rows, ROWS)
     if total_rows == 0:
         return
-    parts = tl.minimum(num_sums // total_rows, MAX_PARTS)
     program = tl.program_id(0).to(tl.int64)
-    distinct_at = values_ptr + program * 2 * values_stride
-    worth_at = distinct_at + values_stride
+    key_at = values_ptr + program * 3 * values_stride
+    value_at = key_at + values_stride
+    worth_at = value_at + values_stride
     source_at = sources_ptr + program * values_stride
     local_rows = tl.arange(0, ROWS)
-    rows_before = 0
     merged = tl.full([], 0, tl.int32)
     for start in range(0, num_rows, ROWS):
         counts = tl.load(
             num_groups_ptr + start + local_rows, mask=start + local_rows < num_rows, other=0
         )
-        has_groups = (counts > 0).to(tl.int32)
         ends = tl.cumsum(counts, 0)
         num_items = tl.sum(counts) * NUM_KV_HEADS
         for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
@@ -147,46 +167,39 @@ def _merge_kernel(
             group = index - tl.sum(tl.where(local_rows < local_row, counts, 0))
             row = (start + local_row).to(tl.int64)
             groups_at = groups_ptr + row * groups_stride_row + group * groups_stride_group
-            if HAS_WEIGHT:
-                row_index = rows_before + tl.sum(tl.where(local_rows < local_row, has_groups, 0))
-                mean = mean_key(
-                    sums_ptr,
-                    row_index * parts,
-                    parts,
-                    head,
-                    NUM_KV_HEADS,
-                    HEAD_SIZE,
-                    CHANNELS,
-                    PARTS,
-                )
+            sums_at = sums_ptr + (row * NUM_KV_HEADS + head) * (2 * HEAD_SIZE)
+            if HAS_KEY:
+                mean = mean_direction(sums_at, HEAD_SIZE, CHANNELS)
                 store_distinctiveness(
-                    distinct_at,
-                    kv_ptr,
-                    groups_at,
-                    mean,
-                    head,
-                    kv_stride_block,
-                    HEAD_SIZE,
-                    BLOCK_SIZE,
-                    CHANNELS,
-                    GROUP,
-                    KEYS,
-                )
-                tl.debug_barrier()
+                    key_at, kv_ptr, groups_at, mean, head, 0, kv_stride_block,
+                    HEAD_SIZE, BLOCK_SIZE, CHANNELS, GROUP, KEYS,
+                )  # fmt: skip
+            if HAS_VALUE:
+                mean = mean_direction(sums_at + HEAD_SIZE, HEAD_SIZE, CHANNELS)
+                store_distinctiveness(
+                    value_at, kv_ptr, groups_at, mean, head, HEAD_SIZE, kv_stride_block,
+                    HEAD_SIZE, BLOCK_SIZE, CHANNELS, GROUP, KEYS,
+                )  # fmt: skip
+            tl.debug_barrier()
             store_worth(
                 worth_at,
-                distinct_at,
                 score_ptr,
+                key_at,
+                value_at,
                 groups_at,
                 head,
+                score_weight,
                 key_weight,
+                value_weight,
                 score_stride_block,
                 BLOCK_SIZE,
                 GROUP,
                 WINDOW,
                 TOKENS,
                 SPAN,
-                HAS_WEIGHT,
+                HAS_SCORE,
+                HAS_KEY,
+                HAS_VALUE,
             )
             tl.debug_barrier()
             store_sources(source_at, worth_at, GROUP, WINDOW, TOKENS, SPAN)
@@ -206,11 +219,17 @@ def _merge_kernel(
                 GROUP,
                 MOVE,
                 MOVE_CHANNELS,
-                HAS_TOKEN,
             )
             merged += 1
-        rows_before += tl.sum(has_groups)
-    if HAS_COUNTERS:
+    if HAS_KEY or HAS_VALUE:
+        # The last program to come here finds that nobody reads the sums any more.
+        tl.debug_barrier()
+        if tl.atomic_add(finished_ptr, 1) == tl.num_programs(0) - 1:
+            _zero_sums(
+                sums_ptr, num_groups_ptr, num_rows, NUM_KV_HEADS * 2 * HEAD_SIZE, 1024, ROWS
+            )
+            tl.store(finished_ptr, 0)
+    if counters_ptr is not None:
         # Integers, so the order of the programs does not matter.
         merged = merged.to(tl.int64)
         tl.atomic_add(counters_ptr, merged, mask=merged > 0)
@@ -222,12 +241,15 @@ class Scratch:
     """What the launches hand on to each other and keep for themselves.
 
     Args:
-        sums: [num_sums, num_kv_heads, head_size] int64 sums of parts of the rows' unit keys.
-        values: [num_programs, 2, group] float32 per token distinctiveness and worth.
+        sums: [max_rows, num_kv_heads, 2, head_size] int64, from `make_sums`; zero between merges.
+        finished: [1] int32 programs that are done with the sums; zero between merges.
+        values: [num_programs, 3, group] float32 per token distinctiveness of key and of value, and
+            worth.
         sources: [num_programs, group] int32 places of a group's survivors.
     """
 
     sums: torch.Tensor
+    finished: torch.Tensor
     values: torch.Tensor
     sources: torch.Tensor
 
@@ -237,9 +259,8 @@ class LaunchConfig:
     """Sizes of tiles.
 
     Args:
-        sum_keys: Keys of a tile of the mean; another value may change its last bits.
+        sum_keys: Keys of a tile of the sums.
         sum_warps: Warps of a program of the first launch.
-        sum_stages: Tiles of the mean in flight in a program.
         group_keys: Keys of a tile whose cosine to the mean is taken.
         tokens: Tokens compared with as many at a time.
         move: Survivors moved at a time.
@@ -249,7 +270,6 @@ class LaunchConfig:
 
     sum_keys: int
     sum_warps: int
-    sum_stages: int
     group_keys: int
     tokens: int
     move: int
@@ -271,7 +291,6 @@ def launch_config(head_size: int, element_size: int, group: int) -> LaunchConfig
     return LaunchConfig(
         sum_keys=keys,
         sum_warps=4,
-        sum_stages=1,
         group_keys=min(keys, 64, group),
         tokens=min(32, group),
         move=min(max(16384 // row_bytes, 8), group // 2),
@@ -284,7 +303,6 @@ def make_scratch(
     max_rows: int,
     num_kv_heads: int,
     head_size: int,
-    max_keys: int,
     device: torch.device,
     *,
     max_group: int = MAX_WINDOW,
@@ -296,30 +314,30 @@ def make_scratch(
         max_rows: Most rows of a call.
         num_kv_heads: KV heads.
         head_size: Channels of a key.
-        max_keys: Most keys a row holds.
         device: Where.
         max_group: Most tokens of a merge group.
         programs_per_sm: Programs of a launch per multiprocessor.
-
-    Raises:
-        ValueError: If the sums of `max_keys` unit keys could leave their range.
     """
-    if max_keys > MAX_KEYS:
-        raise ValueError(f"a row may hold {MAX_KEYS} keys at most, got {max_keys}")
     num_programs = 3
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         num_programs = programs_per_sm * properties.multi_processor_count
-    # One sum per row is enough; with more, few rows spread over the device as well.
-    num_sums = max(max_rows, 4 * MAX_PARTS)
     return Scratch(
-        torch.empty(num_sums, num_kv_heads, head_size, dtype=torch.int64, device=device),
-        torch.empty(num_programs, 2, max_group, dtype=torch.float32, device=device),
+        make_sums(max_rows, num_kv_heads, head_size, device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+        torch.empty(num_programs, 3, max_group, dtype=torch.float32, device=device),
         torch.empty(num_programs, max_group, dtype=torch.int32, device=device),
     )
 
 
-def _check(pages: Pages, merges: Merges, head_size: int, window: int, scratch: Scratch) -> None:
+def _check(
+    pages: Pages,
+    merges: Merges,
+    head_size: int,
+    window: int,
+    weights: Weights,
+    scratch: Scratch,
+) -> None:
     """Raise ValueError if something does not fit."""
     _, num_kv_heads, block_size, channels = pages.kv.shape
     num_rows, _, blocks = merges.groups.shape
@@ -328,8 +346,10 @@ def _check(pages: Pages, merges: Merges, head_size: int, window: int, scratch: S
         raise ValueError(f"pages have {channels} channels, not K and V of {head_size} each")
     if pages.kv.stride()[1:] != (block_size * channels, channels, 1):
         raise ValueError("pages must be dense within a block")
-    if pages.score is None:
-        raise ValueError("merging needs pages with scores")
+    if weights.score and pages.score is None:
+        raise ValueError("a weight of scores needs pages with scores")
+    if not any(weights) or min(weights) < 0:
+        raise ValueError(f"weights are 0 or more, and one is above it, not {tuple(weights)}")
     if window < 2 or window & (window - 1) or group % window:
         raise ValueError(f"window {window} must be a power of two that divides {group} tokens")
     if group & (group - 1) or blocks < 2:
@@ -340,10 +360,10 @@ def _check(pages: Pages, merges: Merges, head_size: int, window: int, scratch: S
         raise ValueError(f"scratch is for {scratch.sources.shape[1]} tokens a group, not {group}")
     if num_rows > scratch.sums.shape[0]:
         raise ValueError(f"scratch is for {scratch.sums.shape[0]} rows, not {num_rows}")
-    if scratch.sums.shape[1:] != (num_kv_heads, head_size):
+    if scratch.sums.shape[1:] != (num_kv_heads, 2, head_size):
         raise ValueError(
-            f"scratch is for (heads, channels) {tuple(scratch.sums.shape[1:])}, "
-            f"not {(num_kv_heads, head_size)}"
+            f"scratch is for (heads, 2, channels) {tuple(scratch.sums.shape[1:])}, "
+            f"not {(num_kv_heads, 2, head_size)}"
         )
     if merges.groups.stride(2) != 1 or merges.block_table.stride(1) != 1:
         raise ValueError("the blocks of a group and of a row must be dense")
@@ -356,34 +376,36 @@ def merge_groups(
     merges: Merges,
     head_size: int,
     window: int,
-    key_weight: float,
+    weights: Weights,
     scratch: Scratch,
     counters: torch.Tensor | None = None,
     *,
+    has_sums: bool = False,
     config: LaunchConfig | None = None,
 ) -> None:
     """Write the survivors of every group into the first half of the group's own blocks.
 
-    Of every `window` neighbours the half with the highest rank(score) + key_weight *
-    rank(distinctiveness) survive, a tie in the sum to the newer. What a row keeps does not depend
-    on which other rows merge at the same time.
+    Of every `window` neighbours the half with the highest sum of weighted ranks survives, a tie in
+    the sum to the newer. What a row keeps does not depend on which other rows merge at the same
+    time.
 
     Args:
-        pages: The layer's pages, with scores.
+        pages: The layer's pages.
         merges: Which groups of which rows.
         head_size: Channels of a key.
         window: Neighbours of which half survive.
-        key_weight: Weight of key distinctiveness; 0 leaves it out, and one launch with it.
+        weights: Of what they are ranked by.
         scratch: From `make_scratch`, for at least as many rows and tokens a group.
         counters: [2] int64, or None: gains the groups merged and the tokens dropped, each counted
             once per KV head.
+        has_sums: Whether ``scratch.sums`` holds the rows' unit keys and values already, which
+            otherwise takes a launch here.
         config: Sizes of tiles; None for those of `launch_config`.
 
     Raises:
-        ValueError: If a shape, a stride or the window does not fit.
+        ValueError: If a shape, a stride, a weight or the window does not fit.
     """
-    _check(pages, merges, head_size, window, scratch)
-    assert pages.score is not None
+    _check(pages, merges, head_size, window, weights, scratch)
     _, num_kv_heads, block_size, _ = pages.kv.shape
     num_rows, max_groups, blocks = merges.groups.shape
     if not num_rows or not max_groups:
@@ -391,36 +413,38 @@ def merge_groups(
     group = blocks * block_size
     num_programs = scratch.sources.shape[0]
     config = config or launch_config(head_size, pages.kv.element_size(), group)
-    if key_weight:
-        sum_unit_keys(
+    if (weights.key or weights.value) and not has_sums:
+        add_units(
             pages,
             merges,
             scratch.sums,
             num_programs,
+            has_key=bool(weights.key),
+            has_value=bool(weights.value),
             tile_keys=config.sum_keys,
             num_warps=config.sum_warps,
-            num_stages=config.sum_stages,
             max_registers=config.max_registers,
         )
-    token = pages.token if pages.token is not None else pages.score
     launch(
         _merge_kernel,
         (num_programs,),
         pages.kv,
         pages.score,
-        token,
+        pages.token,
         merges.groups,
         merges.num_groups,
         scratch.sums,
+        scratch.finished,
         scratch.values,
         scratch.sources,
-        counters if counters is not None else scratch.sums,
+        counters,
         num_rows,
-        scratch.sums.shape[0],
-        float(key_weight),
+        float(weights.score),
+        float(weights.key),
+        float(weights.value),
         pages.kv.stride(0),
-        pages.score.stride(0),
-        token.stride(0),
+        0 if pages.score is None else pages.score.stride(0),
+        0 if pages.token is None else pages.token.stride(0),
         merges.groups.stride(0),
         merges.groups.stride(1),
         scratch.sources.shape[1],
@@ -436,14 +460,12 @@ def merge_groups(
         MOVE=config.move,
         MOVE_CHANNELS=next_power_of_2(2 * head_size),
         ROWS=ROWS_AT_A_TIME,
-        MAX_PARTS=MAX_PARTS,
-        PARTS=PARTS_TILE,
-        HAS_WEIGHT=bool(key_weight),
-        HAS_TOKEN=pages.token is not None,
-        HAS_COUNTERS=counters is not None,
+        HAS_SCORE=bool(weights.score),
+        HAS_KEY=bool(weights.key),
+        HAS_VALUE=bool(weights.value),
         num_warps=config.merge_warps,
         num_stages=1,
         maxnreg=config.max_registers,
-        # As on a CPU, the weighted rank is rounded before it is added: ties stay ties.
+        # As on a CPU, a weighted rank is rounded before it is added: ties stay ties.
         enable_fp_fusion=False,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,42 +40,51 @@ def rank(x: torch.Tensor) -> torch.Tensor:
     return x.argsort(dim=-1, stable=True).argsort(dim=-1)
 
 
-def select(
-    score: torch.Tensor, distinctiveness: torch.Tensor | None, key_weight: float
-) -> torch.Tensor:
-    """Choose half of every window: the highest rank(score) + key_weight * rank(distinctiveness).
+def select(terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
+    """Choose half of every window: the highest sums of weighted ranks.
 
     Args:
-        score: [..., window] float32, oldest first.
-        distinctiveness: [..., window] float32, or None if it has no weight.
-        key_weight: Weight of the second rank.
+        terms: What tokens are ranked by, at least one: a weight, and values [..., window] float32,
+            oldest first.
 
     Returns:
         [..., window / 2] int64 positions of the survivors in ascending order. A tie in the sum
         goes to the newer.
     """
-    worth = rank(score).float()
-    if distinctiveness is not None:
-        worth += key_weight * rank(distinctiveness)
-    half = score.shape[-1] // 2
+    worth = sum(weight * rank(values).float() for weight, values in terms)
+    half = worth.shape[-1] // 2
     best = worth.argsort(dim=-1, stable=True)[..., half:]
     return best.sort(dim=-1).values
 
 
-def unit_keys(key: torch.Tensor) -> torch.Tensor:
-    """Keys scaled to length one, in float32; a zero key stays zero.
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors scaled to length one, in float32; a zero vector stays zero.
 
     Args:
-        key: [..., head_size].
+        vectors: [..., head_size].
 
     Returns:
-        [..., head_size] float32.
+        [..., head_size] float32; NaN where a vector is not finite.
     """
-    return torch.nn.functional.normalize(key.float(), dim=-1, eps=1e-30)
+    return torch.nn.functional.normalize(vectors.float(), dim=-1, eps=1e-30)
+
+
+def mean_direction(vectors: torch.Tensor) -> torch.Tensor:
+    """The direction of the mean of unit vectors.
+
+    Args:
+        vectors: [num_blocks, num_kv_heads, block_size, head_size]; a vector that is not finite
+            counts as zero.
+
+    Returns:
+        [num_kv_heads, head_size] float32.
+    """
+    units = unit(vectors)
+    return unit(torch.where(units.isnan(), 0.0, units).mean(dim=(0, 2)))
 
 
 def merge_groups(
-    pages: Pages, batch: MergeBatch, head_size: int, window: int, key_weight: float
+    pages: Pages, batch: MergeBatch, head_size: int, window: int, weights: Weights
 ) -> None:
     """Write the survivors of every group into the first half of the group's own blocks.
 
@@ -82,9 +93,8 @@ def merge_groups(
         batch: Which blocks.
         head_size: Channels of a key.
         window: Neighbours of which half survive.
-        key_weight: Weight of key distinctiveness; 0 leaves it out.
+        weights: Of what they are ranked by, at least one above 0.
     """
-    assert pages.score is not None
     blocks = batch.groups.shape[1]
     block_size, channels = pages.kv.shape[2:]
     tokens = blocks * block_size
@@ -93,16 +103,22 @@ def merge_groups(
         """[num_groups, num_kv_heads, tokens, ...] of a pool's groups."""
         return pool[batch.groups].transpose(1, 2).flatten(2, 3)
 
-    kv, score = lined_up(pages.kv), lined_up(pages.score)
-    distinctiveness = None
-    if key_weight:
-        means = [unit_keys(pages.kv[ids][..., :head_size]).mean(dim=(0, 2)) for ids in batch.held]
-        # [num_groups, num_kv_heads, head_size]
-        mean = unit_keys(torch.stack(means))[batch.group_request]
-        unit = unit_keys(kv[..., :head_size])
-        distinctiveness = -(unit @ mean[..., None]).squeeze(-1)
-        distinctiveness = distinctiveness.unflatten(-1, (-1, window))
-    kept = select(score.unflatten(-1, (-1, window)), distinctiveness, key_weight)
+    kv = lined_up(pages.kv)
+    score = None if pages.score is None else lined_up(pages.score)
+    # [num_groups, num_kv_heads, tokens] each
+    terms = []
+    if weights.score:
+        assert score is not None
+        terms.append((weights.score, score))
+    for weight, part in (
+        (weights.key, slice(head_size)),
+        (weights.value, slice(head_size, None)),
+    ):
+        if weight:
+            means = torch.stack([mean_direction(pages.kv[ids][..., part]) for ids in batch.held])
+            mean = means[batch.group_request]
+            terms.append((weight, -(unit(kv[..., part]) @ mean[..., None]).squeeze(-1)))
+    kept = select([(weight, x.unflatten(-1, (-1, window))) for weight, x in terms])
     # [num_groups, num_kv_heads, tokens / 2] positions within the group
     kept = (kept + torch.arange(0, tokens, window)[:, None]).flatten(2)
 
@@ -112,6 +128,7 @@ def merge_groups(
         pool[target] = survivors.unflatten(2, (-1, block_size)).transpose(1, 2)
 
     put(pages.kv, kv.gather(2, kept[..., None].expand(-1, -1, -1, channels)))
-    put(pages.score, score.gather(2, kept))
+    if score is not None:
+        put(pages.score, score.gather(2, kept))
     if pages.token is not None:
         put(pages.token, lined_up(pages.token).gather(2, kept))

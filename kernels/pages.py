@@ -84,11 +84,12 @@ def copy_tails(pages: Sequence[Pages], copies: Sequence[tuple[int, int]]) -> Non
         pages: Of one layer or more on one device.
         copies: From which block to which; none is both.
     """
+    tails = [tail for each in pages for tail in (each.score, each.token) if tail is not None]
+    if not tails:
+        return
     blocks = torch.tensor(copies)
     if pages[0].kv.is_cuda:
         blocks = blocks.pin_memory()
     source, target = blocks.to(pages[0].kv.device, non_blocking=True).unbind(1)
-    for each in pages:
-        for tail in (each.score, each.token):
-            if tail is not None:
-                tail[target] = tail[source]
+    for tail in tails:
+        tail[target] = tail[source]

@@ -1,8 +1,12 @@
-"""Fills the workspace of a prefill: queries packed and rotated, keys and values out of the pages.
+"""Prepares a wave of prefill in one launch: all that attention reads, and what pages keep.
 
-The caller owns the workspace and keeps it. Its shapes, all of the model's dtype: query and
-attention output, each [num_queries, num_heads, head_size]; key and value, each [num_rows,
-num_kv_heads, head_size].
+A segment's own queries, keys and values come from the activations: queries and keys go to the
+workspace rotated, keys and values to their pages as they are. What the segment finds in the pages
+is gathered into the workspace. Where a boundary follows, the unit keys and unit values of all of it
+are added up on the way, for the mean that tokens are then compared with.
+
+The caller owns the workspace and keeps it. Its shapes, all of the model's dtype: query
+[num_queries, num_heads, head_size]; key and value, each [num_rows, num_kv_heads, head_size].
 """
 
 from __future__ import annotations
@@ -12,48 +16,45 @@ import triton
 import triton.language as tl
 
 from vllm_cascade.kernels.launch import cdiv, launch, next_power_of_2
+from vllm_cascade.kernels.means import add_unit_rows
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import load_angles, rotate_tile
 from vllm_cascade.kernels.segments import KEY_PADDING, Segments
+from vllm_cascade.kernels.weights import Weights
 
-# Arguments that change from step to step are not specialized: each would be compiled anew.
+# Tokens of a program: of a segment's own, and of those in the pages.
+OWN_TOKENS = 16
+PAGE_TOKENS = 32
+# Heads of a program, which share the angles of its tokens.
+QUERY_HEADS = 8
+KV_HEADS = 4
 
 
-@triton.jit(
-    do_not_specialize=["num_packed"],
-    do_not_specialize_on_alignment=["rows_ptr", "places_ptr"],
-)
-def _rotate_queries_kernel(
+@triton.jit
+def _take_own_queries(
     out_ptr,
     query_ptr,
-    rows_ptr,
-    places_ptr,
-    cos_ptr,
-    sin_ptr,
-    num_packed,
+    packed,
+    row,
+    cos,
+    sin,
+    valid,
+    first_head,
     query_stride_token,
     query_stride_head,
     out_stride_token,
     out_stride_head,
-    cos_stride,
     NUM_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     IS_NEOX: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # [BLOCK_T] packed queries; their angles serve all heads
-    packed = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    valid = packed < num_packed
-    row = tl.load(rows_ptr + packed, mask=valid, other=0).to(tl.int64)
-    line = tl.load(places_ptr + packed, mask=valid, other=0).to(tl.int64) * cos_stride
-    cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
-    first = tl.program_id(1) * BLOCK_H
-    for head in range(first, tl.minimum(first + BLOCK_H, NUM_HEADS)):
+    """Pack and rotate some query heads of a segment's own tokens."""
+    for head in range(first_head, tl.minimum(first_head + HEADS, NUM_HEADS)):
         rotate_tile(
-            out_ptr + packed.to(tl.int64) * out_stride_token + head * out_stride_head,
+            out_ptr + packed * out_stride_token + head * out_stride_head,
             query_ptr + row * query_stride_token + head * query_stride_head,
             cos,
             sin,
@@ -65,120 +66,119 @@ def _rotate_queries_kernel(
         )
 
 
-def rotate_queries(
-    query: torch.Tensor,
-    rows: torch.Tensor,
-    places: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    is_neox: bool,
-    out: torch.Tensor,
-) -> None:
-    """Pack the queries of several segments and rotate them at their logical places.
-
-    Args:
-        query: [num_tokens, num_heads, head_size] before RoPE; channels dense.
-        rows: [num_packed] int32 row of each packed query in `query`.
-        places: [num_packed] int32 its logical place.
-        cos: [num_positions, rotary_dim / 2] in any floating dtype; channels dense.
-        sin: As `cos`.
-        is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
-        out: [>= num_packed, num_heads, head_size] in the dtype of `query`; its first rows are
-            written, rotated in float32 and rounded once.
-    """
-    num_packed, (_, num_heads, head_size) = len(rows), query.shape
-    assert out.shape[0] >= num_packed and out.shape[1:] == query.shape[1:]
-    assert out.dtype == query.dtype and query.stride(2) == out.stride(2) == 1
-    assert cos.stride() == sin.stride() and cos.stride(1) == 1
-    if num_packed == 0:
-        return
-    block_d = _rotation_width(head_size, 2 * cos.shape[1])
-    block_h = min(num_heads, 8)
-    block_t = 16
-    grid = (cdiv(num_packed, block_t), cdiv(num_heads, block_h))
-    launch(
-        _rotate_queries_kernel,
-        grid,
-        out,
-        query,
-        rows,
-        places,
-        cos,
-        sin,
-        num_packed,
-        query.stride(0),
-        query.stride(1),
-        out.stride(0),
-        out.stride(1),
-        cos.stride(0),
-        NUM_HEADS=num_heads,
-        HEAD_SIZE=head_size,
-        ROTARY_DIM=2 * cos.shape[1],
-        IS_NEOX=is_neox,
-        BLOCK_T=block_t,
-        BLOCK_H=block_h,
-        BLOCK_D=block_d,
-        num_warps=4,
-    )
-
-
-def _rotation_width(head_size: int, rotary_dim: int) -> int:
-    """Channels of a tile of `rotate_tile`: half of a head, or of what is not rotated."""
-    return next_power_of_2(max(rotary_dim // 2, cdiv(head_size - rotary_dim, 2)))
-
-
-@triton.jit(
-    do_not_specialize_on_alignment=["key_spans_ptr", "block_table_ptr"],
-)
-def _gather_keys_kernel(
+@triton.jit
+def _take_own_keys(
     key_out_ptr,
     value_out_ptr,
     kv_ptr,
-    key_spans_ptr,
-    block_table_ptr,
-    cos_ptr,
-    sin_ptr,
+    token_ptr,
+    sums_at,
+    key_ptr,
+    value_ptr,
+    tokens_ptr,
+    packed,
+    row,
+    out_row,
+    block,
+    offset,
+    cos,
+    sin,
+    valid,
+    summed,
+    first_head,
+    out_stride_head,
     kv_stride_block,
-    table_stride,
+    token_stride_block,
     key_stride_token,
     key_stride_head,
     value_stride_token,
     value_stride_head,
-    cos_stride,
     NUM_KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     IS_NEOX: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    PADDING: tl.constexpr,
+    SUM_KEYS: tl.constexpr,
+    SUM_VALUES: tl.constexpr,
 ):
-    first = tl.program_id(0) * BLOCK_H
-    tile = tl.program_id(1)
-    segment = tl.program_id(2)
-    start = tl.load(key_spans_ptr + 2 * segment)
-    num_keys = tl.load(key_spans_ptr + 2 * segment + 1) - start
-    if tile * BLOCK_T >= num_keys + PADDING:
-        return
-    # [BLOCK_T] logical places; their angles serve all heads
-    place = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    valid = place < num_keys
-    line = place.to(tl.int64) * cos_stride
-    cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
-    table_ptr = block_table_ptr + segment.to(tl.int64) * table_stride
-    block = tl.load(table_ptr + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-    line_ptr = kv_ptr + block * kv_stride_block + (place % BLOCK_SIZE) * (2 * HEAD_SIZE)
-    workspace_row = (start + place).to(tl.int64)
+    """Bring some KV heads of a segment's own tokens to the workspace and to their pages."""
     channel = tl.arange(0, BLOCK_V)
     held = valid[:, None] & (channel < HEAD_SIZE)[None, :]
-    written = (place < num_keys + PADDING)[:, None] & (channel < HEAD_SIZE)[None, :]
-    for head in range(first, tl.minimum(first + BLOCK_H, NUM_KV_HEADS)):
-        source = line_ptr + head * (BLOCK_SIZE * 2 * HEAD_SIZE)
+    for head in range(first_head, tl.minimum(first_head + HEADS, NUM_KV_HEADS)):
+        slot = head * BLOCK_SIZE + offset
+        page = kv_ptr + block * kv_stride_block + slot * (2 * HEAD_SIZE)
+        source = key_ptr + row * key_stride_token + head * key_stride_head
+        target = out_row + head * out_stride_head
         rotate_tile(
-            key_out_ptr + workspace_row * key_stride_token + head * key_stride_head,
+            key_out_ptr + target,
+            source,
+            cos,
+            sin,
+            valid,
+            HEAD_SIZE,
+            ROTARY_DIM,
+            IS_NEOX,
+            BLOCK_D,
+            page,
+        )
+        # [rows, BLOCK_V]
+        value_at = value_ptr + row * value_stride_token + head * value_stride_head
+        value = tl.load(value_at[:, None] + channel[None, :], mask=held, other=0.0)
+        tl.store(page[:, None] + HEAD_SIZE + channel[None, :], value, mask=held)
+        tl.store((value_out_ptr + target)[:, None] + channel[None, :], value, mask=held)
+        if token_ptr is not None:
+            token = tl.load(tokens_ptr + packed, mask=valid, other=0)
+            tl.store(token_ptr + block * token_stride_block + slot, token, mask=valid)
+        if summed:
+            sum_at = sums_at + head * (2 * HEAD_SIZE)
+            if SUM_KEYS:
+                key = tl.load(source[:, None] + channel[None, :], mask=held, other=0.0)
+                add_unit_rows(sum_at, key, BLOCK_V, HEAD_SIZE)
+            if SUM_VALUES:
+                add_unit_rows(sum_at + HEAD_SIZE, value, BLOCK_V, HEAD_SIZE)
+
+
+@triton.jit
+def _take_held(
+    key_out_ptr,
+    value_out_ptr,
+    kv_ptr,
+    sums_at,
+    out_row,
+    block,
+    offset,
+    cos,
+    sin,
+    valid,
+    written,
+    summed,
+    first_head,
+    out_stride_head,
+    kv_stride_block,
+    NUM_KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SUM_KEYS: tl.constexpr,
+    SUM_VALUES: tl.constexpr,
+):
+    """Bring some KV heads of tokens in the pages to the workspace; zeros where there are none."""
+    channel = tl.arange(0, BLOCK_V)
+    in_head = (channel < HEAD_SIZE)[None, :]
+    held = valid[:, None] & in_head
+    for head in range(first_head, tl.minimum(first_head + HEADS, NUM_KV_HEADS)):
+        slot = head * BLOCK_SIZE + offset
+        source = kv_ptr + block * kv_stride_block + slot * (2 * HEAD_SIZE)
+        target = out_row + head * out_stride_head
+        rotate_tile(
+            key_out_ptr + target,
             source,
             cos,
             sin,
@@ -188,75 +188,256 @@ def _gather_keys_kernel(
             IS_NEOX,
             BLOCK_D,
         )
-        # [BLOCK_T, BLOCK_V]
+        # [rows, BLOCK_V]
         value = tl.load(source[:, None] + HEAD_SIZE + channel[None, :], mask=held, other=0.0)
-        target = value_out_ptr + workspace_row * value_stride_token + head * value_stride_head
-        tl.store(target[:, None] + channel[None, :], value, mask=written)
+        target_at = (value_out_ptr + target)[:, None] + channel[None, :]
+        tl.store(target_at, value, mask=written[:, None] & in_head)
+        if summed:
+            sum_at = sums_at + head * (2 * HEAD_SIZE)
+            if SUM_KEYS:
+                key = tl.load(source[:, None] + channel[None, :], mask=held, other=0.0)
+                add_unit_rows(sum_at, key, BLOCK_V, HEAD_SIZE)
+            if SUM_VALUES:
+                add_unit_rows(sum_at + HEAD_SIZE, value, BLOCK_V, HEAD_SIZE)
 
 
-def gather_keys(
+@triton.jit(
+    do_not_specialize=["own_tiles"],
+    do_not_specialize_on_alignment=[
+        "rows_ptr",
+        "tokens_ptr",
+        "query_spans_ptr",
+        "key_spans_ptr",
+        "block_table_ptr",
+        "num_groups_ptr",
+    ],
+)
+def _prepare_kernel(
+    query_out_ptr,
+    key_out_ptr,
+    value_out_ptr,
+    kv_ptr,
+    token_ptr,
+    sums_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    rows_ptr,
+    tokens_ptr,
+    query_spans_ptr,
+    key_spans_ptr,
+    block_table_ptr,
+    num_groups_ptr,
+    cos_ptr,
+    sin_ptr,
+    own_tiles,
+    query_out_stride_token,
+    query_out_stride_head,
+    out_stride_token,
+    out_stride_head,
+    kv_stride_block,
+    token_stride_block,
+    query_stride_token,
+    query_stride_head,
+    key_stride_token,
+    key_stride_head,
+    value_stride_token,
+    value_stride_head,
+    table_stride,
+    cos_stride,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    OWN_T: tl.constexpr,
+    PAGE_T: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PADDING: tl.constexpr,
+    SUM_KEYS: tl.constexpr,
+    SUM_VALUES: tl.constexpr,
+):
+    QUERY_PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    KV_PARTS: tl.constexpr = (NUM_KV_HEADS + KV_HEADS - 1) // KV_HEADS
+    OWN_PARTS: tl.constexpr = QUERY_PARTS + KV_PARTS
+    segment = tl.program_id(1)
+    query_start = tl.load(query_spans_ptr + 2 * segment)
+    num_own = tl.load(query_spans_ptr + 2 * segment + 1) - query_start
+    key_start = tl.load(key_spans_ptr + 2 * segment)
+    num_keys = tl.load(key_spans_ptr + 2 * segment + 1) - key_start
+    prefix = num_keys - num_own
+    table_ptr = block_table_ptr + segment.to(tl.int64) * table_stride
+    sums_at = sums_ptr + segment.to(tl.int64) * (NUM_KV_HEADS * 2 * HEAD_SIZE)
+    summed = tl.load(num_groups_ptr + segment) > 0
+
+    if tl.program_id(0) < own_tiles * OWN_PARTS:
+        part = tl.program_id(0) % OWN_PARTS
+        # [OWN_T] the segment's own tokens
+        index = tl.program_id(0) // OWN_PARTS * OWN_T + tl.arange(0, OWN_T)
+        valid = index < num_own
+        packed = (query_start + index).to(tl.int64)
+        row = tl.load(rows_ptr + packed, mask=valid, other=0).to(tl.int64)
+        place = prefix + index
+        line = place.to(tl.int64) * cos_stride
+        cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
+        if tl.program_id(0) // OWN_PARTS * OWN_T >= num_own:
+            pass
+        elif part < QUERY_PARTS:
+            _take_own_queries(
+                query_out_ptr, query_ptr, packed, row, cos, sin, valid, part * HEADS,
+                query_stride_token, query_stride_head,
+                query_out_stride_token, query_out_stride_head,
+                NUM_HEADS, HEADS, HEAD_SIZE, ROTARY_DIM, IS_NEOX, BLOCK_D,
+            )  # fmt: skip
+        else:
+            block = tl.load(table_ptr + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+            _take_own_keys(
+                key_out_ptr, value_out_ptr, kv_ptr, token_ptr, sums_at,
+                key_ptr, value_ptr, tokens_ptr,
+                packed, row, (key_start + place).to(tl.int64) * out_stride_token,
+                block, place % BLOCK_SIZE, cos, sin, valid, summed,
+                (part - QUERY_PARTS) * KV_HEADS,
+                out_stride_head, kv_stride_block, token_stride_block,
+                key_stride_token, key_stride_head, value_stride_token, value_stride_head,
+                NUM_KV_HEADS, KV_HEADS, BLOCK_SIZE, HEAD_SIZE, ROTARY_DIM, IS_NEOX,
+                BLOCK_D, BLOCK_V, SUM_KEYS, SUM_VALUES,
+            )  # fmt: skip
+    else:
+        program = tl.program_id(0) - own_tiles * OWN_PARTS
+        prefix_tiles = tl.cdiv(prefix, PAGE_T)
+        tile = program // KV_PARTS
+        # [PAGE_T] places in the pages; behind the last tile of them, rows past the segment's end
+        past = num_keys + (tile - prefix_tiles) * PAGE_T
+        place = tl.where(tile < prefix_tiles, tile * PAGE_T, past) + tl.arange(0, PAGE_T)
+        valid = place < prefix
+        written = valid | ((place >= num_keys) & (place < num_keys + PADDING))
+        if tile < prefix_tiles + (PADDING + PAGE_T - 1) // PAGE_T:
+            line = place.to(tl.int64) * cos_stride
+            cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
+            block = tl.load(table_ptr + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+            _take_held(
+                key_out_ptr, value_out_ptr, kv_ptr, sums_at,
+                (key_start + place).to(tl.int64) * out_stride_token,
+                block, place % BLOCK_SIZE, cos, sin, valid, written, summed,
+                program % KV_PARTS * KV_HEADS, out_stride_head, kv_stride_block,
+                NUM_KV_HEADS, KV_HEADS, BLOCK_SIZE, HEAD_SIZE, ROTARY_DIM, IS_NEOX,
+                BLOCK_D, BLOCK_V, SUM_KEYS, SUM_VALUES,
+            )  # fmt: skip
+
+
+def prepare(
     pages: Pages,
     segments: Segments,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     is_neox: bool,
+    query_out: torch.Tensor,
     key_out: torch.Tensor,
     value_out: torch.Tensor,
+    weights: Weights,
+    sums: torch.Tensor,
 ) -> None:
-    """Copy each segment's keys and values out of the pages, the keys rotated at their places.
+    """Write a wave's keys and values into their pages, and all that attention reads.
 
     Args:
-        pages: The layer's pages, the segments' own keys and values already written.
-        segments: Which blocks; row ``key_spans[s, 0] + j`` is place j of segment s.
+        pages: The layer's pages; the segments' own keys (before RoPE) and values are written.
+        segments: Which blocks; row ``key_spans[s, 0] + j`` of the workspace is place j of s.
+        query: [num_tokens, num_heads, head_size] before RoPE; channels dense.
+        key: [num_tokens, num_kv_heads, head_size] before RoPE; channels dense.
+        value: As `key`.
+        rows: [num_queries] int32 row of each packed query in `query`, `key` and `value`.
+        tokens: [num_queries] int32 index of each token in its request; read if traced.
         cos: [num_positions, rotary_dim / 2] in any floating dtype; channels dense.
         sin: As `cos`.
         is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
-        key_out: [>= num_rows, num_kv_heads, head_size] in the pages' dtype; padding is left.
+        query_out: [>= num_queries, num_heads, head_size] in the dtype of `query`; its first rows
+            are written, packed, rotated in float32 and rounded once.
+        key_out: [>= num_rows, num_kv_heads, head_size] in the pages' dtype; rotated likewise.
+            Padding is left.
         value_out: As `key_out`; padding becomes zero.
+        weights: What is ranked at a boundary; the units of what weighs nothing are not summed.
+        sums: From `means.make_sums`; row s gains the units of all that segment s holds, if groups
+            of it merge.
     """
+    _, num_heads, head_size = query.shape
     _, num_kv_heads, block_size, channels = pages.kv.shape
-    head_size = channels // 2
+    num_segments = len(segments.num_groups)
+    assert channels == 2 * head_size and key.shape[1:] == value.shape[1:]
+    assert key.shape[1:] == key_out.shape[1:] == value_out.shape[1:] == (num_kv_heads, head_size)
+    assert query_out.shape[0] >= segments.num_queries and query_out.shape[1:] == query.shape[1:]
     assert key_out.shape[0] >= segments.num_rows and value_out.shape[0] >= segments.num_rows
-    assert key_out.shape[1:] == value_out.shape[1:] == (num_kv_heads, head_size)
-    assert key_out.dtype == value_out.dtype == pages.kv.dtype
-    assert key_out.stride(2) == value_out.stride(2) == 1
+    assert query_out.dtype == query.dtype and key_out.dtype == value_out.dtype == pages.kv.dtype
+    assert query.stride(2) == key.stride(2) == value.stride(2) == query_out.stride(2) == 1
+    assert key_out.stride(2) == 1 and key_out.stride() == value_out.stride()
     assert pages.kv.stride()[1:] == (block_size * channels, channels, 1)
     assert cos.stride() == sin.stride() and cos.stride(1) == 1
-    num_segments = len(segments.carry)
-    if num_segments == 0:
+    if num_segments == 0 or segments.num_queries == 0:
         return
-    block_t, block_h = 16, min(num_kv_heads, 4)
-    grid = (
-        cdiv(num_kv_heads, block_h),
-        cdiv(segments.max_key_len + KEY_PADDING, block_t),
-        num_segments,
-    )
+    assert len(sums) >= num_segments or not (weights.key or weights.value)
+    heads, kv_heads = min(num_heads, QUERY_HEADS), min(num_kv_heads, KV_HEADS)
+    kv_parts = cdiv(num_kv_heads, kv_heads)
+    own_tiles = cdiv(segments.max_query_len, OWN_TOKENS)
+    page_tiles = cdiv(segments.max_prefix_len, PAGE_TOKENS) + cdiv(KEY_PADDING, PAGE_TOKENS)
+    num_programs = own_tiles * (cdiv(num_heads, heads) + kv_parts) + page_tiles * kv_parts
+    rotary_dim = 2 * cos.shape[1]
     launch(
-        _gather_keys_kernel,
-        grid,
+        _prepare_kernel,
+        (num_programs, num_segments),
+        query_out,
         key_out,
         value_out,
         pages.kv,
+        pages.token,
+        sums,
+        query,
+        key,
+        value,
+        rows,
+        tokens,
+        segments.query_spans,
         segments.key_spans,
         segments.block_table,
+        segments.num_groups,
         cos,
         sin,
-        pages.kv.stride(0),
-        segments.block_table.stride(0),
+        own_tiles,
+        query_out.stride(0),
+        query_out.stride(1),
         key_out.stride(0),
         key_out.stride(1),
-        value_out.stride(0),
-        value_out.stride(1),
+        pages.kv.stride(0),
+        0 if pages.token is None else pages.token.stride(0),
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        segments.block_table.stride(0),
         cos.stride(0),
+        NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
         HEAD_SIZE=head_size,
-        ROTARY_DIM=2 * cos.shape[1],
+        ROTARY_DIM=rotary_dim,
         IS_NEOX=is_neox,
-        BLOCK_T=block_t,
-        BLOCK_H=block_h,
-        BLOCK_D=_rotation_width(head_size, 2 * cos.shape[1]),
+        OWN_T=OWN_TOKENS,
+        PAGE_T=PAGE_TOKENS,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        BLOCK_D=next_power_of_2(max(rotary_dim // 2, cdiv(head_size - rotary_dim, 2))),
         BLOCK_V=next_power_of_2(head_size),
         PADDING=KEY_PADDING,
+        SUM_KEYS=weights.key > 0,
+        SUM_VALUES=weights.value > 0,
         num_warps=4,
     )

@@ -45,6 +45,7 @@ def rotate_tile(
     ROTARY_DIM: tl.constexpr,
     IS_NEOX: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    plain=None,
 ):
     """Copy heads, the first ROTARY_DIM channels rotated in float32 and rounded once.
 
@@ -58,6 +59,7 @@ def rotate_tile(
         ROTARY_DIM: Channels that are rotated.
         IS_NEOX: Whether channel i pairs with i + ROTARY_DIM / 2 (else 2i with 2i + 1).
         BLOCK_D: At least half of either the rotated or the other channels.
+        plain: [rows] pointers to channel 0 of each head's copy that is not rotated, or None.
     """
     HALF: tl.constexpr = ROTARY_DIM // 2
     # [rows, BLOCK_D] pairs of channels
@@ -66,11 +68,16 @@ def rotate_tile(
     if IS_NEOX:
         first = tl.load(source[:, None] + pair[None, :], mask=inside, other=0.0)
         second = tl.load(source[:, None] + HALF + pair[None, :], mask=inside, other=0.0)
+        if plain is not None:
+            tl.store(plain[:, None] + pair[None, :], first, mask=inside)
+            tl.store(plain[:, None] + HALF + pair[None, :], second, mask=inside)
     else:
         # [rows, 2 * BLOCK_D]
         channel = tl.arange(0, 2 * BLOCK_D)
         both = valid[:, None] & (channel < ROTARY_DIM)[None, :]
         x = tl.load(source[:, None] + channel[None, :], mask=both, other=0.0)
+        if plain is not None:
+            tl.store(plain[:, None] + channel[None, :], x, mask=both)
         first, second = tl.split(tl.reshape(x, (x.shape[0], BLOCK_D, 2)))
     turned_first = first * cos - second * sin
     turned_second = second * cos + first * sin
@@ -86,3 +93,5 @@ def rotate_tile(
         kept = valid[:, None] & (rest < HEAD_SIZE)[None, :]
         tail = tl.load(source[:, None] + rest[None, :], mask=kept, other=0.0)
         tl.store(target[:, None] + rest[None, :], tail.to(dtype), mask=kept)
+        if plain is not None:
+            tl.store(plain[:, None] + rest[None, :], tail, mask=kept)

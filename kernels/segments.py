@@ -28,10 +28,12 @@ class Segments:
         block_table: [num_segments, max_blocks] int32; entries past the last key are arbitrary.
         carry: [num_segments] float32 factor on the scores kept so far.
         exponents: [num_segments] float32; query i of a segment weighs ``decay ** (exponent - i)``.
+        num_groups: [num_segments] int32 groups that merge at the segment's end.
         num_queries: ``query_spans[-1, 1]``.
         num_rows: Rows of the workspace, padding included.
         max_query_len: Most queries of a segment.
         max_key_len: Most keys of a segment.
+        max_prefix_len: Most keys of a segment that it finds in the pages.
     """
 
     query_spans: torch.Tensor
@@ -39,10 +41,12 @@ class Segments:
     block_table: torch.Tensor
     carry: torch.Tensor
     exponents: torch.Tensor
+    num_groups: torch.Tensor
     num_queries: int
     num_rows: int
     max_query_len: int
     max_key_len: int
+    max_prefix_len: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,40 +36,57 @@ def _count_below(x, places, others, other_places, WINDOW: tl.constexpr):
 @triton.jit
 def store_worth(
     worth_at,
-    distinct_at,
     score_ptr,
+    key_at,
+    value_at,
     groups_at,
     head,
+    score_weight,
     key_weight,
+    value_weight,
     score_stride_block,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     WINDOW: tl.constexpr,
     TOKENS: tl.constexpr,
     SPAN: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    HAS_KEY: tl.constexpr,
+    HAS_VALUE: tl.constexpr,
 ):
-    """Store rank(score) + key_weight * rank(distinctiveness) of each token of a group."""
+    """Store the sum of weighted ranks of each token of a group."""
     for start in range(0, GROUP, TOKENS):
         places = start + tl.arange(0, TOKENS)
-        score = _load_score(score_ptr, groups_at, places, head, score_stride_block, BLOCK_SIZE)
         score_rank = tl.zeros([TOKENS], tl.int32)
-        distinct_rank = tl.zeros([TOKENS], tl.int32)
-        if HAS_WEIGHT:
-            distinct = _comparable(tl.load(distinct_at + places))
+        key_rank = tl.zeros([TOKENS], tl.int32)
+        value_rank = tl.zeros([TOKENS], tl.int32)
+        if HAS_SCORE:
+            score = _load_score(score_ptr, groups_at, places, head, score_stride_block, BLOCK_SIZE)
+        if HAS_KEY:
+            key = _comparable(tl.load(key_at + places))
+        if HAS_VALUE:
+            value = _comparable(tl.load(value_at + places))
         span = start // SPAN * SPAN
         for other_start in range(span, span + SPAN, TOKENS):
             others = other_start + tl.arange(0, TOKENS)
-            other_score = _load_score(
-                score_ptr, groups_at, others, head, score_stride_block, BLOCK_SIZE
-            )
-            score_rank += _count_below(score, places, other_score, others, WINDOW)
-            if HAS_WEIGHT:
-                other_distinct = _comparable(tl.load(distinct_at + others))
-                distinct_rank += _count_below(distinct, places, other_distinct, others, WINDOW)
-        worth = score_rank.to(tl.float32)
-        if HAS_WEIGHT:
-            worth += key_weight * distinct_rank.to(tl.float32)
+            if HAS_SCORE:
+                other = _load_score(
+                    score_ptr, groups_at, others, head, score_stride_block, BLOCK_SIZE
+                )
+                score_rank += _count_below(score, places, other, others, WINDOW)
+            if HAS_KEY:
+                other = _comparable(tl.load(key_at + others))
+                key_rank += _count_below(key, places, other, others, WINDOW)
+            if HAS_VALUE:
+                other = _comparable(tl.load(value_at + others))
+                value_rank += _count_below(value, places, other, others, WINDOW)
+        worth = tl.zeros([TOKENS], tl.float32)
+        if HAS_SCORE:
+            worth += score_weight * score_rank.to(tl.float32)
+        if HAS_KEY:
+            worth += key_weight * key_rank.to(tl.float32)
+        if HAS_VALUE:
+            worth += value_weight * value_rank.to(tl.float32)
         tl.store(worth_at + places, worth)
 
 

@@ -69,7 +69,7 @@ def oracle(
         if end == parameters.boundary_token(number):
             if number:
                 score *= config.score_decay**config.stride
-            values = Values(parameters, score, key, held)
+            values = Values(parameters, score, key, value, held)
             cascade.finish_stride(range(start, end), values.choose)
             kept[end] = cascade.kept
     return torch.cat(outputs), kept
@@ -145,8 +145,18 @@ def play(
 
 POLICIES = [
     {"policy": "paper"},
-    {"policy": "blend"},
-    {"policy": "blend", "score_reduction": "mean", "score_power": 1.5, "key_weight": 0.5},
+    {"policy": "distinct", "selection_window": 64},
+    {"policy": "blend", "selection_window": 64},
+    {
+        "policy": "blend",
+        "selection_window": 32,
+        "score_reduction": "mean",
+        "score_power": 1.5,
+        "score_weight": 2,
+        "key_weight": 0.5,
+        "value_weight": 0.25,
+    },
+    {"policy": "distinct", "selection_window": 16, "key_weight": 0},
     {"policy": "paper", "selection_window": 16, "score_decay": 0.999},
     {"policy": "window", "num_sub_caches": 1},
 ]

@@ -26,8 +26,10 @@ def _whole_or_auto(text: str) -> int | str:
 READERS: dict[str, dict[str, Any]] = {
     "policy": {"choices": tuple(PRESETS)},
     "num_sub_caches": {"type": _whole_or_auto, "metavar": "NUMBER|auto"},
-    "score_power": {"type": float},
+    "score_weight": {"type": float},
     "key_weight": {"type": float},
+    "value_weight": {"type": float},
+    "score_power": {"type": float},
     "newest_share": {"type": float},
     "score_decay": {"type": float},
     "score_reduction": {"choices": ("max", "mean")},

@@ -22,7 +22,7 @@ from vllm_cascade.rules import (
     spanned,
 )
 
-__all__ = ["PRESETS", "CascadeConfig", "CascadeOptions", "ConfigError"]
+__all__ = ["NO_EFFECT", "PRESETS", "CascadeConfig", "CascadeOptions", "ConfigError"]
 
 DEFAULT_CACHE_TOKENS = 16_384
 DEFAULT_STRIDE = 1_024
@@ -30,11 +30,27 @@ DEFAULT_STRIDE = 1_024
 LEAST_DEFAULT_STRIDE = 256
 DEFAULT_SINK_TOKENS = 64
 
+# How attention becomes a score, where scores are kept.
+SCORE_KNOBS = ("score_power", "score_reduction", "score_decay")
+WEIGHTS = ("score_weight", "key_weight", "value_weight")
+_BY_SCORE = {"score_power": 1.0, "score_reduction": "max", "score_decay": 0.9999999}
+_BY_KIND = {"selection_window": 128, "key_weight": 1.0, "value_weight": 1.0, "newest_share": 0.25}
+_PLAIN = {"selection_window": 2, "key_weight": 0.0, "value_weight": 0.0, "newest_share": 0.0}
+
 # policy -> the knobs it presets; a knob that the user sets wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    "blend": {"score_power": 2.0, "key_weight": 1.0, "selection_window": 64, "newest_share": 0.25},
-    "paper": {"score_power": 1.0, "key_weight": 0.0, "selection_window": 2, "newest_share": 0.0},
-    "window": {"score_power": 1.0, "key_weight": 0.0, "selection_window": 2, "newest_share": 0.0},
+    "distinct": {**_BY_KIND, **_BY_SCORE, "score_weight": 0.0, "score_power": 2.0},
+    "blend": {**_BY_KIND, **_BY_SCORE, "score_weight": 1.0, "score_power": 2.0},
+    "paper": {**_PLAIN, **_BY_SCORE, "score_weight": 1.0},
+    "window": {**_PLAIN, **_BY_SCORE, "score_weight": 0.0},
+}
+_CHOICE = ("newest_share", "selection_window", *WEIGHTS, *SCORE_KNOBS)
+# policy -> the options that change nothing under it, so that giving one is an error.
+NO_EFFECT: dict[str, tuple[str, ...]] = {
+    "distinct": ("score_weight", *SCORE_KNOBS),
+    "blend": (),
+    "paper": (),
+    "window": ("num_sub_caches", *_CHOICE),
 }
 
 
@@ -46,17 +62,19 @@ class CascadeOptions:
     whose reach covers the longest request.
     """
 
-    policy: str = "blend"
+    policy: str = "distinct"
     cache_tokens: int | None = None
     num_sub_caches: int | Literal["auto"] = "auto"
     newest_share: float | None = None
     num_sink_tokens: int | None = None
     stride: int | None = None
     selection_window: int | None = None
-    score_power: float | None = None
+    score_weight: float | None = None
     key_weight: float | None = None
-    score_reduction: str = "max"
-    score_decay: float = 0.9999999
+    value_weight: float | None = None
+    score_power: float | None = None
+    score_reduction: str | None = None
+    score_decay: float | None = None
     trace_tokens: bool = False
 
     @classmethod
@@ -81,12 +99,20 @@ class CascadeOptions:
                     str(name), given[name], "no such option", f"Known: {', '.join(known)}"
                 )
         options = cls(**{name: value for name, value in given.items() if value is not None})
-        options._check()
+        options.check()
         return options
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse what is wrong whatever the model is.
+
+        Raises:
+            ConfigError: A value no model could be run with, or one that would have no effect.
+        """
         _one_of("policy", self.policy, tuple(PRESETS))
-        _one_of("score_reduction", self.score_reduction, ("max", "mean"))
+        # First, or a value out of range would be told of another that is refused as well.
+        self._check_effect()
+        if self.score_reduction is not None:
+            _one_of("score_reduction", self.score_reduction, ("max", "mean"))
         if not isinstance(self.trace_tokens, bool):
             raise ConfigError(
                 "trace_tokens", self.trace_tokens, "must be true or false", "Give one of the two"
@@ -98,29 +124,58 @@ class CascadeOptions:
         _integer("selection_window", self.selection_window, at_least=2)
         if self.num_sub_caches != "auto":
             _integer("num_sub_caches", self.num_sub_caches, at_least=1)
+        for name in WEIGHTS:
+            _real(name, getattr(self, name), at_least=0.0)
         _real("score_power", self.score_power, above=0.0)
-        _real("key_weight", self.key_weight, at_least=0.0)
         _real("newest_share", self.newest_share, at_least=0.0, at_most=1.0)
         _real("score_decay", self.score_decay, above=0.0, at_most=1.0)
-        if self.policy == "window":
-            self._check_window_policy()
+        self._check_weights()
 
-    def _check_window_policy(self) -> None:
-        if self.num_sub_caches not in ("auto", 1):
+    def _check_effect(self) -> None:
+        """Refuse an option that would change nothing."""
+        if self.policy == "window" and self.num_sub_caches not in ("auto", 1):
             raise ConfigError(
                 "num_sub_caches",
                 self.num_sub_caches,
-                'policy "window" has exactly one sub-cache, unlike "blend" and "paper"',
+                'policy "window" has exactly one sub-cache, unlike the other policies',
                 "Nearest: 1",
             )
-        for name in ("newest_share", "selection_window", "score_power", "key_weight"):
-            if getattr(self, name) is not None:
+        names, why, instead = NO_EFFECT[self.policy], "", ""
+        if self.policy == "window":
+            why = 'policy "window" never chooses between tokens'
+            instead = 'Leave it out, or take policy "distinct", "blend" or "paper"'
+        elif self.num_sub_caches == 1 and not isinstance(self.num_sub_caches, bool):
+            names = _CHOICE
+            why = "a single sub-cache drops its oldest tokens and never chooses between tokens"
+            instead = "Leave it out, or give num_sub_caches 2 or more"
+        elif self.policy == "distinct":
+            why = 'policy "distinct" does not look at attention scores'
+            instead = 'Leave it out, or take policy "blend", which does'
+        for name in names:
+            if name != "num_sub_caches" and getattr(self, name) is not None:
                 raise ConfigError(
-                    name,
-                    getattr(self, name),
-                    'would have no effect: policy "window" never chooses between tokens',
-                    'Leave it out, or take policy "blend" or "paper"',
+                    name, getattr(self, name), f"would have no effect: {why}", instead
                 )
+
+    def _check_weights(self) -> None:
+        """Refuse weights with which nothing, or not what the user set, decides."""
+        if self.policy != "window" and not any(self._preset(name) for name in WEIGHTS):
+            name = next(name for name in WEIGHTS if getattr(self, name) is not None)
+            raise ConfigError(
+                name,
+                getattr(self, name),
+                f"leaves nothing to choose tokens by: {', '.join(WEIGHTS)} are all 0",
+                "Give one of them a value above 0",
+            )
+        if not self._preset("score_weight"):
+            for name in SCORE_KNOBS:
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        name,
+                        getattr(self, name),
+                        "would have no effect: score_weight is 0, so no scores are kept",
+                        "Leave it out, or give score_weight a value above 0",
+                    )
 
     def resolve(self, *, block_size: int, max_model_len: int, position_limit: int) -> CascadeConfig:
         """Settle every option for one model.
@@ -231,21 +286,22 @@ class CascadeOptions:
         group = max(self._window, 2 * model.block_size)
         return range(group, DEFAULT_STRIDE + 1, group) or [group]
 
+    def _preset(self, name: str) -> Any:
+        """What an option comes to: as the user set it, or the policy's value."""
+        given = getattr(self, name)
+        return PRESETS[self.policy][name] if given is None else given
+
     @property
     def _window(self) -> int:
-        return self.selection_window or int(PRESETS[self.policy]["selection_window"])
+        return int(self._preset("selection_window"))
 
     @property
     def _newest_share(self) -> float:
-        preset = float(PRESETS[self.policy]["newest_share"])
-        return preset if self.newest_share is None else float(self.newest_share)
+        return float(self._preset("newest_share"))
 
     def _config(
         self, model: Model, sinks: int, budget: int, sub_caches: int, stride: int
     ) -> CascadeConfig:
-        preset = PRESETS[self.policy]
-        power = preset["score_power"] if self.score_power is None else self.score_power
-        weight = preset["key_weight"] if self.key_weight is None else self.key_weight
         return CascadeConfig(
             policy=self.policy,
             block_size=model.block_size,
@@ -255,10 +311,12 @@ class CascadeOptions:
             num_sink_tokens=sinks,
             stride=stride,
             selection_window=self._window,
-            score_power=float(power),
-            key_weight=float(weight),
-            score_reduction=self.score_reduction,
-            score_decay=float(self.score_decay),
+            score_weight=float(self._preset("score_weight")),
+            key_weight=float(self._preset("key_weight")),
+            value_weight=float(self._preset("value_weight")),
+            score_power=float(self._preset("score_power")),
+            score_reduction=str(self._preset("score_reduction")),
+            score_decay=float(self._preset("score_decay")),
             trace_tokens=self.trace_tokens,
             max_model_len=model.max_model_len,
         )

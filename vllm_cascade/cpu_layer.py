@@ -7,6 +7,7 @@ import torch
 from vllm_cascade.config import CascadeConfig
 from vllm_cascade.kernels import cpu_attention, cpu_compaction
 from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.weights import Weights
 from vllm_cascade.metadata import CascadeMetadata
 
 
@@ -35,6 +36,7 @@ class CpuLayer:
         self.scale = scale
         self.sinks = sinks
         self.rotary = cpu_attention.Rotary(cos, sin, is_neox)
+        self.weights = Weights(config.score_weight, config.key_weight, config.value_weight)
         self.scoring = None
         if config.needs_scores:
             self.scoring = cpu_attention.Scoring(config.score_power, config.score_reduction)
@@ -69,5 +71,5 @@ class CpuLayer:
                 cpu_attention.decode(output, query, pages, batch, rotary, scale, scoring, sinks)
             if wave.merge is not None:
                 cpu_compaction.merge_groups(
-                    pages, wave.merge, key.shape[2], config.selection_window, config.key_weight
+                    pages, wave.merge, key.shape[2], config.selection_window, self.weights
                 )

@@ -21,7 +21,8 @@ from vllm_cascade.kernels import (
 )
 from vllm_cascade.kernels.launch import Recording, alike
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.kernels.segments import KEY_PADDING, Segments
+from vllm_cascade.kernels.segments import KEY_PADDING, Merges, Segments
+from vllm_cascade.kernels.weights import Weights
 
 # Rows whose logits are kept between the two launches of decode; more are processed in turn.
 MAX_DECODE_ROWS = 64
@@ -169,7 +170,6 @@ def make_workspace(
             max_num_seqs,
             shape.num_kv_heads,
             shape.head_size,
-            max_places,
             device,
             max_group=config.group_tokens,
         ),
@@ -224,6 +224,7 @@ class GpuLayer:
         self.cos, self.sin, self.is_neox = cos, sin, is_neox
         self.workspace = workspace
         self.sinks = sinks
+        self.weights = Weights(config.score_weight, config.key_weight, config.value_weight)
         self.flash = flash_attention(shape)
         # Layers of one kind launch the same, but for tensors of their own.
         self.kind = (config, shape, scale, is_neox, id(workspace))
@@ -262,9 +263,9 @@ class GpuLayer:
         if metadata.decode is not None:
             once("decode", self._decode, query, key, value, pages, metadata.decode, output)
         for number, launch in enumerate(metadata.launches):
-            once((number, "write"), self._write, query, key, value, pages, launch)
+            once((number, "prepare"), self._prepare, query, key, value, pages, launch)
             lse = self._attend_rows(launch, output)
-            once((number, "score"), self._score, pages, launch, lse, lse=lse)
+            once((number, "finish"), self._finish, pages, launch, lse, lse=lse)
 
     def _decode(
         self,
@@ -294,9 +295,9 @@ class GpuLayer:
             sinks=self.sinks,
         )
         if step.merges is not None:
-            self._merge(pages, step.merges)
+            self._merge(pages, step.merges, has_sums=False)
 
-    def _write(
+    def _prepare(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -305,38 +306,50 @@ class GpuLayer:
         launch: Launch,
     ) -> None:
         """Write keys and values into their pages, and all that attention reads to the workspace."""
-        table = (self.cos, self.sin, self.is_neox)
-        kv_write.write(pages, key, value, launch.rows, launch.slots, launch.tokens)
         rotated, keys, values = self._rows(launch.segments)
-        prefill_workspace.rotate_queries(query, launch.rows, launch.places, *table, rotated)
-        prefill_workspace.gather_keys(pages, launch.segments, *table, keys, values)
+        prefill_workspace.prepare(
+            pages,
+            launch.segments,
+            query,
+            key,
+            value,
+            launch.rows,
+            launch.tokens,
+            self.cos,
+            self.sin,
+            self.is_neox,
+            rotated,
+            keys,
+            values,
+            self.weights,
+            self.workspace.merge.sums,
+        )
 
     def _rows(self, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The rows of the workspace that some segments take: queries, keys and values."""
         space, num_rows = self.workspace, segments.num_rows
         return space.query[: segments.num_queries], space.key[:num_rows], space.value[:num_rows]
 
-    def _score(self, pages: Pages, launch: Launch, lse: torch.Tensor) -> None:
-        """Score the keys, and merge where a boundary follows."""
+    def _finish(self, pages: Pages, launch: Launch, lse: torch.Tensor) -> None:
+        """After attention: score the keys, where scores are kept, and merge at a boundary."""
         config, space = self.config, self.workspace
-        if not config.needs_scores:
-            return
-        query, key, _ = self._rows(launch.segments)
-        key_scores.score_keys(
-            pages,
-            launch.segments,
-            query,
-            key,
-            lse,
-            self.scale,
-            config.score_decay,
-            config.score_power,
-            config.score_reduction,
-            space.counters[:1],
-            shifts=space.shifts,
-        )
+        if config.needs_scores:
+            query, key, _ = self._rows(launch.segments)
+            key_scores.score_keys(
+                pages,
+                launch.segments,
+                query,
+                key,
+                lse,
+                self.scale,
+                config.score_decay,
+                config.score_power,
+                config.score_reduction,
+                space.counters[:1],
+                shifts=space.shifts,
+            )
         if launch.merges is not None:
-            self._merge(pages, launch.merges)
+            self._merge(pages, launch.merges, has_sums=True)
 
     def _attend_rows(self, launch: Launch, output: torch.Tensor) -> torch.Tensor:
         """Attend a wave's rows of the batch; the log-sum-exps as `_attend` returns them."""
@@ -382,13 +395,14 @@ class GpuLayer:
         )
         return lse
 
-    def _merge(self, pages: Pages, merges: Any) -> None:
+    def _merge(self, pages: Pages, merges: Merges, *, has_sums: bool) -> None:
         compaction.merge_groups(
             pages,
             merges,
             self.shape.head_size,
             self.config.selection_window,
-            self.config.key_weight,
+            self.weights,
             self.workspace.merge,
             self.workspace.counters[1:],
+            has_sums=has_sums,
         )

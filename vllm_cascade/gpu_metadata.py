@@ -36,7 +36,7 @@ class DecodeStep:
         rows: What attends.
         slots: [num_requests] int64 slot that takes each token's key and value, -1 for none.
         tokens: [num_requests] int32 index of each token in its request.
-        merges: What merges afterwards, or None where scores are not kept.
+        merges: What merges afterwards, or None where nothing ever chooses between tokens.
     """
 
     rows: DecodeRows
@@ -53,8 +53,6 @@ class Launch:
         segments: The segments.
         rows: [num_queries] int32 row of each packed query in the batch.
         span: First and last + 1 of `rows` where they follow one another, or None.
-        places: [num_queries] int32 logical place of each packed query.
-        slots: [num_queries] int64 slot that takes its key and value.
         tokens: [num_queries] int32 index of its token in the request.
         merges: What merges afterwards, or None.
     """
@@ -62,8 +60,6 @@ class Launch:
     segments: Segments
     rows: torch.Tensor
     span: tuple[int, int] | None
-    places: torch.Tensor
-    slots: torch.Tensor
     tokens: torch.Tensor
     merges: Merges | None
 
@@ -151,12 +147,12 @@ class Planner:
         decode = None
         if (lengths == 1).any():
             resolve_decodes(self.decodes, self.table, query_start_loc, seq_lens, block_table)
-            scored = self.layout.config.needs_scores
+            chooses = self.layout.config.chooses
             decode = DecodeStep(
                 rows=self.decodes.decode_rows(0, num_requests),
                 slots=self.decodes.slots[:num_requests],
                 tokens=self.decodes.tokens[:num_requests],
-                merges=self.decodes.merges(0, num_requests) if scored else None,
+                merges=self.decodes.merges(0, num_requests) if chooses else None,
             )
         waves: dict[int, list[_Cut]] = defaultdict(list)
         for request in np.flatnonzero(lengths > 1).tolist():
@@ -196,23 +192,17 @@ class Planner:
             np.array([cut.segment.end for cut in cuts]),
             np.array([cut.length for cut in cuts]),
             np.array([cut.row for cut in cuts]),
-            owner,
             within + np.array([cut.row for cut in cuts])[owner],
-            within + np.array([cut.place for cut in cuts])[owner],
             within + np.array([cut.segment.start for cut in cuts])[owner],
             *(spans.ravel() for spans in query_spans + key_spans),
         ]
         sent = _send(np.concatenate(columns).astype(np.int32), block_table.device)
         segments = sent[: 4 * num_segments].view(4, num_segments)
-        per_row = sent[4 * num_segments : 4 * num_segments + 4 * num_rows].view(4, num_rows)
-        _, rows, places, tokens = per_row.unbind()
-        spans = sent[4 * num_segments + 4 * num_rows :].view(2, num_segments, 2)
+        rows, tokens = sent[4 * num_segments : 4 * num_segments + 2 * num_rows].view(2, num_rows)
+        spans = sent[4 * num_segments + 2 * num_rows :].view(2, num_segments, 2)
 
         resolved = Resolved.empty(self.table, num_segments)
         resolve_segments(resolved, self.table, segments, block_table)
-        size = self.layout.config.block_size
-        blocks = resolved.block_table[per_row[0].long(), places.long() // size]
-        slots = blocks.long() * size + places % size
 
         launches, segment, row = [], 0, 0
         for index, part in enumerate(parts):
@@ -230,15 +220,15 @@ class Planner:
                         block_table=resolved.block_table[chosen],
                         carry=resolved.carry[chosen],
                         exponents=resolved.exponents[chosen],
+                        num_groups=resolved.num_groups[chosen],
                         num_queries=last_row - row,
                         num_rows=int(key_spans[index][-1, 1]) + KEY_PADDING,
                         max_query_len=max(cut.length for cut in part),
                         max_key_len=max(cut.num_keys for cut in part),
+                        max_prefix_len=max(cut.place for cut in part),
                     ),
                     rows=rows[some],
                     span=_span(part),
-                    places=places[some],
-                    slots=slots[some],
                     tokens=tokens[some],
                     merges=resolved.merges(segment, last_segment) if merges else None,
                 )

@@ -139,6 +139,10 @@ def _grid(field: str, config: CascadeConfig, model: Model) -> Sequence[float]:
 
 
 def _works(options: CascadeOptions, model: Model) -> bool:
+    try:
+        options.check()  # one option may leave another without effect
+    except ConfigError:
+        return False
     return isinstance(options.search(model), CascadeConfig)
 
 

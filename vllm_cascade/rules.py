@@ -92,8 +92,10 @@ class CascadeConfig:
         num_sink_tokens: First tokens of a request, kept for ever.
         stride: Tokens between two boundaries.
         selection_window: Neighbours of which half survive a merge.
+        score_weight: Weight of the rank of a token's attention score; 0 where none is kept.
+        key_weight: Weight of the rank of its key's distinctiveness.
+        value_weight: Weight of the rank of its value's distinctiveness.
         score_power: Exponent on the attention probability in a key's score.
-        key_weight: Weight of the rank of key distinctiveness beside the rank of the score.
         score_reduction: How query heads that share a KV head are combined per query.
         score_decay: Factor on a score per token.
         trace_tokens: Whether the pages record each kept token's index.
@@ -108,8 +110,10 @@ class CascadeConfig:
     num_sink_tokens: int
     stride: int
     selection_window: int
-    score_power: float
+    score_weight: float
     key_weight: float
+    value_weight: float
+    score_power: float
     score_reduction: str
     score_decay: float
     trace_tokens: bool
@@ -161,22 +165,35 @@ class CascadeConfig:
         return self.num_sink_tokens + spanned(*self._sizes, self.num_sub_caches)
 
     @property
-    def needs_scores(self) -> bool:
+    def chooses(self) -> bool:
         """Whether any request can come to a choice between tokens.
 
         One sub-cache drops its oldest tokens unseen, and a request that always fits drops none.
         """
         return self.num_sub_caches > 1 and self.max_model_len > self.total_tokens
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether choices look at attention scores, so that pages hold one for each token."""
+        return self.chooses and self.score_weight > 0
+
     def summary(self) -> str:
         """The configuration in one line, for a log."""
+        choice = ""
+        if self.num_sub_caches > 1:
+            choice = (
+                f"selection_window={self.selection_window} score_weight={self.score_weight:g} "
+                f"key_weight={self.key_weight:g} value_weight={self.value_weight:g} "
+            )
+            if self.score_weight:
+                choice += (
+                    f"score_power={self.score_power:g} score_reduction={self.score_reduction} "
+                    f"score_decay={self.score_decay!r} "
+                )
         return (
             f"policy={self.policy} cache_tokens={self.cache_tokens} "
             f"num_sub_caches={self.num_sub_caches} newest_share={self.newest_share:g} "
-            f"num_sink_tokens={self.num_sink_tokens} "
-            f"stride={self.stride} selection_window={self.selection_window} "
-            f"score_power={self.score_power:g} key_weight={self.key_weight:g} "
-            f"score_reduction={self.score_reduction} score_decay={self.score_decay!r} "
+            f"num_sink_tokens={self.num_sink_tokens} stride={self.stride} {choice}"
             f"block_size={self.block_size} reach={self.reach} tokens"
         )
 

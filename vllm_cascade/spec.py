@@ -21,9 +21,10 @@ TRACE_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeSpec(AttentionSpec):
-    """Pages of K and V with, in the padded tail, one fp32 score per KV head and slot.
+    """Pages of K and V, plain as vLLM's own unless something is kept beside them.
 
-    With ``trace_tokens`` an int32 token index per KV head and slot follows the scores. Not a
+    For policies with attention scores one fp32 score per KV head and slot follows in the padded
+    tail, and with ``trace_tokens`` an int32 token index. Not a
     `FullAttentionSpec`: vLLM takes that as "every token has a slot".
 
     Args:
@@ -34,10 +35,9 @@ class CascadeSpec(AttentionSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size == self.config.block_size and self.page_size_padded in (
-            None,
-            self.unpadded_page_size_bytes + _tail_bytes(self, self.config),
-        ):
+        tail = _tail_bytes(self, self.config)
+        fits = not tail or self.page_size_padded in (None, self.unpadded_page_size_bytes + tail)
+        if self.block_size == self.config.block_size and fits:
             return
         # vLLM has stretched this spec to the pages of other layers.
         raise UnsupportedError(
@@ -58,13 +58,14 @@ class CascadeSpec(AttentionSpec):
             The spec, with a page size that counts scores and trace.
         """
         tail = _tail_bytes(spec, config)
+        padded = spec.unpadded_page_size_bytes + tail if tail else None
         return cls(
             block_size=spec.block_size,
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
             head_size_v=spec.head_size_v,
             dtype=spec.dtype,
-            page_size_padded=spec.unpadded_page_size_bytes + tail,
+            page_size_padded=padded,
             dcp_sharded=False,
             config=config,
         )

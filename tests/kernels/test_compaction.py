@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,9 +10,23 @@ import torch
 
 from reference import compaction as reference
 from reference.selection import rank
-from vllm_cascade.kernels import compaction, cpu_compaction
+from vllm_cascade.kernels import compaction, cpu_compaction, means
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
+from vllm_cascade.kernels.weights import Weights
+
+
+BOTH = Weights(1.0, 1.0, 0.0)
+ALL = Weights(1.0, 1.0, 1.0)
+WEIGHTS = [
+    Weights(1.0, 0.0, 0.0),
+    BOTH,
+    Weights(1.0, 0.1, 0.0),
+    ALL,
+    Weights(0.0, 1.0, 1.0),
+    Weights(0.0, 0.0, 0.3),
+    Weights(0.5, 0.0, 2.0),
+]
 
 
 @dataclass
@@ -23,7 +38,9 @@ class Case:
     head_size: int
     window: int
 
-    def run(self, key_weight: float, max_rows: int | None = None, **options: object) -> Pages:
+    def run(
+        self, weights: Weights = BOTH, max_rows: int | None = None, **options: object
+    ) -> Pages:
         """The pages after merging a copy of them."""
         pages = copy(self.pages)
         num_rows = len(self.merges.num_groups)
@@ -32,23 +49,23 @@ class Case:
             max_rows or num_rows,
             pages.kv.shape[1],
             self.head_size,
-            4096,
             pages.kv.device,
             max_group=group,
         )
         # What is left from before must not matter.
-        scratch.sums.fill_(-(2**63))
         scratch.values.fill_(torch.nan)
         scratch.sources.fill_(2**30)
         compaction.merge_groups(
-            pages, self.merges, self.head_size, self.window, key_weight, scratch, **options
+            pages, self.merges, self.head_size, self.window, weights, scratch, **options
         )
+        # For the next layer.
+        assert not scratch.sums.any() and not scratch.finished.any()
         return pages
 
-    def expected(self, key_weight: float, counters: torch.Tensor | None = None) -> Pages:
+    def expected(self, weights: Weights = BOTH, counters: torch.Tensor | None = None) -> Pages:
         pages = copy(self.pages)
         reference.merge_groups(
-            pages, self.merges, self.head_size, self.window, key_weight, counters=counters
+            pages, self.merges, self.head_size, self.window, weights, counters=counters
         )
         return pages
 
@@ -57,7 +74,9 @@ def copy(pages: Pages) -> Pages:
     kv = pages.kv
     flat = torch.empty(0, dtype=kv.dtype, device=kv.device).set_(kv.untyped_storage()).clone()
     kv = flat.as_strided(kv.shape, kv.stride(), kv.storage_offset())
-    return Pages.view(kv, True, pages.token is not None)
+    whole = Pages.view(kv, True, True)
+    score = None if pages.score is None else whole.score
+    return Pages(kv, score, None if pages.token is None else whole.token)
 
 
 def bits(pages: Pages) -> torch.Tensor:
@@ -76,12 +95,13 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     has_token: bool = True,
     structured: bool = False,
+    has_score: bool = True,
     seed: int = 0,
 ) -> Case:
     """Rows with some groups each, a sink block before and a partly filled block after them.
 
-    Structured keys are one channel each, and how often a channel occurs decides the order, so
-    distinctiveness is far from a tie or exactly equal in any arithmetic.
+    Structured keys and values are one channel each, and how often a channel occurs decides the
+    order, so distinctiveness is far from a tie or exactly equal in any arithmetic.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -111,14 +131,14 @@ def make_case(
         blocks = order[row, torch.arange(keys) // block_size].long()
         offsets = torch.arange(keys) % block_size
         kv[blocks, :, offsets] = randn(keys, num_kv_heads, 2 * head_size).to(dtype)
-        # A mean away from zero, and several scores alike.
-        kv[blocks, :, offsets, :head_size] += randn(head_size).to(dtype)
-        if structured:
+        # Means away from zero, and several scores alike.
+        kv[blocks, :, offsets] += randn(2 * head_size).to(dtype)
+        for part in (slice(head_size), slice(head_size, None)) if structured else ():
             likely = torch.arange(1, head_size + 1).float().square()
             channel = likely.multinomial(keys * num_kv_heads, True, generator=generator)
             key = torch.nn.functional.one_hot(channel, head_size).float()
             key *= torch.randint(0, 4, (len(channel), 1), generator=generator)
-            kv[blocks, :, offsets, :head_size] = key.view(keys, num_kv_heads, -1).to(dtype)
+            kv[blocks, :, offsets, part] = key.view(keys, num_kv_heads, -1).to(dtype)
         score = randn(keys, num_kv_heads)
         pages.score[blocks, :, offsets] = (score * 8).round() / 8
         pages.token[blocks, :, offsets] = torch.arange(keys, dtype=torch.int32)[:, None]
@@ -130,7 +150,9 @@ def make_case(
     kv = pool.as_strided(kv.shape, kv.stride())
     merges = Merges(groups, counts, table, num_keys.int())
     merges = Merges(*(getattr(merges, name).to(device) for name in Merges.__slots__))
-    return Case(Pages.view(kv, True, has_token), merges, head_size, window)
+    pages = Pages.view(kv, True, True)
+    score, token = pages.score if has_score else None, pages.token if has_token else None
+    return Case(Pages(pages.kv, score, token), merges, head_size, window)
 
 
 def assert_same(got: Pages, expected: Pages) -> None:
@@ -138,7 +160,7 @@ def assert_same(got: Pages, expected: Pages) -> None:
     assert torch.equal(bits(got), bits(expected))
 
 
-@pytest.mark.parametrize("key_weight", [0.0, 1.0, 0.1, -0.7])
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize(
     ("window", "block_size", "options"),
     [
@@ -152,16 +174,22 @@ def assert_same(got: Pages, expected: Pages) -> None:
     ],
 )
 def test_structured_keys_merge_as_the_reference(
-    device: torch.device, window: int, block_size: int, key_weight: float, options: dict
+    device: torch.device, window: int, block_size: int, weights: Weights, options: dict
 ) -> None:
     case = make_case(
-        device, [2, 0, 1], window=window, block_size=block_size, structured=True, **options
+        device,
+        [2, 0, 1],
+        window=window,
+        block_size=block_size,
+        structured=True,
+        has_score=weights.score > 0,
+        **options,
     )
-    assert_same(case.run(key_weight), case.expected(key_weight))
+    assert_same(case.run(weights), case.expected(weights))
 
 
-@pytest.mark.parametrize("key_weight", [0.0, 0.1, 1.0])
-def test_merges_as_on_a_cpu(device: torch.device, key_weight: float) -> None:
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_merges_as_on_a_cpu(device: torch.device, weights: Weights) -> None:
     case = make_case(device, [1, 3], window=64, structured=True)
     # The CPU's rows hold full blocks alone.
     num_keys = case.merges.num_keys // 16 * 16
@@ -182,8 +210,8 @@ def test_merges_as_on_a_cpu(device: torch.device, key_weight: float) -> None:
         torch.tensor([0, 1, 1, 1]),
         [table[row, : int(num_keys[row]) // 16] for row in range(2)],
     )
-    cpu_compaction.merge_groups(host, batch, case.head_size, case.window, key_weight)
-    assert_same(case.run(key_weight), host)
+    cpu_compaction.merge_groups(host, batch, case.head_size, case.window, weights)
+    assert_same(case.run(weights), host)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +227,7 @@ def test_random_keys_survive_up_to_near_ties(
     device: torch.device, dtype: torch.dtype, head_size: int, window: int
 ) -> None:
     case = make_case(device, [2, 1], window=window, head_size=head_size, dtype=dtype)
-    got = case.run(1.0)
+    got = case.run()
     windows = exact = 0
     for row, count in enumerate(case.merges.num_groups.tolist()):
         for group in range(count):
@@ -217,7 +245,7 @@ def check_survivors(case: Case, got: Pages, row: int, group: int, head: int) -> 
     at most 1e-5, either may be called the smaller.
     """
     assert case.pages.token is not None and got.token is not None and case.pages.score is not None
-    at = (case.pages, case.merges, row, group, head, case.head_size)
+    at = (case.pages, case.merges, row, group, head, slice(case.head_size))
     exact = reference.group_distinctiveness(*at)
     single = reference.group_distinctiveness(*at, dtype=torch.float32)
     tolerance = 2 * float((exact - single).abs().max()) + 2**-24
@@ -228,7 +256,8 @@ def check_survivors(case: Case, got: Pages, row: int, group: int, head: int) -> 
     survives = torch.isin(tokens, kept).view(-1, case.window)
     assert (survives.sum(1) == case.window // 2).all()
     score = case.pages.score[blocks, head].flatten()
-    plain = reference.survivors(score, exact, case.window, 1.0).view(-1, case.window)
+    plain = reference.survivors([(1.0, score), (1.0, exact)], case.window)
+    plain = plain.view(-1, case.window)
     exact = exact.view(-1, case.window)
     gap = exact[:, None, :] - exact[:, :, None]
     itself = torch.eye(case.window, dtype=torch.bool, device=gap.device)
@@ -254,19 +283,25 @@ def test_awkward_scores(device: torch.device) -> None:
         for head in range(score.shape[1]):
             pick = torch.randperm(len(values), generator=torch.Generator().manual_seed(head))
             score[group, head] = values[pick[:32].to(device)].view(2, 16)
-    assert_same(case.run(0.0), case.expected(0.0))
-    assert_same(case.run(1.0), case.expected(1.0))
+    plain = Weights(1.0, 0.0, 0.0)
+    assert_same(case.run(plain), case.expected(plain))
+    assert_same(case.run(), case.expected())
     score[case.merges.groups[0, 0].long()] = torch.nan
-    assert_same(case.run(0.0), case.expected(0.0))
+    assert_same(case.run(plain), case.expected(plain))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_bad_key_stays_with_its_row_and_head(device: torch.device, bad: float) -> None:
+def test_a_bad_vector_has_no_direction(device: torch.device, bad: float) -> None:
+    """It counts for nothing in the mean, and has the lowest rank where it competes."""
     case = make_case(device, [1, 1], structured=True)
-    block = int(case.merges.block_table[0, 0])
-    case.pages.kv[block, 0, 3, 5] = bad
-    case.pages.kv[block, :, :, case.head_size + 1] = bad  # A value, which nothing reads.
-    assert_same(case.run(1.0), case.expected(1.0))
+    for block in (case.merges.block_table[0, 0], case.merges.groups[0, 0, 1]):
+        case.pages.kv[int(block), 0, 3, 5] = bad
+        case.pages.kv[int(block), 1, 4, case.head_size + 1] = bad
+    assert_same(case.run(ALL), case.expected(ALL))
+    got = case.run(Weights(0.0, 1.0, 0.0))
+    assert got.token is not None and case.pages.token is not None
+    gone = case.pages.token[int(case.merges.groups[0, 0, 1]), 0, 3]
+    assert gone not in got.token[case.merges.groups[0, 0, :1].long(), 0]
 
 
 def test_zero_keys_and_a_zero_mean(device: torch.device) -> None:
@@ -280,21 +315,21 @@ def test_zero_keys_and_a_zero_mean(device: torch.device) -> None:
     keys[held, :, 1::2] = -1
     num_keys = case.merges.num_keys // 16 * 16
     case = replace(case, merges=replace(case.merges, num_keys=num_keys))
-    assert_same(case.run(1.0), case.expected(1.0))
+    assert_same(case.run(ALL), case.expected(ALL))
 
 
 def test_nothing_to_merge_touches_nothing(device: torch.device) -> None:
     case = make_case(device, [0, 0, 0])
     counters = torch.zeros(2, dtype=torch.int64, device=device)
-    for key_weight in (0.0, 1.0):
-        assert_same(case.run(key_weight, counters=counters), case.pages)
+    for weights in WEIGHTS:
+        assert_same(case.run(weights, counters=counters), case.pages)
     assert counters.tolist() == [0, 0]
 
 
 def test_counters(device: torch.device) -> None:
     case = make_case(device, [2, 0, 3], window=32, num_kv_heads=3)
     counters = torch.tensor([100, 1000], device=device)
-    case.run(1.0, counters=counters)
+    case.run(counters=counters)
     assert counters.tolist() == [100 + 5 * 3, 1000 + 5 * 3 * 16]
 
 
@@ -317,42 +352,56 @@ def test_rows_far_apart(device: torch.device) -> None:
     for name in Merges.__slots__:
         getattr(merges, name)[places] = getattr(few.merges, name)
     many = replace(few, merges=merges)
-    assert_same(many.run(1.0), few.expected(1.0))
+    assert_same(many.run(ALL), few.expected(ALL))
 
 
 def test_what_a_row_keeps_does_not_depend_on_the_others(device: torch.device) -> None:
     """However many parts its keys are summed in: the sums are the same to the bit."""
     case = make_case(device, [1] * 12, num_kv_heads=1, head_size=64, window=32, seed=3)
-    together = case.run(1.0)
+    together = case.run(ALL)
     for row in (0, 5, 11):
         alone = torch.zeros_like(case.merges.num_groups)
         alone[row] = 1
-        single = replace(case, merges=replace(case.merges, num_groups=alone)).run(1.0)
+        single = replace(case, merges=replace(case.merges, num_groups=alone)).run(ALL)
         blocks = case.merges.block_table[row]
         held = blocks[blocks < 2**30].long()
         assert torch.equal(single.kv[held].nan_to_num(), together.kv[held].nan_to_num())
 
 
-def test_sums_do_not_depend_on_the_number_of_parts(device: torch.device) -> None:
-    case = make_case(device, [9], num_kv_heads=2, head_size=16, window=32)
+@pytest.mark.parametrize("bad", [False, True])
+def test_sums_of_units(device: torch.device, bad: bool) -> None:
+    """The same to the bit for any tiles and number of programs, and right."""
+    case = make_case(device, [9, 0, 2], num_kv_heads=2, head_size=16, window=32)
+    if bad:
+        case.pages.kv[int(case.merges.block_table[0, 1]), 1, 2, 3] = torch.nan
     totals = []
-    for num_sums in (1, 3, 64):
-        scratch = compaction.make_scratch(1, 2, 16, 4096, device, max_group=32)
-        scratch = replace(scratch, sums=scratch.sums[:num_sums].clone())
-        config = replace(compaction.launch_config(16, 4, 32), sum_keys=16)
-        compaction.merge_groups(copy(case.pages), case.merges, 16, 32, 1.0, scratch, config=config)
-        totals.append(scratch.sums.sum(0))
-    assert totals[0].ne(0).any()
+    for num_programs, tile_keys in ((1, 16), (3, 16), (64, 64)):
+        sums = means.make_sums(3, 2, 16, device)
+        means.add_units(
+            case.pages,
+            case.merges,
+            sums,
+            num_programs,
+            has_key=True,
+            has_value=True,
+            tile_keys=tile_keys,
+            num_warps=4,
+            max_registers=128,
+        )
+        totals.append(sums)
     assert torch.equal(totals[0], totals[1]) and torch.equal(totals[0], totals[2])
-    keys = reference.held_keys(case.pages, case.merges, 0, 1, 16).double()
-    exact = torch.nn.functional.normalize(keys, dim=-1).sum(0)
-    error = (totals[0][1].double() / 2**40 - exact).abs().max()
-    assert error < 1e-7 * len(keys)
+    assert not totals[0][1].any()
+    for row, head, part in itertools.product((0, 2), (0, 1), (0, 1)):
+        channels = slice(16 * part, 16 * part + 16)
+        vectors = reference.held(case.pages, case.merges, row, head, channels).double()
+        exact = torch.nn.functional.normalize(vectors, dim=-1).nan_to_num(0).sum(0)
+        error = (totals[0][row, head, part].double() / 2**24 - exact).abs().max()
+        assert error < 2e-7 * len(vectors)
 
 
 def test_as_many_rows_as_scratch_has_sums(device: torch.device) -> None:
     case = make_case(device, [1] * 300, num_kv_heads=1, structured=True, window=2)
-    assert_same(case.run(1.0, max_rows=300), case.expected(1.0))
+    assert_same(case.run(ALL, max_rows=300), case.expected(ALL))
 
 
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
@@ -368,7 +417,7 @@ def test_launch_config_fits(head_size: int, element_size: int, group: int) -> No
 
 def test_refusals(device: torch.device) -> None:
     case = make_case(device, [1], window=32)
-    scratch = compaction.make_scratch(1, 2, 16, 4096, device, max_group=32)
+    scratch = compaction.make_scratch(1, 2, 16, device, max_group=32)
     small = replace(scratch, sums=scratch.sums[:0])
     narrow = replace(scratch, sources=scratch.sources[:, :16])
     wide = replace(case.merges, groups=torch.zeros(1, 1, 128, dtype=torch.int32, device=device))
@@ -380,7 +429,7 @@ def test_refusals(device: torch.device) -> None:
             "merges": case.merges,
             "head_size": 16,
             "window": 32,
-            "key_weight": 1.0,
+            "weights": BOTH,
             "scratch": scratch,
         }
         with pytest.raises(ValueError, match=match):
@@ -393,8 +442,8 @@ def test_refusals(device: torch.device) -> None:
     refuse("channels", head_size=8)
     refuse("for 0 rows", scratch=small)
     refuse("16 tokens a group", scratch=narrow)
-    with pytest.raises(ValueError, match="keys at most"):
-        compaction.make_scratch(1, 2, 16, 2**23, device)
+    refuse("above it", weights=Weights(0.0, 0.0, 0.0))
+    refuse("0 or more", weights=Weights(1.0, -0.1, 0.0))
 
 
 @pytest.mark.gpu
@@ -412,10 +461,10 @@ def test_in_a_graph_and_beyond_two_gib(device: torch.device) -> None:
     assert blocks * stride * 2 > 2**31
     pages = Pages.view(kv, True, True)
     merges = replace(few.merges, num_groups=torch.zeros_like(few.merges.num_groups))
-    scratch = compaction.make_scratch(3, 2, 128, 4096, device)
+    scratch = compaction.make_scratch(3, 2, 128, device)
 
     def step() -> None:
-        compaction.merge_groups(pages, merges, 128, 16, 1.0, scratch)
+        compaction.merge_groups(pages, merges, 128, 16, BOTH, scratch)
 
     step()
     torch.cuda.synchronize()
@@ -426,7 +475,7 @@ def test_in_a_graph_and_beyond_two_gib(device: torch.device) -> None:
     assert torch.equal(pages.kv.nan_to_num(), few.pages.kv.nan_to_num())
     merges.num_groups.copy_(few.merges.num_groups)
     graph.replay()
-    expected = few.expected(1.0)
+    expected = few.expected()
     for name in ("kv", "score", "token"):
         got, right = getattr(pages, name), getattr(expected, name)
         assert torch.equal(got.nan_to_num(), right.nan_to_num())
@@ -446,7 +495,7 @@ def test_many_groups(device: torch.device, window: int, num_groups: list[int]) -
         num_kv_heads=8,
         window=window,
     )
-    first = case.run(1.0)
-    assert_same(first, case.expected(1.0))
+    first = case.run(ALL)
+    assert_same(first, case.expected(ALL))
     for _ in range(3):
-        assert_same(case.run(1.0), first)
+        assert_same(case.run(ALL), first)

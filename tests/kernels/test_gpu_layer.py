@@ -84,7 +84,9 @@ class Engine(Pool):
 LONG, SHORT = 500, 40
 CASES = [
     pytest.param(options, longest_cut, id="-".join(map(str, (*options.values(), longest_cut))))
-    for options, longest_cut in zip(POLICIES, (LONG, SHORT, LONG, LONG, SHORT), strict=True)
+    for options, longest_cut in zip(
+        POLICIES, (LONG, LONG, SHORT, LONG, LONG, SHORT, SHORT), strict=True
+    )
 ]
 
 
@@ -118,7 +120,9 @@ def test_sinks_are_in_outputs_and_scores() -> None:
 
 def test_a_layer_that_repeats_what_another_launched() -> None:
     """Chunks whose rows lie apart, single tokens and boundaries, and sinks of its own."""
-    config = config_of(500, policy="blend", cache_tokens=64, num_sub_caches=2)
+    config = config_of(
+        500, policy="blend", selection_window=64, cache_tokens=64, num_sub_caches=2
+    )
     lengths = [230, 31, 200]
     alone, kept_alone, _ = play(partial(Engine, sinks=SINKS), config, lengths, 90, seed=4)
     engine_of = partial(Engine, sinks=SINKS, follows=True)
@@ -130,10 +134,15 @@ def test_a_layer_that_repeats_what_another_launched() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("seed", "sinks"), [(0, None), (1, None), (2, None), (3, SINKS)])
-def test_long_mixed_batches(dtype: torch.dtype, seed: int, sinks: torch.Tensor | None) -> None:
+@pytest.mark.parametrize(
+    ("policy", "seed", "sinks"),
+    [("distinct", 0, None), ("blend", 1, None), ("distinct", 2, SINKS), ("blend", 3, SINKS)],
+)
+def test_long_mixed_batches(
+    dtype: torch.dtype, policy: str, seed: int, sinks: torch.Tensor | None
+) -> None:
     """Some 200 steps of prefill and decode in any mixture, many boundaries in one step."""
-    config = config_of(1500, policy="blend")
+    config = config_of(1500, policy=policy, selection_window=64)
     lengths = [1500, 900, 31, 320, 433, 1300]
     engine_of = partial(Engine, sinks=sinks, follows=seed > 0)
     outputs, kept, (q, k, v) = play(engine_of, config, lengths, 60, seed=seed, dtype=dtype)
@@ -158,7 +167,7 @@ def test_long_mixed_batches(dtype: torch.dtype, seed: int, sinks: torch.Tensor |
 def test_layers_share_a_workspace_as_long_as_one_of_them_lives() -> None:
     from vllm_cascade.gpu_layer import Shape, shared_workspace
 
-    config = config_of(500, policy="blend")
+    config = config_of(500, policy="blend", selection_window=64)
     shape = Shape(KV_HEADS * SHARED, KV_HEADS, HEAD, torch.float32)
     first = shared_workspace(config, shape, 64, 2, DEVICE)
     assert shared_workspace(config, shape, 64, 2, DEVICE) is first
@@ -186,7 +195,7 @@ def variant(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Hashabl
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_graphs.py asks Triton")
 @pytest.mark.parametrize("trace_tokens", [False, True])
-@pytest.mark.parametrize("options", POLICIES[:2] + POLICIES[-1:])
+@pytest.mark.parametrize("options", POLICIES[:3] + POLICIES[-1:])
 def test_vllms_warm_up_compiles_all_variants(
     monkeypatch: pytest.MonkeyPatch, options: dict, trace_tokens: bool
 ) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from reference import scored_prefill as reference
-from vllm_cascade.kernels import key_scores, prefill_attention, prefill_workspace
+from vllm_cascade.kernels import key_scores, means, prefill_attention, prefill_workspace
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import KEY_PADDING, Segments
+from vllm_cascade.kernels.weights import Weights
 
 NAN = float("nan")
 # Triton's interpreter multiplies the bit patterns of bfloat16 operands as integers.
@@ -115,6 +116,8 @@ def make_case(shape: Shape, device: torch.device, seed: int = 0) -> Case:
         num_rows=num_rows,
         max_query_len=max(query_lens),
         max_key_len=max(key_lens),
+        max_prefix_len=max(k - q for q, k in shape.lengths),
+        num_groups=torch.tensor([s % 3 for s in range(len(key_lens))], device=device).int(),
     )
     return Case(segments, pages, query.to(device), key.to(device), value.to(device))
 
@@ -154,44 +157,60 @@ ROTATIONS = [
 ]
 
 
+PREPARED = [Weights(1, 0, 0), Weights(0, 1, 1), Weights(0, 0, 1), Weights(0, 1, 0)]
+
+
+@pytest.mark.parametrize("weights", PREPARED[:2], ids=str)
 @pytest.mark.parametrize("head_size, rotary_dim, is_neox, dtype", ROTATIONS)
-def test_queries_are_packed_and_rotated(head_size, rotary_dim, is_neox, dtype, device):
-    num_tokens, num_heads = 40, 9
-    wide = torch.randn(num_tokens, num_heads + 2, head_size, device=device).to(dtype)
-    query = wide[:, :num_heads]
-    rows = torch.randperm(num_tokens, device=device)[:21].int()
-    places = torch.randint(0, 200, (21,), device=device).int()
-    cos, sin = table_of(rotary_dim, dtype, device)
-    out = torch.full((25, num_heads, head_size), NAN, dtype=dtype, device=device)
-    prefill_workspace.rotate_queries(query, rows, places, cos, sin, is_neox, out)
-
-    exact = torch.empty(21, num_heads, head_size, dtype=torch.float64, device=device)
-    reference.rotate_queries(query, rows, places, cos, sin, is_neox, exact)
-    eager = torch.empty_like(exact, dtype=torch.float32)
-    reference.rotate_queries(query, rows, places, cos, sin, is_neox, eager)
-    assert_close(out[:21], exact, eager)
-    assert out[21:].isnan().all()
+def test_a_wave_is_prepared(head_size, rotary_dim, is_neox, dtype, weights, device):
+    check_prepared(Shape(head_size=head_size, dtype=dtype, block_size=32), rotary_dim, is_neox,
+                   weights, device)  # fmt: skip
 
 
-@pytest.mark.parametrize("head_size, rotary_dim, is_neox, dtype", ROTATIONS)
-def test_keys_are_gathered_and_rotated(head_size, rotary_dim, is_neox, dtype, device):
-    shape = Shape(head_size=head_size, dtype=dtype, block_size=32)
+@pytest.mark.parametrize("weights", PREPARED[2:], ids=str)
+def test_one_kind_of_vector_is_summed(weights, device):
+    check_prepared(Shape(6, 3, 64, dtype=torch.bfloat16), 64, True, weights, device)
+
+
+def check_prepared(shape, rotary_dim, is_neox, weights, device):
+    """Own tokens come from the activations: what their slots hold before must not matter."""
     case = make_case(shape, device)
+    segments, dtype, head_size = case.segments, shape.dtype, shape.head_size
+    token = torch.full(case.pages.kv.shape[:3], -1, dtype=torch.int32, device=device)
+    flat = torch.empty(0, dtype=dtype, device=device).set_(case.pages.kv.untyped_storage()).clone()
+    kv = flat.as_strided(case.pages.kv.shape, case.pages.kv.stride())
+    pages, exact_pages = (Pages(x, None, t) for x, t in ((kv, token), (kv.clone(), token.clone())))
+    num_queries = segments.num_queries
+    # A fused projection's rows, in the order of another batch.
+    num_heads, num_kv_heads = case.query.shape[1], kv.shape[1]
+    wide = torch.randn(num_queries + 7, num_heads + 2 * num_kv_heads, head_size, device=device)
+    query, key, value = wide.to(dtype).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    rows = torch.randperm(num_queries + 7, device=device)[:num_queries].int()
+    tokens = torch.arange(100, 100 + num_queries, device=device).int()
     cos, sin = table_of(rotary_dim, dtype, device)
-    key, value = torch.full_like(case.key, NAN), torch.full_like(case.value, NAN)
-    prefill_workspace.gather_keys(case.pages, case.segments, cos, sin, is_neox, key, value)
+    where = (query, key, value, rows, tokens, cos, sin, is_neox)
 
-    exact, exact_value = key.double(), value.double()
-    reference.gather_keys(case.pages, case.segments, cos, sin, is_neox, exact, exact_value)
-    eager, eager_value = key.float(), value.float()
-    reference.gather_keys(case.pages, case.segments, cos, sin, is_neox, eager, eager_value)
-    held = ~exact.isnan()
-    assert_close(key[held], exact[held], eager[held])
-    assert torch.equal(key.isnan(), ~held)
-    assert torch.equal(value.double().nan_to_num(7), exact_value.nan_to_num(7))
-    last = case.segments.num_rows
-    assert value[last - KEY_PADDING : last].count_nonzero() == 0
-    assert value[last:].isnan().all()
+    outs = [torch.full_like(x, NAN) for x in (case.query, case.key, case.value)]
+    sums = means.make_sums(len(segments.num_groups), num_kv_heads, head_size, device)
+    prefill_workspace.prepare(pages, segments, *where, *outs, weights, sums)
+    results = []
+    for precision in (torch.float64, torch.float32):
+        right = [torch.full_like(x, NAN, dtype=precision) for x in outs]
+        total = torch.zeros_like(sums, dtype=precision)
+        reference.prepare(exact_pages, segments, *where, *right, weights, total)
+        results.append((*right, total))
+    exact, eager = results
+    assert torch.equal(pages.kv.nan_to_num(7), exact_pages.kv.nan_to_num(7))
+    assert torch.equal(pages.token, exact_pages.token)
+    for got, right, plain in zip(outs, exact, eager, strict=False):
+        written = ~right.isnan()
+        assert_close(got[written], right[written], plain[written])
+        assert torch.equal(got.isnan(), ~written)
+    last = segments.num_rows
+    assert outs[2][last - KEY_PADDING : last].count_nonzero() == 0
+    held = (segments.key_spans[:, 1] - segments.key_spans[:, 0]).max()
+    assert (sums.double() / 2**24 - exact[3]).abs().max() <= 2e-7 * held
+    assert (sums != 0).any() == bool(weights.key or weights.value)
 
 
 SHAPES = [

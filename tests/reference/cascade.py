@@ -26,8 +26,10 @@ class CascadeParameters:
     stride: int
     selection_window: int
     newest_share: float = 0.0
-    score_power: float = 1.0
+    score_weight: float = 1.0
     key_weight: float = 0.0
+    value_weight: float = 0.0
+    score_power: float = 1.0
     score_reduction: str = "max"
     score_decay: float = 0.9999999
 
@@ -158,38 +160,43 @@ class Cascade:
 
 
 class Values:
-    """What a boundary decides by: one number per token that is held, NaN for the others.
+    """What a boundary decides by: numbers for each token that is held, NaN for the others.
 
     Args:
         parameters: The configuration.
         score: [num_kv_heads, tokens of the request].
         keys: [num_kv_heads, tokens of the request, head_size], before RoPE.
+        values: As `keys`.
         held: int64 [num_kv_heads, n], the tokens held at the boundary, the stride's included.
+
+    Attributes:
+        terms: A weight and what it weighs, [num_kv_heads, tokens of the request], for each of
+            score, key and value that has a weight.
     """
 
     def __init__(
-        self, parameters: CascadeParameters, score: Tensor, keys: Tensor, held: Tensor
+        self,
+        parameters: CascadeParameters,
+        score: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        held: Tensor,
     ) -> None:
-        self.parameters = parameters
-        self.score = score
-        self.distinctiveness: Tensor | None = None
-        if parameters.key_weight != 0:
-            held_keys = keys.gather(1, held[..., None].expand(-1, -1, keys.shape[-1]))
-            unknown = torch.full_like(score, torch.nan)
-            self.distinctiveness = unknown.scatter(1, held, distinctiveness(held_keys))
+        self.terms: list[tuple[float, Tensor]] = []
+        self.num_tokens = score.shape[1]
+        if parameters.score_weight != 0:
+            self.terms.append((parameters.score_weight, score))
+        for weight, vectors in ((parameters.key_weight, keys), (parameters.value_weight, values)):
+            if weight != 0:
+                held_ones = vectors.gather(1, held[..., None].expand(-1, -1, vectors.shape[-1]))
+                unknown = torch.full_like(score, torch.nan)
+                self.terms.append((weight, unknown.scatter(1, held, distinctiveness(held_ones))))
 
-    def of(self, windows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Look up score and distinctiveness of windows [num_kv_heads, windows, g]."""
-        distinct = self.distinctiveness
-        return _look_up(self.score, windows), None if distinct is None else _look_up(
-            distinct, windows
-        )
+    def of(self, windows: Tensor) -> list[tuple[float, Tensor]]:
+        """Look up the terms of windows [num_kv_heads, windows, g]."""
+        flat = windows.flatten(1)
+        return [(weight, x.gather(1, flat).view(windows.shape)) for weight, x in self.terms]
 
     def choose(self, sub_cache: int, windows: Tensor) -> Tensor:
         """Settle the windows by the rule; a `Choice`, so it is told a sub-cache it ignores."""
-        score, distinct = self.of(windows)
-        return select(score, distinct, self.parameters.key_weight)
-
-
-def _look_up(values: Tensor, windows: Tensor) -> Tensor:
-    return values.gather(1, windows.flatten(1)).view(windows.shape)
+        return select(self.of(windows))

@@ -88,9 +88,8 @@ class CascadeRun:
             outputs.append(output)
             score = (score * decay ** (end - start)).scatter_add(1, held, gain)
             if end == parameters.boundary_token(k):
-                self._finish(
-                    layer, k, cascade, range(start, end), Values(parameters, score, key, held)
-                )
+                values = Values(parameters, score, key, value, held)
+                self._finish(layer, k, cascade, range(start, end), values)
         return torch.cat(outputs, dim=2)
 
     def _finish(self, layer: int, k: int, cascade: Cascade, tokens: range, values: Values) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor
 from reference.selection import distinctiveness, rank
 
 
-def held_keys(pages: Any, merges: Any, row: int, head: int, head_size: int) -> Tensor:
-    """All keys a row holds at the boundary: [num_keys, head_size], in the dtype of the pages."""
+def held(pages: Any, merges: Any, row: int, head: int, part: slice) -> Tensor:
+    """Some channels of all slots a row holds at the boundary: [num_keys, channels]."""
     block_size = pages.kv.shape[2]
     num_keys = int(merges.num_keys[row])
     blocks = merges.block_table[row, : -(-num_keys // block_size)].long()
-    return pages.kv[blocks, head, :, :head_size].flatten(0, 1)[:num_keys]
+    return pages.kv[blocks, head, :, part].flatten(0, 1)[:num_keys]
 
 
 def group_distinctiveness(
@@ -24,29 +24,34 @@ def group_distinctiveness(
     row: int,
     group: int,
     head: int,
-    head_size: int,
+    part: slice,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Minus the cosine of each of a group's keys to the mean of the row's unit keys: [tokens]."""
-    keys = held_keys(pages, merges, row, head, head_size)
+    """Minus the cosine of each of a group's vectors to the mean of the row's: [tokens].
+
+    Args:
+        part: The channels of a slot that are looked at: those of its key, or of its value.
+    """
+    vectors = held(pages, merges, row, head, part)
     blocks = merges.groups[row, group].long()
-    own = pages.kv[blocks, head, :, :head_size].flatten(0, 1)
-    # The mean of the row's keys, then the cosine to it of the group's, which are among them.
+    own = pages.kv[blocks, head, :, part].flatten(0, 1)
+    # The mean of the row's, then the cosine to it of the group's, which are among them.
     place = [
         int((merges.block_table[row].long() == block).nonzero()[0, 0]) for block in blocks.tolist()
     ]
     block_size = pages.kv.shape[2]
     at = torch.cat([torch.arange(p * block_size, (p + 1) * block_size) for p in place])
-    assert torch.equal(keys[at.to(keys.device)].nan_to_num(), own.nan_to_num())
-    return distinctiveness(keys.to(dtype))[at.to(keys.device)]
+    assert torch.equal(vectors[at.to(vectors.device)].nan_to_num(), own.nan_to_num())
+    return distinctiveness(vectors.to(dtype))[at.to(vectors.device)]
 
 
-def survivors(score: Tensor, distinct: Tensor | None, window: int, key_weight: float) -> Tensor:
-    """Which of a group's tokens survive: bool [tokens]."""
-    score = score.clamp(min=torch.finfo(torch.float32).min)
-    worth = rank(score.view(-1, window)).float()
-    if distinct is not None:
-        worth = worth + key_weight * rank(distinct.view(-1, window))
+def survivors(terms: list[tuple[float, Tensor]], window: int) -> Tensor:
+    """Which of a group's tokens survive: bool [tokens]. As the kernels, sums are of float32."""
+    worth = None
+    for weight, values in terms:
+        values = values.clamp(min=torch.finfo(torch.float32).min)
+        weighted = weight * rank(values.view(-1, window)).float()
+        worth = weighted if worth is None else worth + weighted
     return (rank(worth) >= window // 2).flatten()
 
 
@@ -55,7 +60,7 @@ def merge_groups(
     merges: Any,
     head_size: int,
     window: int,
-    key_weight: float,
+    weights: Any,
     scratch: Any = None,
     counters: Tensor | None = None,
 ) -> None:
@@ -66,11 +71,17 @@ def merge_groups(
         for group in range(count):
             blocks = merges.groups[row, group].long()
             for head in range(num_kv_heads):
-                distinct = None
-                if key_weight != 0:
-                    distinct = group_distinctiveness(pages, merges, row, group, head, head_size)
-                score = pages.score[blocks, head].flatten()
-                todo.append((blocks, head, survivors(score, distinct, window, key_weight)))
+                terms = []
+                if weights.score:
+                    terms.append((weights.score, pages.score[blocks, head].flatten()))
+                for weight, part in (
+                    (weights.key, slice(head_size)),
+                    (weights.value, slice(head_size, None)),
+                ):
+                    if weight:
+                        distinct = group_distinctiveness(pages, merges, row, group, head, part)
+                        terms.append((weight, distinct))
+                todo.append((blocks, head, survivors(terms, window)))
     for blocks, head, survives in todo:
         for pool in (pages.kv, pages.score, pages.token):
             if pool is not None:

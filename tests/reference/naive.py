@@ -83,9 +83,8 @@ class NaiveHead:
         group = max(settings.selection_window, 2 * settings.block_size)
         for j in self.score:
             self.score[j] *= settings.score_decay**settings.stride
-        units = {j: self.key[j] / np.sqrt((self.key[j] ** 2).sum()) for j in self.order}
-        mean = sum(units.values()) / len(units)
-        distinct = {j: -float(unit @ mean) for j, unit in units.items()}
+        weights = (settings.score_weight, settings.key_weight, settings.value_weight)
+        worths = (self.score, self._distinct(self.key), self._distinct(self.value))
         caches = self.caches
         caches[0] += self.stride
         self.stride = []
@@ -103,7 +102,7 @@ class NaiveHead:
                 leaving, caches[i] = caches[i][:group], caches[i][group:]
                 for j in range(0, group, settings.selection_window):
                     window = leaving[j : j + settings.selection_window]
-                    caches[i + 1] += self._survivors(window, distinct)
+                    caches[i + 1] += self._survivors(window, weights, worths)
         while len(caches[-1]) >= sizes[-1] + settings.block_size:
             del caches[-1][: settings.block_size]
         kept = set(self.order)
@@ -111,11 +110,22 @@ class NaiveHead:
             for j in set(table) - kept:
                 del table[j]
 
-    def _survivors(self, window: list[int], distinct: dict[int, float]) -> list[int]:
-        by_score = sorted(window, key=lambda j: (self.score[j], j))
-        by_key = sorted(window, key=lambda j: (distinct[j], j))
-        weight = self.settings.key_weight
-        best = sorted(window, key=lambda j: (by_score.index(j) + weight * by_key.index(j), j))
+    def _distinct(self, vectors: dict[int, np.ndarray]) -> dict[int, float]:
+        units = {j: vectors[j] / np.sqrt((vectors[j] ** 2).sum()) for j in self.order}
+        mean = sum(units.values()) / len(units)
+        return {j: -float(unit @ mean) for j, unit in units.items()}
+
+    def _survivors(
+        self,
+        window: list[int],
+        weights: Sequence[float],
+        worths: Sequence[dict[int, float]],
+    ) -> list[int]:
+        total = dict.fromkeys(window, 0.0)
+        for weight, worth in zip(weights, worths, strict=True):
+            for position, j in enumerate(sorted(window, key=lambda j: (worth[j], j))):
+                total[j] += weight * position
+        best = sorted(window, key=lambda j: (total[j], j))
         return sorted(best[len(window) // 2 :])
 
 

@@ -6,6 +6,7 @@ window is "explained"; any other difference is an error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,8 +27,7 @@ class DifferingWindow:
     tokens: list[int]
     replayed: list[int]
     own: list[int]
-    score: list[float]
-    distinctiveness: list[float] | None
+    terms: list[tuple[float, list[float]]]
     explained: bool
 
 
@@ -82,7 +82,7 @@ class Replay:
         Raises:
             ReplayError: If the kept tokens are not half of every window.
         """
-        kept, total = self.kept, self.values.score.shape[1]
+        kept, total = self.kept, self.values.num_tokens
         if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < total:
             raise ReplayError(f"{self._where()}: a kept token is outside 0 .. {total - 1}")
         survives = torch.zeros(kept.shape[0], total, dtype=torch.bool).scatter(1, kept, True)
@@ -133,9 +133,7 @@ class Replay:
         window: int,
     ) -> None:
         at = (head, window)
-        score, distinct = self.values.of(windows)
-        distinct_at = None if distinct is None else distinct[at]
-        key_weight = self.values.parameters.key_weight
+        terms = [(weight, values[at]) for weight, values in self.values.of(windows)]
         self.comparison.differing.append(
             DifferingWindow(
                 boundary=self.boundary,
@@ -145,11 +143,8 @@ class Replay:
                 tokens=windows[at].tolist(),
                 replayed=windows[at][replayed[at]].tolist(),
                 own=windows[at][own[at]].tolist(),
-                score=score[at].tolist(),
-                distinctiveness=None if distinct_at is None else distinct_at.tolist(),
-                explained=explained(
-                    replayed[at], own[at], score[at], distinct_at, key_weight, self.rtol
-                ),
+                terms=[(weight, values.tolist()) for weight, values in terms],
+                explained=explained(replayed[at], own[at], terms, self.rtol),
             )
         )
 
@@ -158,41 +153,27 @@ class Replay:
 
 
 def explained(
-    replayed: Tensor,
-    own: Tensor,
-    score: Tensor,
-    distinctiveness: Tensor | None,
-    key_weight: float,
-    rtol: float,
+    replayed: Tensor, own: Tensor, terms: Sequence[tuple[float, Tensor]], rtol: float
 ) -> bool:
     """Judge whether near-ties alone can turn one choice into the other.
 
     Every token kept only by the replayed choice must have been able to beat every token kept only
-    by the reference's own. With `key_weight` 0 their scores must be close. Otherwise each of the
-    two ranks may be anything that the order of close values allows, and the most that the one
-    token's sum can be must beat the least that the other's can, an equal sum only if it is newer.
+    by the reference's own. With one term their values must be close. Otherwise each of the ranks
+    may be anything that the order of close values allows, and the most that the one token's sum
+    can be must beat the least that the other's can, an equal sum only if it is newer.
 
     Args:
         replayed: bool [g], the other implementation's choice.
         own: bool [g], the reference's.
-        score: [g].
-        distinctiveness: [g], or None where `key_weight` is 0.
-        key_weight: Weight of the rank of distinctiveness beside the rank of the score, not
-            negative.
+        terms: A positive weight and values [g], for all that tokens are ranked by.
         rtol: Values a and b are close if |a - b| <= rtol * max(|a|, |b|).
-
-    Raises:
-        ValueError: If `key_weight` is not 0 and there is no distinctiveness.
     """
     gained, lost = replayed & ~own, own & ~replayed
-    if key_weight == 0:
-        return bool(close(score, rtol)[gained][:, lost].all())
-    if distinctiveness is None:
-        raise ValueError(f"key_weight {key_weight} needs the distinctiveness of the keys")
-    low, high = rank_bounds(score, rtol)
-    key_low, key_high = rank_bounds(distinctiveness, rtol)
-    most = (high + key_weight * key_high)[gained][:, None]
-    least = (low + key_weight * key_low)[lost]
+    if len(terms) == 1:
+        return bool(close(terms[0][1], rtol)[gained][:, lost].all())
+    bounds = [(weight, *rank_bounds(values, rtol)) for weight, values in terms]
+    most = sum(weight * high for weight, _, high in bounds)[gained][:, None]
+    least = sum(weight * low for weight, low, _ in bounds)[lost]
     newer = gained.nonzero() > lost.nonzero().squeeze(-1)
     return bool(((most > least) | ((most == least) & newer)).all())
 

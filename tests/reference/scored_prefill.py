@@ -36,20 +36,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, is_neox: bool) -> Tensor:
     return torch.cat((joined, x[..., 2 * half :]), -1)
 
 
-def rotate_queries(
-    query: Tensor,
-    rows: Tensor,
-    places: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    is_neox: bool,
-    out: Tensor,
-) -> None:
-    """As the kernel's wrapper of this name; computes in the dtype of `out`."""
-    picked = query[rows.long()].to(out.dtype)
-    out[: len(rows)] = rotate(picked, cos[places.long()], sin[places.long()], is_neox)
-
-
 def _held(pool: Tensor, table: Tensor, num_keys: int) -> Tensor:
     """[num_keys, num_kv_heads, ...] what the first places of a block table hold."""
     block_size = pool.shape[2]
@@ -63,23 +49,47 @@ def _segments(segments: Any) -> list[tuple[int, int, int, int]]:
     return [tuple(each) for each in spans.tolist()]
 
 
-def gather_keys(
+def prepare(
     pages: Any,
     segments: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
     cos: Tensor,
     sin: Tensor,
     is_neox: bool,
+    query_out: Tensor,
     key_out: Tensor,
     value_out: Tensor,
+    weights: Any,
+    sums: Tensor,
 ) -> None:
-    """As the kernel's wrapper of this name; computes in the dtype of `key_out`."""
-    head_size = key_out.shape[-1]
-    for index, (_, _, start, end) in enumerate(_segments(segments)):
-        held = _held(pages.kv, segments.block_table[index], end - start).to(key_out.dtype)
+    """As the kernel's wrapper of this name; computes in the dtype of `key_out`.
+
+    `sums` are floating, of unit length one.
+    """
+    head_size, block_size = key_out.shape[-1], pages.kv.shape[2]
+    for index, (first, last, start, end) in enumerate(_segments(segments)):
+        own, table = rows[first:last].long(), segments.block_table[index]
         places = torch.arange(end - start, device=cos.device)
+        mine = places[end - start - len(own) :]
+        blocks = table[mine // block_size].long()
+        pages.kv[blocks, :, mine % block_size] = torch.cat((key[own], value[own]), dim=-1)
+        if pages.token is not None:
+            pages.token[blocks, :, mine % block_size] = tokens[first:last, None]
+        picked = query[own].to(query_out.dtype)
+        query_out[first:last] = rotate(picked, cos[mine], sin[mine], is_neox)
+        held = _held(pages.kv, table, end - start).to(key_out.dtype)
         key_out[start:end] = rotate(held[..., :head_size], cos[places], sin[places], is_neox)
         value_out[start:end] = held[..., head_size:]
         value_out[end : end + KEY_PADDING] = 0
+        if segments.num_groups[index] > 0:
+            for part, weight in enumerate((weights.key, weights.value)):
+                vectors = held[..., part * head_size : (part + 1) * head_size]
+                units = torch.nn.functional.normalize(vectors, dim=-1, eps=1e-30)
+                sums[index, :, part] += (weight > 0) * units.sum(0)
 
 
 def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:

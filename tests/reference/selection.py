@@ -5,6 +5,8 @@ Every function works on the last dimension, in any floating dtype, with any lead
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,44 +40,41 @@ def rank(x: Tensor) -> Tensor:
     return (below | (equal & older)).sum(-1)
 
 
-def distinctiveness(keys: Tensor) -> Tensor:
-    """Return minus the cosine of each key to the mean of the unit keys.
+def distinctiveness(vectors: Tensor) -> Tensor:
+    """Return minus the cosine of each vector to the mean of the unit vectors.
 
     Args:
-        keys: [..., n, head_size], all keys held at the boundary, before RoPE.
+        vectors: [..., n, head_size], all keys (before RoPE) or values held at the boundary.
 
     Returns:
-        [..., n] in the dtype of `keys`; 0 for a zero key, and for every key if the mean is zero.
+        [..., n] in the dtype of `vectors`; 0 for a zero vector, and for every vector if the mean
+        is zero. A vector that is not finite has NaN, and counts as zero in the mean.
 
     Source: the idea of KeyDiff, arXiv 2504.15364.
     """
-    units = _unit(keys)
-    mean = _unit(units.mean(dim=-2, keepdim=True))
+    units = _unit(vectors)
+    mean = _unit(torch.where(units.isnan(), 0.0, units).mean(dim=-2, keepdim=True))
     return -(units * mean).sum(-1)
 
 
-def select(score: Tensor, distinctiveness: Tensor | None = None, key_weight: float = 0.0) -> Tensor:
+def select(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     """Choose the better half of each window; a tie in the sum of ranks goes to the newer token.
 
     Args:
-        score: [..., g], oldest first, g even.
-        distinctiveness: [..., g], or None where `key_weight` is 0.
-        key_weight: Weight of the rank of distinctiveness beside the rank of the score.
+        terms: What tokens are ranked by: a weight, and values [..., g], oldest first, g even.
 
     Returns:
         bool [..., g], exactly g/2 of them True in every window.
 
     Raises:
-        ValueError: If g is odd, or if `key_weight` is not 0 and there is no distinctiveness.
+        ValueError: If g is odd, or if there is nothing to rank by.
     """
-    size = score.shape[-1]
+    if not terms:
+        raise ValueError("a choice needs something to rank tokens by")
+    size = terms[0][1].shape[-1]
     if size % 2:
         raise ValueError(f"a window has an even number of tokens, got {size}")
-    total = rank(score).double()
-    if key_weight != 0:
-        if distinctiveness is None:
-            raise ValueError(f"key_weight {key_weight} needs the distinctiveness of the keys")
-        total = total + key_weight * rank(distinctiveness)
+    total = sum(weight * rank(values).double() for weight, values in terms)
     return rank(total) >= size // 2
 
 

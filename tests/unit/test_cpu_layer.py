@@ -9,7 +9,7 @@ import torch
 from layers import HEAD, KV_HEADS, POLICIES, SHARED, THETA, Pool, config_of, oracle, play
 from reference.attention import rope_table
 from vllm_cascade.config import CascadeConfig
-from vllm_cascade.kernels import cpu_attention, cpu_compaction
+from vllm_cascade.cpu_layer import CpuLayer
 from vllm_cascade.metadata import plan_step
 
 
@@ -19,7 +19,7 @@ class Engine(Pool):
     def __init__(self, config: CascadeConfig, num_requests: int, dtype: torch.dtype) -> None:
         super().__init__(config, num_requests, dtype)
         cos, sin = rope_table(config.max_places, HEAD, THETA, torch.float32)
-        self.rotary = cpu_attention.Rotary(cos, sin, is_neox=True)
+        self.layer = CpuLayer(config, HEAD**-0.5, cos, sin, is_neox=True)
 
     def step(self, spans, q, k, v) -> torch.Tensor:
         """Run tokens start .. end - 1 of several requests; spans: (request, start, end)."""
@@ -35,23 +35,7 @@ class Engine(Pool):
             torch.cat([x[r][start:end] for r, start, end in spans]) for x in (q, k, v)
         )
         output = torch.full_like(query, float("nan"))
-        config = self.config
-        scoring = None
-        if config.needs_scores:
-            scoring = cpu_attention.Scoring(config.score_power, config.score_reduction)
-        for wave in plan.waves:
-            self.pages.write(
-                key[wave.rows], value[wave.rows], wave.block_ids, wave.offsets, wave.tokens
-            )
-            args = (self.rotary, HEAD**-0.5, scoring)
-            for segment in wave.prefills:
-                cpu_attention.prefill(output, query, self.pages, segment, *args)
-            for batch in wave.decodes:
-                cpu_attention.decode(output, query, self.pages, batch, *args)
-            if wave.merge is not None:
-                cpu_compaction.merge_groups(
-                    self.pages, wave.merge, HEAD, config.selection_window, config.key_weight
-                )
+        self.layer.forward(query, key, value, self.pages, plan, output)
         return output
 
 
@@ -71,7 +55,7 @@ def test_layer_equals_oracle(options: dict, longest_cut: int) -> None:
 
 def test_bfloat16_rounds_only_weights_and_output() -> None:
     """Pages hold what the model computed and scores are float32: same choices."""
-    config = config_of(900)
+    config = config_of(900, policy="blend", selection_window=64)
     outputs, kept, (q, k, v) = play(Engine, config, [900, 300], 200, seed=7, dtype=torch.bfloat16)
     for r in range(2):
         expected, boundaries = oracle(config, q[r], k[r], v[r])
@@ -84,7 +68,7 @@ def test_bfloat16_rounds_only_weights_and_output() -> None:
 
 
 def test_every_boundary_is_seen() -> None:
-    config = config_of(1200, policy="blend")
+    config = config_of(1200, policy="blend", selection_window=64)
     torch.manual_seed(3)
     q, k, v = (torch.randn(1, 1200, h, HEAD) for h in (KV_HEADS * SHARED, KV_HEADS, KV_HEADS))
     engine = Engine(config, 1, torch.float32)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import csv
+import importlib.util
 import json
 import random
 import re
@@ -13,20 +16,26 @@ import pytest
 
 from vllm_cascade import cli
 from vllm_cascade.config import CascadeOptions
-from vllm_cascade.evaluation import EvaluationError, report, runner
+from vllm_cascade.evaluation import EvaluationError, facts, report, runner, texts
 from vllm_cascade.evaluation.caches import parse_caches, parse_options, parse_sweep
+from vllm_cascade.evaluation.command import make_prompts as prompts_of_command
 from vllm_cascade.evaluation.engine import Completion
-from vllm_cascade.evaluation.prompts import FILLERS, PromptBuilder
+from vllm_cascade.evaluation.prompts import FILLERS, MAX_DEFINITION, PromptBuilder
 from vllm_cascade.evaluation.results import Results
 from vllm_cascade.evaluation.scoring import parts_right, position_buckets, wilson
-from vllm_cascade.evaluation.tasks import TASKS, TaskOptions, make_prompts
-from vllm_cascade.evaluation.texts import Texts, load_texts
+from vllm_cascade.evaluation.tasks import TASKS, TaskOptions, fillers_of, make_prompts
+from vllm_cascade.evaluation.texts import MODULES, Texts, load_texts, python_code, save_texts
 
 BOS, EOS = 0, 1
 FIVE_LETTERS = "abcdefghijklmno"
 WORDS = tuple(a + b + "x" for a in FIVE_LETTERS for b in FIVE_LETTERS)
 BOOK = "\n".join(f"In the year {year} nothing came to pass. All was well." for year in range(400))
-TEXTS = Texts((BOOK,), WORDS)
+LONG_CLASS = "class Long:\n" + "    # all of this belongs together\n\n" * 80
+CODE = "\n\n\n".join(
+    LONG_CLASS if n == 30 else f"# Number {n}.\n@cache\ndef step_{n}(x):\n    return x + {n}"
+    for n in range(60)
+)
+TEXTS = Texts((BOOK,), WORDS, CODE)
 
 
 class Tokenizer:
@@ -142,6 +151,140 @@ def test_a_chain_leads_to_its_value_in_order():
         assert len(re.findall(r"VAR \w+ = ", text)) == 10
 
 
+def test_a_sentence_is_hidden_once_and_asked_for():
+    asked = set()
+    for prompt in prompts_of("sentence", filler="book", length=20_000, count=20):
+        text, (number,) = text_of(prompt), prompt.expected
+        (line,) = (line for line in text.splitlines() if number in line)
+        assert text.count(number) == 1 and line[0].isupper() and line[-1] == "."
+        assert text.startswith("Read the following text. I will ask one question about it.\nIn the")
+        assert abs(text.index(line) / len(text) - prompt.depth) < 0.06
+        assert prompt.index % 5 == int(prompt.depth * 5)
+        question = text.splitlines()[-1]
+        assert question.count("?") == 1 and set(re.findall("[A-Z][a-z]{5,}", question)) & set(
+            re.findall("[A-Z][a-z]{5,}", line)
+        )
+        asked.add(question)
+    assert len(asked) == 20
+
+
+def test_templates_ask_for_the_number_that_they_tell():
+    fields = re.compile(r"{(\w+)}")
+    assert len(facts.TEMPLATES) >= 8
+    for said, question, answer_start in facts.TEMPLATES:
+        assert said.count("{number}") == 1 and "pass key" not in said
+        told = set(fields.findall(said)) - {"number"}
+        # What tells the sentence from another one is in the question.
+        assert told and set(fields.findall(question)) == told
+        assert set(fields.findall(answer_start)) <= told
+        assert f"{answer_start.split()[-1]} {{number}}" in said
+
+
+def test_a_function_stands_between_definitions():
+    for prompt in prompts_of("constant", filler="code", length=3000, count=10):
+        text, (number,) = text_of(prompt), prompt.expected
+        name = re.search(r"the function (\w+)\(\) return\? The function \1\(\) returns$", text)[1]
+        assert 3 <= len(name.split("_")) <= 4 and text.count(number) == 1
+        function = re.escape(f"def {name}():\n    return {number}\n\n\n")
+        assert re.search(rf"(?:about it\.\n|\n\n\n){function}# Number", text)
+        body = text.partition("about it.\n")[2].rpartition("\n\n\n#")[0]
+        assert name in [node.name for node in ast.parse(body).body]
+
+
+def test_no_long_definition_is_in_the_way():
+    assert len(LONG_CLASS) > MAX_DEFINITION
+    for prompt in prompts_of("passkey", filler="code", length=6000):
+        assert "step_29" in text_of(prompt) and "class" not in text_of(prompt)
+    # Of code in which nothing looks like a definition every line is short enough.
+    other = Texts((BOOK,), WORDS, "int x = 1;\n" * 400)
+    assert "int x = 1;\nint x" in text_of(prompts_of("constant", filler="code", texts=other)[0])
+    with pytest.raises(EvaluationError, match=r"no source code.*code\.txt"):
+        prompts_of("constant", filler="code", texts=Texts((BOOK,), WORDS))
+
+
+def test_a_number_that_the_text_has_is_not_hidden_in_it():
+    class Drawn:
+        def randrange(self, *_):
+            return left.pop(0)
+
+    builder = PromptBuilder(
+        Tokenizer(), Texts(("In 11111", "22222 men"), WORDS, "x = 33333"), False
+    )
+    for filler, number in (("book", "33333"), ("code", "11111"), ("words", "11111")):
+        left = [11111, 22222, 33333] if filler == "book" else [33333, 11111]
+        left = left if filler != "words" else [11111]
+        assert builder.number(filler, Drawn()) == number and not left
+
+
+def test_a_chain_leads_to_its_number_and_another_one_does_not():
+    for prompt in prompts_of("chain", filler="book"):
+        text, (number,) = text_of(prompt), prompt.expected
+        assigned = dict(re.findall(r"^VAR (\w+) = (?:VAR )?(\w+)$", text, re.M))
+        assert len(assigned) == 6
+        name = re.search(r"What number is the value of VAR (\w+)\?", text)[1]
+        assert text.endswith(f" VAR {name} = VAR")
+        steps = [name]
+        while steps[-1] in assigned:
+            steps.append(assigned[steps[-1]])
+        assert len(steps) == 4 and steps[-1] == number
+        places = [text.index(f"VAR {step} = ") for step in steps[2::-1]]
+        assert places == sorted(places)
+        assert sum(value.isdigit() for value in assigned.values()) == 2
+
+
+def test_several_facts_are_asked_for_in_their_order():
+    for prompt in prompts_of("several", filler="book"):
+        text, numbers = text_of(prompt), prompt.expected
+        assert len(set(numbers)) == 3 and prompt.depth is None
+        told, keyed, assigned = (
+            next(line for line in text.splitlines() if number in line) for number in numbers
+        )
+        assert keyed == f"The pass key is {numbers[1]}. Remember it. {numbers[1]} is the pass key."
+        assert text.count(keyed) == 1 and len(re.findall(r"^VAR ", text, re.M)) == 3
+        assert re.fullmatch(rf"VAR \w+ = {numbers[2]}", assigned)
+        question = text.splitlines()[-1]
+        parts = re.search(r"a line each\. 1\. (.*) 2\. (.*) 3\. (.*) 1\. (.*)", question)
+        assert parts[2] == "What is the pass key?" and "VAR" in parts[3]
+        assert told.startswith(parts[4]) or parts[4].split()[-1] in told
+
+
+def test_tasks_take_the_fillers_that_suit_them():
+    def cells(tasks, fillers):
+        given = argparse.Namespace(tasks=tasks, fillers=fillers, lengths=[2500], count=1)
+        given.__dict__ |= {"perplexity_count": 1, "keys": 4, "repeats": 1, "hops": 4, "seed": 0}
+        prompts = prompts_of_command(given, PromptBuilder(Tokenizer(), TEXTS, False))
+        return [(prompt.task, prompt.filler) for prompt in prompts]
+
+    tasks = ["passkey", "lookup", "sentence", "constant", "perplexity"]
+    own = [("lookup", ""), ("sentence", "book"), ("constant", "code")]
+    texts = [("perplexity", "book"), ("perplexity", "code")]
+    assert cells(tasks, None) == [("passkey", "words"), *own, *texts]
+    picked = ["code", "book", "code"]
+    assert cells(tasks, picked) == [("passkey", "code"), ("passkey", "book"), *own, *texts[::-1]]
+    with pytest.raises(EvaluationError, match=r"'constant' .* words, book: add one of code to"):
+        fillers_of("constant", ["words", "book"])
+    for name, task in TASKS.items():
+        assert set(fillers_of(name, None)) <= {"", *FILLERS} and set(task.fillers) <= set(FILLERS)
+
+
+def test_perplexity_is_of_books_and_of_code():
+    for filler, source in (("book", BOOK), ("code", CODE)):
+        first, second = prompts_of("perplexity", filler=filler, length=2000, count=2)
+        for prompt in (first, second):
+            text = text_of(prompt)
+            assert re.sub(r"\s+", " ", text.strip()) in re.sub(r"\s+", " ", source)
+            assert len(prompt.token_ids) == 2000 and not prompt.expected
+        assert text_of(first) != text_of(second)
+    # Whole lines, with those that the filler leaves out.
+    (all_of_it,) = prompts_of("perplexity", filler="code", length=len(CODE) + 1, count=1)
+    assert LONG_CLASS in text_of(all_of_it)
+    # The texts of books are those of results that have no filler.
+    (prompt,) = prompts_of("perplexity", filler="book", count=1)
+    assert prompt.seed == "0/perplexity//3000/0"
+    with pytest.raises(EvaluationError, match=r"the code has [\d,]+ tokens, fewer"):
+        prompts_of("perplexity", filler="code", length=1_000_000)
+
+
 def test_no_room_and_too_short_a_book_are_refused():
     with pytest.raises(EvaluationError, match="no room for filler"):
         prompts_of("passkey", length=300)
@@ -158,6 +301,39 @@ def test_texts_come_from_a_folder(tmp_path):
     (tmp_path / "b.txt").unlink()
     with pytest.raises(EvaluationError, match="holds no book"):
         load_texts(tmp_path)
+
+
+def test_code_comes_from_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "b.txt").write_text(BOOK)
+    (tmp_path / "words.txt").write_text("\n".join(WORDS))
+    monkeypatch.setattr(texts, "python_code", lambda: "pass")
+    assert load_texts(tmp_path).code == "pass"
+    (tmp_path / "code.txt").write_text(f"{CODE}\n")
+    assert load_texts(tmp_path) == Texts((BOOK,), tuple(sorted(WORDS)), CODE)
+    (tmp_path / "code" / "deep").mkdir(parents=True)
+    (tmp_path / "code" / "b.py").write_text("b = 2\n")
+    (tmp_path / "code" / "a.py").write_text("\na = 1\n")
+    (tmp_path / "code" / "deep" / "c.py").write_text("c = 3")
+    assert load_texts(tmp_path).code == "a = 1\n\n\nb = 2\n\n\nc = 3"
+
+
+def test_pythons_own_code_is_enough_for_long_prompts():
+    code = python_code()
+    assert MODULES.split() == sorted(MODULES.split()) and not re.search(r"\btests?/", MODULES)
+    assert "\n\n\nclass ArgumentParser(" in code and "\nclass BaseEventLoop(" in code
+    parts = PromptBuilder(Tokenizer(), Texts((), (), code), False)._definitions()
+    assert "".join(parts) == f"{code}\n\n\n"
+    assert sum(len(part) for part in parts if len(part) <= MAX_DEFINITION) > 1_000_000
+    # No name or place of what is hidden is in it.
+    assert not any(f"_for_{owner}" in code for owner in facts.OWNERS.split())
+
+
+@pytest.mark.skipif(importlib.util.find_spec(texts.PACKAGE) is None, reason="no book")
+def test_saved_texts_make_the_same_prompts(tmp_path):
+    assert [file.name for file in save_texts(tmp_path)] == ["book.txt", "code.txt"]
+    saved = load_texts(tmp_path)
+    assert saved == load_texts(None) and saved.code
+    assert not any(name in saved.books[0] for name in facts.PLACES.split())
 
 
 @pytest.mark.parametrize(
@@ -221,6 +397,24 @@ def test_caches_are_crossed_with_the_sweep():
     }
 
 
+def test_an_option_leaves_policies_alone_that_it_does_not_change():
+    sweep = parse_sweep(["score_power=1,3", "value_weight=0,1"])
+    shared = parse_options("score_decay=0.9,key_weight=2,stride=128")
+    window, *distinct = parse_caches(["window", "distinct"], shared, sweep)
+    assert window.cascade == {"policy": "window", "stride": 128}
+    assert [cache.label for cache in distinct] == [f"distinct:value_weight={n}" for n in (0, 1)]
+    assert distinct[0].cascade == {
+        "policy": "distinct",
+        "key_weight": 2,
+        "stride": 128,
+        "value_weight": 0,
+    }
+    labels = [cache.label for cache in parse_caches(["blend"], shared, sweep)]
+    assert len(labels) == 4 and "blend:score_power=1,value_weight=0" in labels
+    with pytest.raises(EvaluationError, match="'distinct:score_power=2': .*score_power"):
+        parse_caches(["distinct:score_power=2"], {}, {})
+
+
 def test_a_caches_own_options_win():
     (cache,) = parse_caches(["blend:stride=256"], parse_options("stride=128"), {})
     assert cache.cascade == {"policy": "blend", "stride": 256}
@@ -229,7 +423,7 @@ def test_a_caches_own_options_win():
 @pytest.mark.parametrize(
     ("caches", "shared", "sweep", "said"),
     [
-        (["ring"], "", [], "no cache 'ring'.*full, blend, paper, window"),
+        (["ring"], "", [], "no cache 'ring'.*full, distinct, blend, paper, window"),
         (["full:stride=2"], "", [], "full attention has no options"),
         (["blend", "blend"], "", [], "'blend' is given twice"),
         (["blend:stride"], "", [], "'stride' is no name=value"),
@@ -360,6 +554,18 @@ def test_perplexity_is_of_all_tokens_together():
         rows += runner._rows(run_of("full"), prompt, done, Tokenizer())
     (entry,) = report.summarise([{k: str(v) for k, v in row.items()} for row in rows])["perplexity"]
     assert isclose(entry["perplexity"], exp(2.0)) and entry["tokens"] == 2 * 799
+
+
+def test_perplexities_of_two_texts_are_apart():
+    rows = []
+    for filler, nats in (("book", 1.0), ("code", 3.0)):
+        (prompt,) = prompts_of("perplexity", filler=filler, length=800, count=1)
+        done = completion(prompt, logprobs=(-nats,) * (prompt.length - 1))
+        rows += runner._rows(run_of("full"), prompt, done, Tokenizer())
+    summary = report.summarise([{k: str(v) for k, v in row.items()} for row in rows])
+    found = [(entry["filler"], entry["perplexity"]) for entry in summary["perplexity"]]
+    assert found == [("book", pytest.approx(exp(1))), ("code", pytest.approx(exp(3)))]
+    assert "perplexity of 800 tokens of code, by position" in report.tables(summary)
 
 
 def test_a_folder_of_another_command_is_refused(tmp_path):

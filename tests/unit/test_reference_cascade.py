@@ -52,7 +52,7 @@ def test_aligned_pairs_keep_the_papers_tokens(total, stride, size, sub_caches, b
         table = torch.nn.functional.pad(tables[max(k - 1, 0)], (sinks, 0))
 
         def choose(sub_cache: int, windows: Tensor, table: Tensor = table) -> Tensor:
-            return select(table.gather(1, windows.flatten(1)).view(windows.shape))
+            return select([(1.0, table.gather(1, windows.flatten(1)).view(windows.shape))])
 
         cascade.finish_stride(range(start, end), choose)
         assert cascade.kept[:, :sinks].tolist() == [list(range(sinks))] * 2
@@ -132,7 +132,7 @@ def test_memory_stays_under_the_bound(settings, seed):
     filled = settings.num_sink_tokens + sum(settings.sub_cache_tokens)
 
     def choose(sub_cache: int, windows: Tensor) -> Tensor:
-        return select(torch.rand(windows.shape, generator=generator))
+        return select([(1.0, torch.rand(windows.shape, generator=generator))])
 
     for start, end, _ in settings.segments(filled * 3 + 20 * settings.stride):
         held = cascade.kept.shape[1] + end - start

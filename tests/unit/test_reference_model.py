@@ -16,9 +16,13 @@ from small_model import NUM_TOKENS, TINY, assert_same, parameters
 CASES = {
     "paper": parameters(),
     "paper mean": parameters(score_reduction="mean"),
-    "blend": parameters(selection_window=8, score_power=2.0, key_weight=1.0),
+    "distinct": parameters(
+        selection_window=8, score_weight=0.0, key_weight=1.0, value_weight=1.0, newest_share=0.5
+    ),
+    "blend": parameters(selection_window=8, score_power=2.0, key_weight=1.0, value_weight=1.0),
     "blend mean": parameters(score_reduction="mean", score_power=2.0, selection_window=8),
-    "blend, half the weight": parameters(selection_window=16, key_weight=0.5),
+    "key alone, half the weight": parameters(selection_window=16, key_weight=0.5),
+    "value alone": parameters(selection_window=16, score_weight=0.0, value_weight=2.0),
     "groups that wait": parameters(cache_tokens=38, selection_window=8, num_sink_tokens=12),
     "no sinks": parameters(num_sink_tokens=0, selection_window=4, key_weight=2.0),
     "window": parameters(num_sub_caches=1, cache_tokens=32),

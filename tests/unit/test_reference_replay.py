@@ -20,7 +20,8 @@ NAN, INF = math.nan, math.inf
 
 RULES = {
     "scores": parameters(selection_window=8),
-    "ranks": parameters(selection_window=8, score_power=2.0, key_weight=1.0),
+    "ranks": parameters(selection_window=8, score_power=2.0, key_weight=1.0, value_weight=1.0),
+    "no scores": parameters(selection_window=8, score_weight=0.0, key_weight=1.0, value_weight=1.0),
 }
 FIRST_MERGE = 4  # 64 tokens past the sinks, of a budget of 48: sub-cache 0 is tokens 36 .. 67
 FIRST_WINDOW = range(36, 44)
@@ -38,7 +39,7 @@ def windows_by_structure(settings: CascadeParameters) -> int:
     def choose(sub_cache: int, windows: Tensor) -> Tensor:
         nonlocal count
         count += windows.shape[0] * windows.shape[1]
-        return select(torch.zeros(windows.shape))
+        return select([(1.0, torch.zeros(windows.shape))])
 
     cascade = Cascade(settings, num_kv_heads=2)
     for start, end, k in settings.segments(NUM_TOKENS):
@@ -147,12 +148,11 @@ def test_decisions_beyond_the_run_are_errors(replayed, model, tokens):
         model.run(tokens[:67], settings, forced={FIRST_MERGE: run.kept[FIRST_MERGE]})
 
 
-def judge(score, distinct, key_weight, replayed, rtol=1e-4):
-    score = torch.tensor(score, dtype=torch.float64)
-    distinct = None if distinct is None else torch.tensor(distinct, dtype=torch.float64)
-    choice = torch.zeros(len(score), dtype=torch.bool)
+def judge(terms, replayed, rtol=1e-4):
+    terms = [(1.0, torch.tensor(values, dtype=torch.float64)) for values in terms]
+    choice = torch.zeros(len(terms[0][1]), dtype=torch.bool)
     choice[replayed] = True
-    return explained(choice, select(score, distinct, key_weight), score, distinct, key_weight, rtol)
+    return explained(choice, select(terms), terms, rtol)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def judge(score, distinct, key_weight, replayed, rtol=1e-4):
     ],
 )
 def test_a_difference_in_scores_is_explained_by_near_ties_only(score, replayed, expected):
-    assert judge(score, None, 0.0, replayed) is expected
+    assert judge([score], replayed) is expected
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_difference_in_scores_is_explained_by_near_ties_only(score, replayed, 
 def test_a_difference_in_rank_sums_is_explained_by_near_ties_only(
     score, distinct, replayed, expected
 ):
-    assert judge(score, distinct, 1.0, replayed) is expected
+    assert judge([score, distinct], replayed) is expected
 
 
 def test_rank_bounds_hold_for_every_order_of_close_values():

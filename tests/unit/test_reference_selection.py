@@ -49,37 +49,44 @@ def test_rank_is_the_definition(values):
 def test_equal_windows_keep_the_newer_half(value, dtype):
     window = torch.full((2, 3, 8), value, dtype=dtype)
     newer_half = [False] * 4 + [True] * 4
-    for key_weight in (0.0, 1.0):
-        kept = select(window, window, key_weight)
+    for terms in ([(1.0, window)], [(1.0, window), (0.5, window), (2.0, window)]):
+        kept = select(terms)
         assert (kept == torch.tensor(newer_half)).all()
 
 
 def test_select_keeps_half_whatever_the_values():
     special = [NAN, INF, -INF, 0.0]
     windows = torch.tensor(list(itertools.product(special, repeat=4)))
-    for key_weight in (0.0, 0.5, 1.0):
-        assert (select(windows, windows.flip(0), key_weight).sum(-1) == 2).all()
+    for weight in (0.25, 0.5, 1.0):
+        terms = [(1.0, windows), (weight, windows.flip(0)), (weight, windows.roll(7, 0))]
+        assert (select(terms).sum(-1) == 2).all()
 
 
 def test_select_by_score_prefers_high_then_new():
     score = torch.tensor([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0], [1.0, NAN], [NAN, INF]])
-    assert select(score).tolist() == [[1, 0], [0, 1], [0, 1], [1, 0], [0, 1]]
+    assert select([(1.0, score)]).tolist() == [[1, 0], [0, 1], [0, 1], [1, 0], [0, 1]]
 
 
 def test_select_adds_weighted_ranks():
     score = torch.tensor([4.0, 3.0, 2.0, 1.0])  # ranks 3 2 1 0
     distinct = torch.tensor([-4.0, -3.0, -1.0, -2.0])  # ranks 0 1 3 2
-    assert select(score, distinct, 0.5).tolist() == [True, False, True, False]  # 3 2.5 2.5 1
-    assert select(score, distinct, 1.0).tolist() == [False, True, True, False]  # 3 3 4 2
-    assert select(score, distinct, 10.0).tolist() == [False, False, True, True]
-    assert select(score, distinct, 0.0).tolist() == [True, True, False, False]
+    def kept(*weights: float) -> list[bool]:
+        terms = zip(weights, (score, distinct, torch.tensor([1.0, 0.0, 0.0, 0.0])), strict=False)
+        return select([(weight, values) for weight, values in terms if weight]).tolist()
+
+    assert kept(1, 0.5) == [True, False, True, False]  # 3 2.5 2.5 1
+    assert kept(1, 1.0) == [False, True, True, False]  # 3 3 4 2
+    assert kept(1, 10.0) == [False, False, True, True]
+    assert kept(1, 0) == [True, True, False, False]
+    assert kept(0, 1) == [False, False, True, True]
+    assert kept(1, 1, 1) == [True, False, True, False]  # ranks 3 0 1 2 more: 6 3 5 4
 
 
 def test_select_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="even"):
-        select(torch.zeros(3))
-    with pytest.raises(ValueError, match="key_weight"):
-        select(torch.zeros(4), None, 1.0)
+        select([(1.0, torch.zeros(3))])
+    with pytest.raises(ValueError, match="something to rank"):
+        select([])
 
 
 def test_distinctiveness_is_minus_the_cosine_to_the_mean_unit_key():
@@ -89,3 +96,10 @@ def test_distinctiveness_is_minus_the_cosine_to_the_mean_unit_key():
     torch.testing.assert_close(distinctiveness(keys), expected)
     opposite = torch.tensor([[1.0, 0.0], [-2.0, 0.0]])
     assert distinctiveness(opposite).tolist() == [0.0, 0.0]
+
+
+def test_a_vector_that_is_not_finite_has_no_direction():
+    keys = torch.tensor([[3.0, 0.0], [0.0, 0.5], [INF, 1.0], [NAN, 0.0]])
+    found = distinctiveness(keys)
+    assert found[2:].isnan().all()
+    torch.testing.assert_close(found[:2], distinctiveness(keys[:2]))

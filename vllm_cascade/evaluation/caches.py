@@ -8,20 +8,10 @@ from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
-from vllm_cascade.config import PRESETS, CascadeOptions, ConfigError
+from vllm_cascade.config import NO_EFFECT, PRESETS, CascadeOptions, ConfigError
 from vllm_cascade.evaluation import EvaluationError
 
 FULL = "full"
-# What has no meaning where no token ever competes.
-NOT_OF_WINDOW = (
-    "num_sub_caches",
-    "newest_share",
-    "selection_window",
-    "score_power",
-    "key_weight",
-    "score_reduction",
-    "score_decay",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +34,8 @@ def parse_caches(
 
     Args:
         specs: "full", or a policy and its options: "blend:cache_tokens=2048,stride=256".
-        shared: Options of every cascade; a cache's own win.
-        sweep: Option to values. Those that a window has no use for leave it alone.
+        shared: Options of every cascade that they change; a cache's own win.
+        sweep: Option to values. A policy under which an option changes nothing is left alone.
 
     Raises:
         EvaluationError: An unknown cache, a value that no cascade takes, or a cache given twice.
@@ -113,9 +103,8 @@ def _swept(spec: str, shared: Mapping[str, Any], sweep: Mapping[str, Sequence[An
         raise EvaluationError(
             f"no cache {policy!r}: choose from {', '.join((FULL, *PRESETS))}, options after a colon"
         )
-    window = policy == "window"
-    common = {k: v for k, v in shared.items() if not (window and k in NOT_OF_WINDOW)}
-    names = [name for name in sweep if not (window and name in NOT_OF_WINDOW)]
+    common = {name: shared[name] for name in shared if name not in NO_EFFECT[policy]}
+    names = [name for name in sweep if name not in NO_EFFECT[policy]]
     caches = []
     for values in product(*(sweep[name] for name in names)):
         point = dict(zip(names, values, strict=True))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cascade import __version__
+from vllm_cascade.config import PRESETS
 from vllm_cascade.evaluation import EvaluationError, caches, tasks, texts
 from vllm_cascade.evaluation.prompts import FILLERS, Prompt, PromptBuilder
 
@@ -41,9 +42,9 @@ def _add_eval(commands: Any) -> None:
     command.add_argument(
         "--caches",
         nargs="+",
-        default=["full", "window", "paper", "blend"],
+        default=[caches.FULL, *reversed(PRESETS)],
         metavar="CACHE[:NAME=VALUE,...]",
-        help="full, window, paper or blend; options as in additional_config",
+        help=f"{', '.join((caches.FULL, *PRESETS))}; options as in additional_config",
     )
     command.add_argument(
         "--options", default="", metavar="NAME=VALUE,...", help="options of every cascade"
@@ -68,13 +69,22 @@ def _add_eval(commands: Any) -> None:
         metavar="COUNT",
         help="texts for perplexity, which reads the longest length only",
     )
-    command.add_argument("--fillers", nargs="+", default=["words"], choices=FILLERS)
+    command.add_argument(
+        "--fillers",
+        nargs="+",
+        choices=FILLERS,
+        help="texts to hide things in, of which a task takes those that suit it (default: words, "
+        "or all that suit a task that makes no sense in words)",
+    )
     command.add_argument("--keys", type=positive_int, default=4, help="of multikey, in a prompt")
     command.add_argument("--repeats", type=positive_int, default=6, help="of a passkey's line")
     command.add_argument("--hops", type=positive_int, default=4, help="of a chain of variables")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument(
-        "--texts", type=Path, metavar="FOLDER", help="books (*.txt) and words.txt to use instead"
+        "--texts",
+        type=Path,
+        metavar="FOLDER",
+        help="books (*.txt), words.txt and code.txt or a folder code to use instead",
     )
     command.add_argument(
         "--no-chat", action="store_true", help="no chat template, even if the model has one"
@@ -106,7 +116,7 @@ def _guarded(command: Any, given: argparse.Namespace) -> int:
 
 
 def _save_texts(given: argparse.Namespace) -> None:
-    print(texts.save_texts(given.folder))
+    print(*texts.save_texts(given.folder), sep="\n")
 
 
 def _evaluate(given: argparse.Namespace) -> None:
@@ -147,7 +157,7 @@ def make_prompts(given: argparse.Namespace, builder: PromptBuilder) -> list[Prom
         count = given.perplexity_count if perplexity else given.count
         lengths = sorted(set(given.lengths))
         for length in lengths[-1:] if perplexity else lengths:
-            for filler in dict.fromkeys(given.fillers) if tasks.TASKS[task].filled else [""]:
+            for filler in tasks.fillers_of(task, given.fillers):
                 prompts += tasks.make_prompts(
                     builder, task, filler, length, count, given.seed, options
                 )

@@ -13,11 +13,15 @@ from typing import Any
 from vllm_cascade.evaluation import EvaluationError
 from vllm_cascade.evaluation.texts import Texts
 
-FILLERS = ("words", "sentences", "book")
+FILLERS = ("words", "sentences", "book", "code")
 SENTENCES = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 )
 WORDS_A_LINE = 12
+# Where a definition of Python starts, with its comment or decorator.
+DEFINITION = re.compile(r"(?<=\n\n)(?=[@#]|def |async def |class )")
+# Longer definitions are left out of the filler: none of them has room inside for another one.
+MAX_DEFINITION = 2000  # characters
 BODY = "[[body]]"  # stands for the filler while a chat template is applied
 
 
@@ -65,6 +69,7 @@ class PromptBuilder:
         self.chat = chat
         self._lines: dict[str, list[int]] = {}
         self._books: dict[int, list[str]] = {}
+        self._code: list[str] = []
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a piece of text, without special tokens."""
@@ -75,7 +80,7 @@ class PromptBuilder:
 
         Args:
             name: One of `FILLERS`.
-            rng: Draws the words, or where the book starts.
+            rng: Draws the words, or where the book or the code starts.
         """
         if name == "words":
             while True:
@@ -84,12 +89,13 @@ class PromptBuilder:
             while True:
                 yield self._line(SENTENCES)
         elif name == "book":
-            sentences = self._sentences(rng.randrange(len(self.texts.books)))
-            start = rng.randrange(len(sentences))
-            while True:
-                for sentence in sentences[start:]:
-                    yield self._line(sentence + "\n")
-                start = 0
+            yield from self._around(self._sentences(rng.randrange(len(self.texts.books))), rng)
+        elif name == "code":
+            parts = self._definitions()
+            short = [part for part in parts if len(part) <= MAX_DEFINITION]
+            # Code that does not look like Python's has a place for a function after every line.
+            lines = short or "".join(parts).splitlines(keepends=True)
+            yield from self._around(lines, rng)
         else:
             raise EvaluationError(f"no filler {name!r}: choose from {', '.join(FILLERS)}")
 
@@ -134,20 +140,40 @@ class PromptBuilder:
             lines.insert(bisect_left(starts, min(depth * room, starts[-2])), line)
         return [*head, *(token for line in lines for token in line), *tail]
 
-    def book_part(self, length: int, index: int, rng: random.Random) -> list[int]:
-        """A book's tokens from somewhere in it, `length` in all.
+    def number(self, filler: str, rng: random.Random) -> str:
+        """A number of five digits that the filler's text does not have.
+
+        Args:
+            filler: One of `FILLERS`.
+            rng: Draws the number.
+        """
+        texts = {"book": self.texts.books, "code": (self.texts.code,)}.get(filler, ())
+        while True:
+            number = str(rng.randrange(10_000, 100_000))
+            if not any(number in text for text in texts):
+                return number
+
+    def part(self, filler: str, length: int, index: int, rng: random.Random) -> list[int]:
+        """Tokens from somewhere in a book or in the code, `length` in all.
+
+        Args:
+            filler: "book" or "code".
+            length: Tokens, those that start a text included.
+            index: Picks the book.
+            rng: Draws the place.
 
         Raises:
-            EvaluationError: The book is shorter.
+            EvaluationError: The text is shorter.
         """
         number = index % len(self.texts.books)
-        sentences = self._sentences(number)
+        named = "the code" if filler == "code" else f"book {number + 1}"
+        lines = self._definitions() if filler == "code" else self._sentences(number)
         start = self.encode_start()
-        tokens = [token for s in sentences for token in self._line(s + "\n")]
+        tokens = [token for line in lines for token in self._line(line)]
         spare = len(tokens) + len(start) - length
         if spare < 0:
             raise EvaluationError(
-                f"book {number + 1} has {len(tokens):,} tokens, fewer than {length:,}: give a "
+                f"{named} has {len(tokens):,} tokens, fewer than {length:,}: give a "
                 "longer one with --texts, or smaller --lengths"
             )
         at = rng.randrange(spare + 1)
@@ -178,10 +204,30 @@ class PromptBuilder:
         return self.encode(before), self.encode(after + answer_start)
 
     def _sentences(self, number: int) -> list[str]:
+        """A book's sentences, a line each."""
         if number not in self._books:
             parts = re.split(r"(?<=[.?!]) |\n", self.texts.books[number])
-            self._books[number] = [part for part in parts if part]
+            self._books[number] = [f"{part}\n" for part in parts if part]
         return self._books[number]
+
+    def _definitions(self) -> list[str]:
+        """The code in whole lines, each part up to where the next definition starts."""
+        if not self._code:
+            if not self.texts.code:
+                raise EvaluationError(
+                    "no source code to make prompts of: this Python has no standard library in "
+                    "source, so give --texts FOLDER with code in FOLDER/code.txt"
+                )
+            self._code = DEFINITION.split(f"{self.texts.code}\n\n\n")
+        return self._code
+
+    def _around(self, lines: list[str], rng: random.Random) -> Iterator[list[int]]:
+        """Lines from a drawn one on, as tokens, and again from the first one."""
+        start = rng.randrange(len(lines))
+        while True:
+            for line in lines[start:]:
+                yield self._line(line)
+            start = 0
 
     def _line(self, text: str) -> list[int]:
         if text not in self._lines:

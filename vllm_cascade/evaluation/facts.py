@@ -1,0 +1,150 @@
+"""Facts that a text holds once, told like the text around them, and what asks for them."""
+
+from __future__ import annotations
+
+import random
+import string
+from dataclasses import dataclass
+
+# What is said, what is asked, and how the answer begins.
+TEMPLATES = (
+    (
+        "The harbour master of {place} keeps {number} {things} in the old tower.",
+        "How many {things} does the harbour master of {place} keep in the old tower?",
+        "The harbour master of {place} keeps",
+    ),
+    (
+        "Last winter the bakers of {place} sold {number} loaves of rye bread.",
+        "How many loaves of rye bread did the bakers of {place} sell last winter?",
+        "Last winter the bakers of {place} sold",
+    ),
+    (
+        "The library in {place} owns {number} maps of the northern coast.",
+        "How many maps of the northern coast does the library in {place} own?",
+        "The library in {place} owns",
+    ),
+    (
+        "{person}, the gardener, planted {number} tulips behind the mill.",
+        "How many tulips did {person} plant behind the mill?",
+        "{person} planted",
+    ),
+    (
+        "The railway from {place} to the coast rests on {number} oak sleepers.",
+        "How many oak sleepers does the railway from {place} to the coast rest on?",
+        "The railway from {place} to the coast rests on",
+    ),
+    (
+        "One autumn {person} counted {number} swallows above the lake near {place}.",
+        "How many swallows did {person} count above the lake near {place}?",
+        "{person} counted",
+    ),
+    (
+        "The clock of {place} has struck {number} times since it was repaired.",
+        "How many times has the clock of {place} struck since it was repaired?",
+        "The clock of {place} has struck",
+    ),
+    (
+        "{person} paid {number} crowns for the blue house at the market of {place}.",
+        "How many crowns did {person} pay for the blue house at the market of {place}?",
+        "{person} paid",
+    ),
+    (
+        "The quarry near {place} delivered {number} blocks of granite for the new bridge.",
+        "How many blocks of granite did the quarry near {place} deliver for the new bridge?",
+        "The quarry near {place} delivered",
+    ),
+    (
+        "In the cellar of the theatre {person} stored {number} {things}.",
+        "How many {things} did {person} store in the cellar of the theatre?",
+        "{person} stored",
+    ),
+)
+PLACES = """
+Velden Tarnholt Oskerby Lindmoor Brackwater Hestwick Corvale Dunrath Wexholm Pellingford Stavenby
+Norrhaven Elmscott Quillon Ravensby Saltmere Thornwick Ulverdal Fennimore Gransbeck
+"""
+PEOPLE = (
+    "Ingrid Halvorsen", "Tobias Wren", "Marta Kowal", "Edmund Pryce", "Lucia Ferrant",
+    "Henrik Dahl", "Agnes Thorpe", "Casper Lund", "Odile Marchand", "Rufus Bellamy",
+    "Petra Novak", "Silas Greer", "Wilma Osterberg", "Hugo Lafferty", "Clara Vinter",
+    "Anton Jessop",
+)  # fmt: skip
+THINGS = """
+lanterns barrels kettles violins umbrellas candles saddles telescopes mirrors blankets ladders
+teapots
+"""
+LIMITS = """
+retry_budget queue_limit page_quota lease_seconds batch_ceiling token_allowance shard_count
+frame_limit buffer_slots probe_interval
+"""
+OWNERS = """
+quasar falcon walnut glacier harbor lantern meadow orchid pelican saffron tundra violin willow
+zephyr badger cobalt
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A fact and how to ask for it.
+
+    Attributes:
+        lines: To be hidden, in this order.
+        question: Its answer is a number.
+        answer_start: Leads to the number.
+    """
+
+    lines: tuple[str, ...]
+    question: str
+    answer_start: str
+
+
+def sentence(number: str, rng: random.Random) -> Fact:
+    """A sentence of a town, a person or both that holds `number`."""
+    words = {
+        "place": rng.choice(PLACES.split()),
+        "person": rng.choice(PEOPLE),
+        "things": rng.choice(THINGS.split()),
+        "number": number,
+    }
+    said, question, answer_start = (text.format(**words) for text in rng.choice(TEMPLATES))
+    return Fact((f"{said}\n",), question, answer_start)
+
+
+def function(number: str, rng: random.Random) -> Fact:
+    """A function of Python that returns `number`."""
+    name = f"{rng.choice(LIMITS.split())}_for_{rng.choice(OWNERS.split())}"
+    return Fact(
+        (f"def {name}():\n    return {number}\n\n\n",),
+        f"What number does the function {name}() return?",
+        f"The function {name}() returns",
+    )
+
+
+def passkey(number: str) -> Fact:
+    """A passkey's line."""
+    line = f"The pass key is {number}. Remember it. {number} is the pass key.\n"
+    return Fact((line,), "What is the pass key?", "The pass key is")
+
+
+def chain(number: str, names: list[str]) -> Fact:
+    """Assignments that hand `number` on from the first of `names` to the last one."""
+    sources = [number, *(f"VAR {name}" for name in names[:-1])]
+    lines = (f"VAR {name} = {source}\n" for name, source in zip(names, sources, strict=True))
+    last = f"VAR {names[-1]}"
+    return Fact(
+        tuple(lines),
+        f"What number is the value of {last}? Follow the assignments back, one after the other, "
+        "to the number.",
+        # Not "is": what follows are the steps.
+        f"{last} = VAR",
+    )
+
+
+def variable_names(count: int, rng: random.Random) -> list[str]:
+    """Distinct names of five letters."""
+    names: list[str] = []
+    while len(names) < count:
+        name = "".join(rng.choices(string.ascii_uppercase, k=5))
+        if name not in names:
+            names.append(name)
+    return names
