@@ -1,13 +1,13 @@
 """Time of one attention layer with the cascade and with others' attention, in the same run.
 
 Llama-3.1-8B's attention: 32 query heads, 8 KV heads of 128 channels, bfloat16, pages of 16 tokens,
-policy "blend". The cascade's side is all that a layer does in the engine: KV write, rotation,
-attention, exact scores, selection and compaction, and the planning of each step besides. The
+policy "distinct". The cascade's side is all that a layer does in the engine: KV write, rotation,
+attention, selection and compaction, and the planning of each step besides. The
 baselines get their queries and keys rotated and write no pages.
 
 Nothing is reported unless the layer agrees with the float64 oracle first, and no row unless the
-device counters of its timed runs (pairs scored, groups merged, tokens dropped) are what the layout
-predicts, and baselines beyond 262,144 tokens lie within 5% of their quadratic extrapolation.
+device counters of its timed runs (groups merged, tokens dropped, no pair scored) are what the
+layout predicts, and baselines beyond 262,144 tokens lie within 5% of their quadratic extrapolation.
 
     python benchmarks/gpu_layer.py            rewrites benchmarks/results/gpu_layer.csv
     python benchmarks/gpu_layer.py --tiny     every path at a size for Triton's interpreter

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import gpu_baselines as baselines
 import torch
 from gpu_driver import Driver, Inputs, make_config
-from gpu_records import RefusalError, percentiles, predict
+from gpu_records import RefusalError, attended_pairs, percentiles
 
 from vllm_cascade.gpu_layer import Shape
 
@@ -90,8 +90,8 @@ SMALL = replace(
     middle=256,
     short=192,
     under=128,
-    narrow=_cascade(128, 2, 64, num_sink_tokens=16),
-    wide=_cascade(192, 3, 64, num_sink_tokens=16),
+    narrow=_cascade(128, 2, 64, num_sink_tokens=16, selection_window=32),
+    wide=_cascade(192, 3, 64, num_sink_tokens=16, selection_window=32),
     num_decodes=2,
     layers=2,
     layers_per_graph=2,
@@ -99,7 +99,7 @@ SMALL = replace(
     passes=2,
     drift=math.inf,
     checked=(340, 6),
-    checked_cascade=_cascade(128, 2, 64, num_sink_tokens=16),
+    checked_cascade=_cascade(128, 2, 64, num_sink_tokens=16, selection_window=32),
 )
 
 
@@ -222,20 +222,19 @@ class Bench:
         _, ms, _ = percentiles(self.attention(side, self.sizes.middle, times))
         return ms * causal_pairs(num_tokens) / causal_pairs(self.sizes.middle)
 
-    def floors(self, num_tokens: int, is_wide: bool, timed: int) -> tuple[float, float]:
-        """Least milliseconds of the cascade without scores and with exact ones.
+    def floor(self, num_tokens: int, is_wide: bool, timed: int) -> float:
+        """Least milliseconds of the cascade.
 
         Args:
             num_tokens: Tokens of the prompt.
             is_wide: Which cascade.
             timed: Prompt whose FlashAttention-3 rate is taken.
         """
-        kv_heads = self.sizes.shape.num_kv_heads
-        pairs = predict(self.driver(is_wide).layout, [(0, num_tokens)], kv_heads).pairs / kv_heads
+        layout = self.driver(is_wide).layout
+        pairs = attended_pairs(layout, 0, num_tokens)
         _, ms, _ = percentiles(self.attention(FLASH3, timed, 3))
-        unscored = ms * pairs / causal_pairs(timed)
-        # Queries times keys a second time, without the values.
-        return unscored, 1.5 * unscored
+        # For scores, queries times keys a second time, without the values.
+        return (1.5 if layout.config.needs_scores else 1.0) * ms * pairs / causal_pairs(timed)
 
     @functools.cached_property
     def copy_rate(self) -> float:

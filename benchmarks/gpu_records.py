@@ -54,6 +54,23 @@ class Counts:
             )
 
 
+def attended_pairs(layout: Layout, start: int, end: int) -> int:
+    """Pairs of a query and a key that it sees, of one KV head, for some tokens of a request.
+
+    Args:
+        layout: The cascade's structure.
+        start: First token.
+        end: One past the last token.
+    """
+    pairs = 0
+    for segment in layout.segments(start, end):
+        first = layout.epochs[segment.epoch].place(segment.start)
+        length = segment.end - segment.start
+        # A query at place p sees p + 1 keys.
+        pairs += length * (first + 1) + length * (length - 1) // 2
+    return pairs
+
+
 def predict(layout: Layout, spans: Iterable[tuple[int, int]], num_kv_heads: int) -> Counts:
     """What one layer counts for some runs of tokens, by the layout alone.
 
@@ -63,16 +80,13 @@ def predict(layout: Layout, spans: Iterable[tuple[int, int]], num_kv_heads: int)
         num_kv_heads: KV heads.
     """
     config = layout.config
-    if not config.needs_scores:
-        return Counts(0, 0, 0)
     pairs = groups = 0
     for start, end in spans:
-        for segment in layout.segments(start, end):
-            epoch = layout.epochs[segment.epoch]
-            first, length = epoch.place(segment.start), segment.end - segment.start
-            # A query at place p sees p + 1 keys.
-            pairs += length * (first + 1) + length * (length - 1) // 2
-            groups += len(epoch.groups) if segment.merges else 0
+        if config.needs_scores:
+            pairs += attended_pairs(layout, start, end)
+        if config.chooses:
+            segments = layout.segments(start, end)
+            groups += sum(len(layout.epochs[s.epoch].groups) for s in segments if s.merges)
     dropped = groups * (config.group_tokens // 2)
     return Counts(pairs, groups, dropped).times(num_kv_heads)
 

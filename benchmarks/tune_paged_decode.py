@@ -1,4 +1,4 @@
-"""Time of paged decode with scores, its launches side by side, against FlashAttention-3.
+"""Time of paged decode, its launches side by side, against FlashAttention-3.
 
 One attention layer of Llama-3.1-8B: 32 query heads, 8 KV heads, head size 128, bfloat16, blocks of
 16 tokens in random order. Milliseconds are the median over replays of a CUDA graph; GB/s counts
@@ -123,24 +123,26 @@ def launches(case: Case, tiny: bool) -> Iterator[tuple[str, object, torch.dtype,
     yield "by place", coarse, half, True
     if tiny:
         return
-    yield "2 stages", replace(base, num_stages=2), torch.float32, True
-    yield "4 stages", replace(base, num_stages=4), torch.float32, True
-    yield "5 stages", replace(base, num_stages=5), torch.float32, True
-    yield "16 keys, 1 warp", replace(base, keys=16, num_warps=1), torch.float32, True
-    yield "16 keys", replace(base, keys=16), torch.float32, True
-    yield "32 keys, 1 warp", replace(base, num_warps=1), torch.float32, True
-    yield "64 keys, 4 warps", replace(base, keys=64, num_warps=4), torch.float32, True
-    yield "64 keys", replace(base, keys=64), torch.float32, True
-    yield "168 registers", replace(base, max_registers=168), torch.float32, True
-    yield "by place, 4 warps", replace(coarse, num_warps=4), half, True
-    yield "by place, 1 warp", replace(coarse, num_warps=1), half, True
-    for splits in (base.splits // 2, base.splits * 2):
+    for keys, warps, stages in (
+        (32, 1, 3), (32, 2, 2), (32, 2, 4), (32, 4, 3), (32, 4, 4), (32, 4, 5), (64, 4, 2),
+        (64, 4, 3), (64, 4, 4), (64, 8, 3), (64, 2, 2), (16, 1, 4), (128, 8, 2),
+    ):  # fmt: skip
+        yield (
+            f"{keys} keys, {warps} warps, {stages} stages",
+            replace(base, keys=keys, num_warps=warps, num_stages=stages),
+            torch.float32,
+            False,
+        )
+    for keys, warps, registers in ((32, 2, 208), (32, 4, 128), (64, 4, 208), (64, 4, 168)):
+        yield (
+            f"{keys} keys, {warps} warps, {registers} registers",
+            replace(base, keys=keys, num_warps=warps, max_registers=registers),
+            torch.float32,
+            False,
+        )
+    for splits in (base.splits // 2, base.splits * 2, base.splits * 4):
         few = min(base.min_keys, max(64, case.num_keys // max(splits, 1)))
-        yield f"{splits} splits", replace(base, splits=splits, min_keys=few), torch.float32, True
-    yield "min_keys 256", replace(base, min_keys=256), torch.float32, True
-    yield "min_keys 1024", replace(base, min_keys=1024), torch.float32, True
-    yield "score tile 512", replace(base, score_tile=512, score_warps=4), torch.float32, True
-    yield "score tile 2048", replace(base, score_tile=2048), torch.float32, True
+        yield f"{splits} splits", replace(base, splits=splits, min_keys=few), torch.float32, False
 
 
 def flash_attention(case: Case) -> Callable[[], object] | None:

@@ -25,6 +25,7 @@ from vllm_cascade.kernels.weights import Weights
 # Tokens of a program: of a segment's own, and of those in the pages.
 OWN_TOKENS = 16
 PAGE_TOKENS = 32
+NUM_WARPS = 8
 # Heads of a program, which share the angles of its tokens.
 QUERY_HEADS = 8
 KV_HEADS = 4
@@ -34,12 +35,14 @@ KV_HEADS = 4
 def _take_own_queries(
     out_ptr,
     query_ptr,
+    cos_ptr,
+    sin_ptr,
     packed,
     row,
-    cos,
-    sin,
+    place,
     valid,
     first_head,
+    cos_stride,
     query_stride_token,
     query_stride_head,
     out_stride_token,
@@ -52,6 +55,8 @@ def _take_own_queries(
     BLOCK_D: tl.constexpr,
 ):
     """Pack and rotate some query heads of a segment's own tokens."""
+    line = place.to(tl.int64) * cos_stride
+    cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
     for head in range(first_head, tl.minimum(first_head + HEADS, NUM_HEADS)):
         rotate_tile(
             out_ptr + packed * out_stride_token + head * out_stride_head,
@@ -76,16 +81,18 @@ def _take_own_keys(
     key_ptr,
     value_ptr,
     tokens_ptr,
+    table_at,
+    cos_ptr,
+    sin_ptr,
     packed,
     row,
+    place,
     out_row,
-    block,
-    offset,
-    cos,
-    sin,
     valid,
     summed,
     first_head,
+    cos_stride,
+    out_stride_token,
     out_stride_head,
     kv_stride_block,
     token_stride_block,
@@ -107,11 +114,15 @@ def _take_own_keys(
     """Bring some KV heads of a segment's own tokens to the workspace and to their pages."""
     channel = tl.arange(0, BLOCK_V)
     held = valid[:, None] & (channel < HEAD_SIZE)[None, :]
+    line = place.to(tl.int64) * cos_stride
+    # They serve all heads.
+    cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
+    block = tl.load(table_at + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
     for head in range(first_head, tl.minimum(first_head + HEADS, NUM_KV_HEADS)):
-        slot = head * BLOCK_SIZE + offset
+        slot = head * BLOCK_SIZE + place % BLOCK_SIZE
         page = kv_ptr + block * kv_stride_block + slot * (2 * HEAD_SIZE)
         source = key_ptr + row * key_stride_token + head * key_stride_head
-        target = out_row + head * out_stride_head
+        target = out_row.to(tl.int64) * out_stride_token + head * out_stride_head
         rotate_tile(
             key_out_ptr + target,
             source,
@@ -147,15 +158,17 @@ def _take_held(
     value_out_ptr,
     kv_ptr,
     sums_at,
+    table_at,
+    cos_ptr,
+    sin_ptr,
+    place,
     out_row,
-    block,
-    offset,
-    cos,
-    sin,
     valid,
     written,
     summed,
     first_head,
+    cos_stride,
+    out_stride_token,
     out_stride_head,
     kv_stride_block,
     NUM_KV_HEADS: tl.constexpr,
@@ -173,10 +186,13 @@ def _take_held(
     channel = tl.arange(0, BLOCK_V)
     in_head = (channel < HEAD_SIZE)[None, :]
     held = valid[:, None] & in_head
+    line = place.to(tl.int64) * cos_stride
+    cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
+    block = tl.load(table_at + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
     for head in range(first_head, tl.minimum(first_head + HEADS, NUM_KV_HEADS)):
-        slot = head * BLOCK_SIZE + offset
+        slot = head * BLOCK_SIZE + place % BLOCK_SIZE
         source = kv_ptr + block * kv_stride_block + slot * (2 * HEAD_SIZE)
-        target = out_row + head * out_stride_head
+        target = out_row.to(tl.int64) * out_stride_token + head * out_stride_head
         rotate_tile(
             key_out_ptr + target,
             source,
@@ -270,38 +286,35 @@ def _prepare_kernel(
     key_start = tl.load(key_spans_ptr + 2 * segment)
     num_keys = tl.load(key_spans_ptr + 2 * segment + 1) - key_start
     prefix = num_keys - num_own
-    table_ptr = block_table_ptr + segment.to(tl.int64) * table_stride
+    table_at = block_table_ptr + segment.to(tl.int64) * table_stride
     sums_at = sums_ptr + segment.to(tl.int64) * (NUM_KV_HEADS * 2 * HEAD_SIZE)
     summed = tl.load(num_groups_ptr + segment) > 0
 
     if tl.program_id(0) < own_tiles * OWN_PARTS:
         part = tl.program_id(0) % OWN_PARTS
+        first_own = tl.program_id(0) // OWN_PARTS * OWN_T
         # [OWN_T] the segment's own tokens
-        index = tl.program_id(0) // OWN_PARTS * OWN_T + tl.arange(0, OWN_T)
-        valid = index < num_own
+        index = first_own + tl.arange(0, OWN_T)
+        is_own = index < num_own
         packed = (query_start + index).to(tl.int64)
-        row = tl.load(rows_ptr + packed, mask=valid, other=0).to(tl.int64)
-        place = prefix + index
-        line = place.to(tl.int64) * cos_stride
-        cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
-        if tl.program_id(0) // OWN_PARTS * OWN_T >= num_own:
+        row = tl.load(rows_ptr + packed, mask=is_own, other=0).to(tl.int64)
+        if first_own >= num_own:
             pass
         elif part < QUERY_PARTS:
             _take_own_queries(
-                query_out_ptr, query_ptr, packed, row, cos, sin, valid, part * HEADS,
+                query_out_ptr, query_ptr, cos_ptr, sin_ptr,
+                packed, row, prefix + index, is_own, part * HEADS, cos_stride,
                 query_stride_token, query_stride_head,
                 query_out_stride_token, query_out_stride_head,
                 NUM_HEADS, HEADS, HEAD_SIZE, ROTARY_DIM, IS_NEOX, BLOCK_D,
             )  # fmt: skip
         else:
-            block = tl.load(table_ptr + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
             _take_own_keys(
                 key_out_ptr, value_out_ptr, kv_ptr, token_ptr, sums_at,
-                key_ptr, value_ptr, tokens_ptr,
-                packed, row, (key_start + place).to(tl.int64) * out_stride_token,
-                block, place % BLOCK_SIZE, cos, sin, valid, summed,
+                key_ptr, value_ptr, tokens_ptr, table_at, cos_ptr, sin_ptr,
+                packed, row, prefix + index, key_start + prefix + index, is_own, summed,
                 (part - QUERY_PARTS) * KV_HEADS,
-                out_stride_head, kv_stride_block, token_stride_block,
+                cos_stride, out_stride_token, out_stride_head, kv_stride_block, token_stride_block,
                 key_stride_token, key_stride_head, value_stride_token, value_stride_head,
                 NUM_KV_HEADS, KV_HEADS, BLOCK_SIZE, HEAD_SIZE, ROTARY_DIM, IS_NEOX,
                 BLOCK_D, BLOCK_V, SUM_KEYS, SUM_VALUES,
@@ -316,14 +329,11 @@ def _prepare_kernel(
         valid = place < prefix
         written = valid | ((place >= num_keys) & (place < num_keys + PADDING))
         if tile < prefix_tiles + (PADDING + PAGE_T - 1) // PAGE_T:
-            line = place.to(tl.int64) * cos_stride
-            cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
-            block = tl.load(table_ptr + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
             _take_held(
-                key_out_ptr, value_out_ptr, kv_ptr, sums_at,
-                (key_start + place).to(tl.int64) * out_stride_token,
-                block, place % BLOCK_SIZE, cos, sin, valid, written, summed,
-                program % KV_PARTS * KV_HEADS, out_stride_head, kv_stride_block,
+                key_out_ptr, value_out_ptr, kv_ptr, sums_at, table_at, cos_ptr, sin_ptr,
+                place, key_start + place, valid, written, summed,
+                program % KV_PARTS * KV_HEADS,
+                cos_stride, out_stride_token, out_stride_head, kv_stride_block,
                 NUM_KV_HEADS, KV_HEADS, BLOCK_SIZE, HEAD_SIZE, ROTARY_DIM, IS_NEOX,
                 BLOCK_D, BLOCK_V, SUM_KEYS, SUM_VALUES,
             )  # fmt: skip
@@ -439,5 +449,5 @@ def prepare(
         PADDING=KEY_PADDING,
         SUM_KEYS=weights.key > 0,
         SUM_VALUES=weights.value > 0,
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )

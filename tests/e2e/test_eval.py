@@ -1,4 +1,4 @@
-"""`vllm-cascade eval` with a real model: a passkey and perplexity, in two caches."""
+"""`vllm-cascade eval` with a real model: passkeys and perplexity, in two caches."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def test_measures_two_caches_and_goes_on_where_it_stopped(tmp_path: Path, capfd)
     texts, output = tmp_path / "texts", tmp_path / "output"
     texts.mkdir()
     (texts / "book.txt").write_text((ROOT / "LICENSE").read_text())
+    (texts / "code.txt").write_text((ROOT / "vllm_cascade" / "config.py").read_text())
     command = ["eval", model_folder(), f"--output={output}", f"--texts={texts}"]
-    command += ["--tasks", "passkey", "perplexity", "--fillers", "sentences", "--no-chat"]
+    command += ["--tasks", "passkey", "perplexity", "--fillers", "sentences", "code", "--no-chat"]
     command += ["--caches", "full", f"blend:cache_tokens={BUDGET},stride=128"]
     command += [f"--lengths={LENGTH}", "--count=1", "--perplexity-count=1"]
     command += ["--engine-args", '{"dtype": "float32", "block_size": 32}']
     assert cli.main(command) == 0
     rows = read(output)
-    assert [(row["cache"].partition(":")[0], row["task"]) for row in rows] == [
-        ("full", "passkey"),
-        ("full", "perplexity"),
-        ("blend", "passkey"),
-        ("blend", "perplexity"),
+    assert [(row["cache"].partition(":")[0], row["task"], row["filler"]) for row in rows] == [
+        (cache, task, filler)
+        for cache in ("full", "blend")
+        for task, filler in (("passkey", "sentences"), ("passkey", "code"), ("perplexity", "code"))
     ]
-    full, full_book, blend, blend_book = rows
+    full, _, full_code, blend, _, blend_code = rows
     # The model answers where it has all of so short a text.
     assert full["expected"] in full["answer"] and full["exact"] == "1"
     assert full["tokens_evicted"] == "0" < blend["tokens_evicted"]
@@ -46,19 +46,19 @@ def test_measures_two_caches_and_goes_on_where_it_stopped(tmp_path: Path, capfd)
     # Sinks, budget and a stride, where all is aligned; a group waits where it is not.
     budget_blocks = (64 + BUDGET + 128) // 32
     assert budget_blocks - 2 <= int(blend["kv_blocks"]) < int(full["kv_blocks"])
-    assert 0 < float(full_book["nats"]) != float(blend_book["nats"])
-    assert float(blend_book["nats"]) == pytest.approx(float(full_book["nats"]), rel=0.2)
+    assert 0 < float(full_code["nats"]) != float(blend_code["nats"])
+    assert float(blend_code["nats"]) == pytest.approx(float(full_code["nats"]), rel=0.2)
     assert json.loads(blend["options"])["cache_tokens"] == BUDGET
     said = capfd.readouterr()
     assert "passkey, filler sentences: right answers" in said.out and "1 of 1" in said.out
-    assert "1,000 tokens, 2 of 2 answered" in said.err
+    assert "1,000 tokens, 3 of 3 answered" in said.err
 
     file = output / "results.csv"
-    file.write_text("\n".join(file.read_text().splitlines()[:3]) + "\n")
+    file.write_text("\n".join(file.read_text().splitlines()[:4]) + "\n")
     assert cli.main(command) == 0
     assert read(output) == rows
     said = capfd.readouterr()
-    assert "2 rows there already" in said.out
+    assert "3 rows there already" in said.out
     assert "full: starting the engine" not in said.err and "blend" in said.err
 
     assert cli.main([*command, "--seed=1"]) == 2

@@ -157,15 +157,11 @@ def test_a_sentence_is_hidden_once_and_asked_for():
         text, (number,) = text_of(prompt), prompt.expected
         (line,) = (line for line in text.splitlines() if number in line)
         assert text.count(number) == 1 and line[0].isupper() and line[-1] == "."
-        assert text.startswith("Read the following text. I will ask one question about it.\nIn the")
+        assert text.startswith("Read the following text. I will ask one question about it.\n")
         assert abs(text.index(line) / len(text) - prompt.depth) < 0.06
         assert prompt.index % 5 == int(prompt.depth * 5)
-        question = text.splitlines()[-1]
-        assert question.count("?") == 1 and set(re.findall("[A-Z][a-z]{5,}", question)) & set(
-            re.findall("[A-Z][a-z]{5,}", line)
-        )
-        asked.add(question)
-    assert len(asked) == 20
+        asked.add(text.splitlines()[-1])
+    assert len(asked) > 15
 
 
 def test_templates_ask_for_the_number_that_they_tell():
@@ -297,7 +293,7 @@ def test_texts_come_from_a_folder(tmp_path):
     with pytest.raises(EvaluationError, match="distinct words"):
         load_texts(tmp_path)
     (tmp_path / "words.txt").write_text("\n".join(WORDS))
-    assert load_texts(tmp_path) == Texts((BOOK,), tuple(sorted(WORDS)))
+    assert load_texts(tmp_path) == Texts((BOOK,), tuple(sorted(WORDS)), python_code())
     (tmp_path / "b.txt").unlink()
     with pytest.raises(EvaluationError, match="holds no book"):
         load_texts(tmp_path)
@@ -411,7 +407,7 @@ def test_an_option_leaves_policies_alone_that_it_does_not_change():
     }
     labels = [cache.label for cache in parse_caches(["blend"], shared, sweep)]
     assert len(labels) == 4 and "blend:score_power=1,value_weight=0" in labels
-    with pytest.raises(EvaluationError, match="'distinct:score_power=2': .*score_power"):
+    with pytest.raises(EvaluationError, match=r"'distinct:score_power=2': .*score_power"):
         parse_caches(["distinct:score_power=2"], {}, {})
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import plots  # noqa: E402
+import quality  # noqa: E402
 import tables  # noqa: E402
 
-SOURCES = [path for path in sorted(plots.RESULTS.glob("*.csv")) if path.stem in plots.PLOTS]
+from vllm_cascade.config import CascadeOptions  # noqa: E402
+from vllm_cascade.evaluation.results import COLUMNS  # noqa: E402
+
+DRAWN = [name for name in plots.PLOTS if plots.rows_of(name)]
 LENGTHS = (4096, 65536, 1 << 20)
 PLACE = re.compile(r"-?\d+\.\d+")
 
@@ -74,21 +81,41 @@ def quality_rows() -> list[dict[str, str]]:
     return [{name: str(value) for name, value in row.items()} for row in found]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_plot_is_of_the_rows(source: Path) -> None:
-    target = source.with_suffix(".svg")
+def task_rows() -> list[dict[str, str]]:
+    """Two tasks in two lengths, of a budget of 2,048 tokens; `distinct` did one length only."""
+    found = []
+    for number, cache in enumerate(("full", "blend", "distinct")):
+        row: dict[str, Any] = {"study": "tasks", "cache": cache, "model": "M", "num_sub_caches": 4}
+        row |= {"gpu": "G", "vllm": "V", "torch": "T", "commit": "C"}
+        row |= {"cache_tokens": "" if cache == "full" else 2048}
+        row |= dict.fromkeys(("exact", "prompts", "perplexity", "end_position"), "")
+        for task, filler in (("sentence", "book"), ("constant", "code")):
+            for length in (8192, 32000)[: 1 if cache == "distinct" else 2]:
+                answer = {"task": task, "filler": filler, "length": length, "prompts": 60}
+                found.append({**row, **answer, "exact": 60 - 15 * number - length // 8192})
+        for filler in ("book", "code"):
+            for end in (32000, 16384):
+                part = {"task": "perplexity", "filler": filler, "length": 32000}
+                part |= {"end_position": end, "perplexity": end / 1000 + number + len(cache)}
+                found.append({**row, **part})
+    return [{name: str(value) for name, value in row.items()} for row in found]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_plot_is_of_the_rows(name: str) -> None:
+    target = plots.RESULTS / f"{name}.svg"
     assert target.exists(), "run python benchmarks/plots.py"
     plot = target.read_text(encoding="utf-8")
-    assert plots.digests(source) in plot, "run python benchmarks/plots.py"
+    assert plots.digests(plots.file_of(name)) in plot, "run python benchmarks/plots.py"
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_plot_is_what_the_script_draws(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", DRAWN)
+def test_plot_is_what_the_script_draws(name: str, tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
-    committed = source.with_suffix(".svg").read_text(encoding="utf-8")
+    committed = (plots.RESULTS / f"{name}.svg").read_text(encoding="utf-8")
     if f"Matplotlib v{matplotlib.__version__}," not in committed:
         pytest.skip("drawn with another version of Matplotlib")
-    plots.draw(source, tmp_path / "again.svg")
+    plots.draw(name, tmp_path / "again.svg")
     again = (tmp_path / "again.svg").read_text(encoding="utf-8")
     assert PLACE.sub("", again) == PLACE.sub("", committed)
     # Processors round the last digit otherwise.
@@ -98,7 +125,15 @@ def test_plot_is_what_the_script_draws(source: Path, tmp_path: Path) -> None:
 
 def test_every_plot_has_rows() -> None:
     there = {plot.stem for plot in plots.RESULTS.glob("*.svg")} & set(plots.PLOTS)
-    assert there == {source.stem for source in SOURCES}
+    assert there == set(DRAWN)
+
+
+def test_a_plot_has_the_rows_of_its_study(tmp_path: Path) -> None:
+    rows = quality_rows()
+    written(tmp_path, "quality", rows)
+    lengths = [row for row in rows if row["study"] == "lengths"]
+    assert plots.rows_of("quality", tmp_path) == lengths and len(lengths) < len(rows)
+    assert plots.rows_of("quality_tasks", tmp_path) == plots.rows_of("gpu_context", tmp_path) == []
 
 
 def drawn(name: str, rows: list[dict[str, str]]) -> list[Any]:
@@ -151,7 +186,10 @@ def test_protocol_panels_show_the_rows() -> None:
 
 
 def test_quality_panels_show_the_rows() -> None:
-    passkey, multikey, perplexity = drawn("quality", quality_rows())
+    rows = [row for row in quality_rows() if row["study"] == "lengths"]
+    # Perplexity of code has no panel beside that of books.
+    rows += [{**row, "filler": "code", "perplexity": "9"} for row in rows if row["perplexity"]]
+    passkey, multikey, perplexity = drawn("quality", rows)
     assert "passkey" in passkey.get_title() and "multikey" in multikey.get_title()
     shares = lines(passkey)
     assert shares["full"] == [[4096.0, 0.75], [8192.0, 0.75]]
@@ -163,6 +201,31 @@ def test_quality_panels_show_the_rows() -> None:
     colours = {line.get_color() for line in perplexity.lines}
     assert len(colours) == 4, "two caches have one colour"
     assert perplexity.get_yscale() == "log" and passkey.get_yscale() == "linear"
+
+
+def test_task_panels_show_the_rows() -> None:
+    sentence, constant = drawn("quality_tasks", task_rows())
+    assert sentence.get_title() == "sentence, book" and constant.get_title() == "constant, code"
+    shares = lines(sentence)
+    assert set(shares) == {"full", "blend", "distinct"}
+    # Beside each other, in the order of the rows.
+    (four, one), (sixteen, fewer) = shares["blend"]
+    assert four == pytest.approx(4) and one == pytest.approx(44 / 60)
+    assert sixteen == pytest.approx(32000 / 2048) and fewer == pytest.approx(42 / 60)
+    assert shares["full"][0][0] < 4 < shares["distinct"][0][0] < 4.5
+    assert [tick.get_text() for tick in sentence.get_xticklabels()] == ["4x", "16x"]
+    (bars,) = (bars for bars in sentence.containers if bars.get_label() == "blend")
+    low, high = bars.lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == (pytest.approx(0.610, abs=1e-3), pytest.approx(0.829, abs=1e-3))
+    assert len({line.get_color() for line in sentence.lines}) == 3
+
+
+def test_task_plot_is_drawn_from_its_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written(tmp_path, "quality", task_rows())
+    plots.draw("quality_tasks", tmp_path / "new.svg", tmp_path)
+    plot = (tmp_path / "new.svg").read_text(encoding="utf-8")
+    assert plots.digests(tmp_path / "quality.csv") in plot and "constant, code" in plot
 
 
 def test_readme_has_the_tables_of_the_rows() -> None:
@@ -180,9 +243,109 @@ def test_quality_tables(tmp_path: Path) -> None:
     assert "| `paper other` | 4 | 4 | 4 | 1,027.00 |" in knobs and "`full`" not in knobs
 
 
+def test_task_tables(tmp_path: Path) -> None:
+    text = written(tmp_path, "quality", [*quality_rows(), *task_rows()])
+    heading, _, *shown = cells(tables.rewritten(text.replace("quality", "quality_tasks"), tmp_path))
+    assert heading == [
+        "right of 60 at 8,192, 32,000 tokens",
+        "sentence, book",
+        "constant, code",
+        "perplexity, book, tokens up to 32,000",
+        "perplexity, code, tokens up to 32,000",
+    ]
+    assert shown == [
+        ["`full`", "59 57", "59 57", "36.00", "36.00"],
+        ["`blend`", "44 42", "44 42", "38.00", "38.00"],
+        ["`distinct`", "29 -", "29 -", "42.00", "42.00"],
+    ]
+    text = tables.rewritten(text.replace("quality", "quality_intervals"), tmp_path)
+    heading, _, *shown = cells(text)
+    assert heading[0].startswith("95% interval of the share in percent, of 60 at 8,192")
+    assert shown[1] == ["`blend`", "61-83 57-80", "61-83 57-80"]
+    assert shown[2][1] == "36-61 -"
+    assert "commit C." in text and "perplexity" not in text
+    # Rows of a time when perplexity was of books only.
+    old = [{**r, "filler": r["filler"].replace("book", "")} for r in task_rows()]
+    assert tables.quality_tasks(old)[0].endswith(
+        "perplexity, book, tokens up to 32,000 | perplexity, code, tokens up to 32,000 |"
+    )
+    # Other tables and their studies know nothing of code.
+    more = [{**r, "filler": "code", "perplexity": "99"} for r in quality_rows() if r["perplexity"]]
+    for table in (tables.quality, tables.quality_knobs):
+        assert table([*quality_rows(), *more]) == table(quality_rows())
+
+
+def options_of(**given: Any) -> dict[str, Any]:
+    """A resolved configuration, as results have it."""
+    parsed = CascadeOptions.parse({"cache_tokens": 2048, "stride": 512, **given})
+    model = {"block_size": 16, "max_model_len": 32_100, "position_limit": 32_768}
+    return asdict(parsed.resolve(**model))
+
+
+def test_a_cache_is_named_by_what_is_not_usual() -> None:
+    assert quality.name_of("full", {}, 512) == "full"
+    assert quality.name_of("distinct", options_of(policy="distinct"), 512) == "distinct"
+    assert quality.name_of("window", options_of(policy="window"), 128) == "window:stride=512"
+    given = {"policy": "blend", "value_weight": 0, "score_weight": 2, "score_reduction": "mean"}
+    name = "blend:score_weight=2,value_weight=0,score_reduction=mean"
+    assert quality.name_of("blend:...", options_of(**given), 512) == name
+    label, options = "blend:num_sub_caches=4", options_of(policy="blend", num_sub_caches=4)
+    assert quality.name_of(label, options, 512) == label
+    # Written when the option was not there.
+    del options["value_weight"], options["score_weight"]
+    assert quality.name_of(label, options, 512) == label
+
+
+def test_results_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, output = tmp_path / "folder", tmp_path / "quality.csv"
+    folder.mkdir()
+    (folder / "summary.json").write_text('{"versions": {"torch": "T", "vllm": "V"}}')
+    options = json.dumps(options_of(policy="distinct"))
+    common = {"cache": "distinct", "length": 8192, "options": options, "kv_bytes": 2**20}
+    common |= {"tokens_evicted": 1, "kv_blocks": 1, "index": 0}
+    right = {"task": "sentence", "filler": "book", "exact": 1, "parts": 5, "parts_right": 5}
+    text = {"task": "perplexity", "first_position": 1, "end_position": 3, "nats": 0}
+    rows = [
+        {**common, **right},
+        {**common, **right, "index": 30, "exact": 0},
+        {**common, **text},
+        {**common, **text, "filler": "code"},
+    ]
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    first = {"study": "knobs", "commit": "C", "gpu": "G", "torch": "T", "vllm": "V", "model": "M"}
+    cell = next(iter(quality.cells(quality.read([folder], quality.STUDIES["tasks"]))))
+    kept = {**first, **cell, "cache": "other"}
+    output.write_text(f"{','.join(kept)}\n{','.join(map(str, kept.values()))}\n")
+    monkeypatch.setattr(quality, "OUTPUT", output)
+    command = ["quality.py", "--gpu=H100", "--commit=abc", "--tasks", str(folder)]
+    command += ["--lengths", str(folder)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert quality.main() == 0
+    with output.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [(row["study"], row["cache"]) for row in found] == [
+        ("knobs", "other"),
+        *[("lengths", "distinct:stride=512")] * 3,
+        *[("tasks", "distinct")] * 3,
+    ]
+    answers, book, code = found[-3:]
+    assert (answers["prompts"], answers["exact"], answers["filler"]) == ("2", "1", "book")
+    assert answers["model"] == "Qwen2.5-Coder-1.5B-Instruct" and answers["commit"] == "abc"
+    assert (book["filler"], book["perplexity"]) == ("book", "1.0000")
+    assert code["filler"] == "code"
+    # The study of lengths counts twenty prompts.
+    assert (found[1]["prompts"], found[1]["exact"]) == ("1", "1")
+
+
 def written(folder: Path, name: str, rows: list[dict[str, str]]) -> str:
-    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
-    (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with (folder / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     text = f"before\n<!-- {name} -->\nold\n<!-- /{name} -->\nafter\n"
     return tables.rewritten(text, folder)
 
