@@ -123,12 +123,12 @@ def launch_config(
     Returns:
         Tile sizes and numbers of programs.
     """
-    # Many more programs than an H200 runs at a time (about 400), or the last ones leave it idle.
+    # More programs than a Hopper GPU runs at a time (about 530), or the last ones leave it idle.
     # With many rows short ones are not split at all, with few even a short split pays.
     programs = num_rows * num_kv_heads
-    min_keys = 2048 if programs >= 512 else 512 if programs >= 64 else 256
+    min_keys = 4096 if programs >= 512 else 512 if programs >= 64 else 256
     most = max(1, min(64, max_places // min_keys))
-    splits = min(most, next_power_of_2(cdiv(4096, programs)))
+    splits = min(most, next_power_of_2(cdiv(2048, programs)))
     return Config(
         keys=32,
         splits=splits,

@@ -37,18 +37,6 @@ def rows_with_groups(num_groups_ptr, num_rows, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _unit(x):
-    """Rows of `x` [M, N] float32 scaled to length one; a zero row stays zero.
-
-    A row that is not finite becomes NaN.
-    """
-    # Correctly rounded: vectors alike but for their length should stay alike.
-    length = tl.sqrt_rn(tl.sum(x * x, 1))
-    length = tl.where(length < 1e-30, 1e-30, length)
-    return x * tl.div_rn(tl.zeros_like(length) + 1.0, length)[:, None]
-
-
-@triton.jit
 def add_unit_rows(sums_at, x, CHANNELS: tl.constexpr, HEAD_SIZE: tl.constexpr):
     """Add the units of rows `x` [M, CHANNELS] to a sum in memory; rows of zeros add nothing.
 
@@ -59,7 +47,11 @@ def add_unit_rows(sums_at, x, CHANNELS: tl.constexpr, HEAD_SIZE: tl.constexpr):
         HEAD_SIZE: How many of them there are in the sum.
     """
     channel = tl.arange(0, CHANNELS)
-    units = _unit(x.to(tl.float32))
+    x = x.to(tl.float32)
+    # Squares of 16-bit numbers add up in float64 without rounding: in any order the same.
+    length = tl.sqrt_rn(tl.sum((x * x).to(tl.float64), 1).to(tl.float32))
+    length = tl.where(length < 1e-30, 1e-30, length)
+    units = x * tl.div_rn(tl.zeros_like(length) + 1.0, length)[:, None]
     # What is not finite has no direction.
     counted = (tl.where(units != units, 0.0, units) * _SCALE).to(tl.int32)
     tl.atomic_add(
@@ -77,6 +69,18 @@ def mean_direction(sums_at, HEAD_SIZE: tl.constexpr, CHANNELS: tl.constexpr):
     total = tl.load(sums_at + channel, mask=channel < HEAD_SIZE, other=0).to(tl.float32) / _SCALE
     length = tl.sqrt(tl.sum(total * total))
     return total / tl.where(length < 1e-30, 1e-30, length)
+
+
+@triton.jit
+def _unit(x):
+    """Rows of `x` [M, N] float32 scaled to length one; a zero row stays zero.
+
+    A row that is not finite becomes NaN.
+    """
+    # Correctly rounded: vectors alike but for their length should stay alike.
+    length = tl.sqrt_rn(tl.sum(x * x, 1))
+    length = tl.where(length < 1e-30, 1e-30, length)
+    return x * tl.div_rn(tl.zeros_like(length) + 1.0, length)[:, None]
 
 
 @triton.jit

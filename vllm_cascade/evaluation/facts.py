@@ -133,10 +133,10 @@ def chain(number: str, names: list[str]) -> Fact:
     last = f"VAR {names[-1]}"
     return Fact(
         tuple(lines),
-        f"What number is the value of {last}? Follow the assignments back, one after the other, "
-        "to the number.",
-        # Not "is": what follows are the steps.
-        f"{last} = VAR",
+        f"What number is the value of {last}? Write the assignments from {last} back to the number, "
+        "a line each.",
+        # Not "is": what follows are the steps, and a model that is told so does not stop at one.
+        f"The {len(names)} assignments that lead back to the number are:\n{last} = VAR",
     )
 
 
