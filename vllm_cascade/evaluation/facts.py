@@ -133,9 +133,9 @@ def chain(number: str, names: list[str]) -> Fact:
     last = f"VAR {names[-1]}"
     return Fact(
         tuple(lines),
-        f"What number is the value of {last}? Write the assignments from {last} back to the number, "
-        "a line each.",
-        # Not "is": what follows are the steps, and a model that is told so does not stop at one.
+        f"What number is the value of {last}? Write the assignments from {last} back to the "
+        "number, a line each.",
+        # What follows are the steps: told how many there are, a model does not stop at one.
         f"The {len(names)} assignments that lead back to the number are:\n{last} = VAR",
     )
 
