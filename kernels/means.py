@@ -1,9 +1,10 @@
 """Directions of the mean of a row's unit keys and unit values, and how far each lies from them.
 
 Sums of unit vectors are integers, so they are the same to the bit in whatever order and by however
-many programs they are added up. Prefill adds them where it reads keys and values anyway
-(`prefill_workspace`); single tokens have a launch of their own (`add_units`). Whoever merges sets
-the sums back to zero.
+many programs they are added up, as long as a tile has at least 16 bytes of a vector for each
+thread: then the length of a vector is summed in the same order too. Prefill adds them where it
+reads keys and values anyway (`prefill_workspace`); single tokens have a launch of their own
+(`add_units`). Whoever merges sets the sums back to zero.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ def add_unit_rows(sums_at, x, CHANNELS: tl.constexpr, HEAD_SIZE: tl.constexpr):
     """
     channel = tl.arange(0, CHANNELS)
     x = x.to(tl.float32)
-    # Squares of 16-bit numbers add up in float64 without rounding: in any order the same.
-    length = tl.sqrt_rn(tl.sum((x * x).to(tl.float64), 1).to(tl.float32))
-    length = tl.where(length < 1e-30, 1e-30, length)
-    units = x * tl.div_rn(tl.zeros_like(length) + 1.0, length)[:, None]
+    length = tl.sqrt_rn(tl.sum(x * x, 1))
     # What is not finite has no direction.
-    counted = (tl.where(units != units, 0.0, units) * _SCALE).to(tl.int32)
+    is_finite = length < float("inf")
+    length = tl.where(is_finite, tl.where(length < 1e-30, 1e-30, length), 1.0)
+    x = tl.where(is_finite[:, None], x, 0.0)
+    counted = (x * tl.div_rn(tl.zeros_like(length) + _SCALE, length)[:, None]).to(tl.int32)
     tl.atomic_add(
         sums_at + channel,
         tl.sum(counted, 0).to(tl.int64),

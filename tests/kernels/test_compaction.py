@@ -15,7 +15,6 @@ from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
 from vllm_cascade.kernels.weights import Weights
 
-
 BOTH = Weights(1.0, 1.0, 0.0)
 ALL = Weights(1.0, 1.0, 1.0)
 WEIGHTS = [
@@ -375,7 +374,7 @@ def test_sums_of_units(device: torch.device, bad: bool) -> None:
     if bad:
         case.pages.kv[int(case.merges.block_table[0, 1]), 1, 2, 3] = torch.nan
     totals = []
-    for num_programs, tile_keys in ((1, 16), (3, 16), (64, 64)):
+    for num_programs, tile_keys in ((1, 64), (3, 64), (64, 128)):
         sums = means.make_sums(3, 2, 16, device)
         means.add_units(
             case.pages,

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from reference import scored_prefill as reference
-from vllm_cascade.kernels import key_scores, means, prefill_attention, prefill_workspace
+from vllm_cascade.config import CascadeOptions
+from vllm_cascade.kernels import compaction, key_scores, means, prefill_attention, prefill_workspace
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.kernels.segments import KEY_PADDING, Segments
+from vllm_cascade.kernels.segments import KEY_PADDING, Merges, Segments
 from vllm_cascade.kernels.weights import Weights
 
 NAN = float("nan")
@@ -211,6 +212,24 @@ def check_prepared(shape, rotary_dim, is_neox, weights, device):
     held = (segments.key_spans[:, 1] - segments.key_spans[:, 0]).max()
     assert (sums.double() / 2**24 - exact[3]).abs().max() <= 2e-7 * held
     assert (sums != 0).any() == bool(weights.key or weights.value)
+    # Single tokens that come to a boundary find the same sums.
+    num_keys = segments.key_spans[:, 1] - segments.key_spans[:, 0]
+    groups = torch.empty(len(num_keys), 0, 2, dtype=torch.int32, device=device)
+    merges = Merges(groups, segments.num_groups, segments.block_table, num_keys)
+    config = compaction.launch_config(head_size, dtype.itemsize, 64)
+    again = torch.zeros_like(sums)
+    means.add_units(
+        pages,
+        merges,
+        again,
+        3,
+        has_key=weights.key > 0,
+        has_value=weights.value > 0,
+        tile_keys=config.sum_keys,
+        num_warps=config.sum_warps,
+        max_registers=config.max_registers,
+    )
+    assert torch.equal(again, sums)
 
 
 SHAPES = [
@@ -289,7 +308,8 @@ def test_flash_attention(shape, has_sinks):
         shape.dtype,
         None if sinks is None else sinks.dtype,
     )
-    layer = gpu_layer.GpuLayer(None, heads, case.scale, None, None, True, None, sinks)
+    config = CascadeOptions().resolve(block_size=16, max_model_len=4096, position_limit=4096)
+    layer = gpu_layer.GpuLayer(config, heads, case.scale, None, None, True, None, sinks)
     if layer.flash is None:
         pytest.skip("needs FlashAttention-3")
     out = torch.full_like(case.query[:num_queries], NAN)
