@@ -92,6 +92,7 @@ TINY = Sizes(
         "newest_share": 0.0,
         "num_sink_tokens": 32,
         "stride": 128,
+        "selection_window": 64,
     },
     engine={
         "dtype": "float32",

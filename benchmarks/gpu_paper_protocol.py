@@ -78,13 +78,24 @@ class Sizes:
     checked: dict[str, int]
 
 
+def options_of(policy: str, options: dict[str, int]) -> dict[str, int]:
+    """The options, with a window for small strides under policies whose own is wider."""
+    small = policy != "paper" and options["cache_tokens"] < 1024
+    return {**options, "selection_window": 32} if small else options
+
+
 CHECKED = {"cache_tokens": 128, "num_sub_caches": 2, "stride": 64, "num_sink_tokens": 16}
 FULL = Sizes(
     shape=Shape(32, 8, 128, torch.bfloat16),
     hidden=4096,
     tokens=tuple(1 << n for n in range(12, 21)),
-    # The paper's rule over the strides, and this project's default rule beside it.
-    sides=(*(("paper", 1 << n) for n in range(12, 7, -1)), ("blend", 4096), ("blend", 1024)),
+    # This project's default rule, then the paper's over the strides, and both together.
+    sides=(
+        ("distinct", 4096),
+        ("distinct", 1024),
+        *(("paper", 1 << n) for n in range(12, 7, -1)),
+        ("blend", 4096),
+    ),
     cascade={"cache_tokens": 16_384, "num_sub_caches": 4, "num_sink_tokens": 64},
     chunk=8192,
     checked=CHECKED,
@@ -94,7 +105,7 @@ SMALL = Sizes(
     shape=Shape(4, 2, 64, torch.bfloat16 if torch.cuda.is_available() else torch.float32),
     hidden=64,
     tokens=(128, 256, 384),
-    sides=(("paper", 64), ("paper", 32), ("blend", 64)),
+    sides=(("distinct", 64), ("paper", 64), ("paper", 32)),
     cascade={"cache_tokens": 128, "num_sub_caches": 2, "num_sink_tokens": 16},
     chunk=128,
     checked=CHECKED,
@@ -223,7 +234,8 @@ class Bench:
         if key not in self.drivers:
             sizes = self.sizes
             longest = max(sizes.tokens)
-            config = make_config(longest, policy=policy, stride=stride, **sizes.cascade)
+            options = options_of(policy, sizes.cascade)
+            config = make_config(longest, policy=policy, stride=stride, **options)
             driver = Driver(config, sizes.shape, sizes.chunk, 1, self.device)
             warm = 2 * (config.cache_tokens + config.num_sink_tokens) + 4 * stride
             self.module.with_cascade(driver, min(warm, longest), sizes.chunk)
@@ -294,7 +306,7 @@ def checked_policies(sizes: Sizes, device: torch.device) -> list[str]:
     for policy in dict.fromkeys(policy for policy, _ in sizes.sides):
         try:
             found = check_against_oracle(
-                sizes.shape, 340, 6, device, policy=policy, **sizes.checked
+                sizes.shape, 340, 6, device, policy=policy, **options_of(policy, sizes.checked)
             )
             print(f"{policy} agrees with the float64 oracle: {found}")
             agreeing.append(policy)

@@ -78,7 +78,13 @@ TINY = Sizes(
     prompt=1500,
     requests=4,
     margin=FEWEST + 16,
-    cascade={"cache_tokens": 256, "num_sub_caches": 2, "num_sink_tokens": 32, "stride": 64},
+    cascade={
+        "cache_tokens": 256,
+        "num_sub_caches": 2,
+        "num_sink_tokens": 32,
+        "stride": 64,
+        "selection_window": 64,
+    },
     engine={
         "dtype": "float32",
         "max_model_len": 2048,

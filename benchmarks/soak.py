@@ -106,6 +106,7 @@ TINY = Scale(
         "newest_share": 0.0,
         "num_sink_tokens": 16,
         "stride": 64,
+        "selection_window": 64,
     },
     engine={
         "dtype": "float32",

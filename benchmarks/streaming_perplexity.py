@@ -6,7 +6,7 @@ is long enough, as users give it, and shows what that does past the model's own 
 
     python benchmarks/streaming_perplexity.py --tokens 200000
         writes benchmarks/results/streaming_perplexity.csv
-    python benchmarks/streaming_perplexity.py --tokens 6000 --caches blend --output x.csv
+    python benchmarks/streaming_perplexity.py --tokens 6000 --caches distinct_auto --output x.csv
 
 A row is not reported if a layer of the engine is not what the cache's name says.
 """
@@ -37,6 +37,8 @@ CACHES: dict[str, dict[str, Any] | None] = {
     "paper": {"policy": "paper", "num_sub_caches": 4},
     "blend": {"policy": "blend", "num_sub_caches": 4},
     "blend_auto": {"policy": "blend"},
+    "distinct": {"policy": "distinct", "num_sub_caches": 4},
+    "distinct_auto": {"policy": "distinct"},
 }
 
 

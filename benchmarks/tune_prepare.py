@@ -28,7 +28,7 @@ from vllm_cascade.kernels import compaction, prefill_workspace  # noqa: E402
 from vllm_cascade.kernels.weights import Weights  # noqa: E402
 
 # Tokens of a program, of a segment's own and of those in the pages, and warps.
-TILES = [(16, 16, 4), (16, 32, 4), (32, 32, 8), (16, 32, 8), (32, 64, 8), (16, 16, 8), (16, 64, 8)]
+TILES = [(16, 16, 4), (16, 32, 4), (16, 32, 8), (16, 16, 2), (16, 16, 8)]
 
 
 def main() -> int:
@@ -85,9 +85,8 @@ def main() -> int:
             continue
         base = compaction.launch_config(shape.head_size, size, config.group_tokens)
         original = compaction.launch_config
-        for change in ({"sum_keys": 32}, {"sum_keys": 16}, {"sum_warps": 8}, {"group_keys": 32},
-                       {"tokens": 64}, {"move": 16}, {"merge_warps": 8},
-                       {"max_registers": 64}, {"max_registers": 255}):  # fmt: skip
+        for change in ({"sum_keys": 64}, {"sum_keys": 16}, {"sum_warps": 8}, {"group_keys": 32},
+                       {"merge_warps": 8}):  # fmt: skip
             changed = replace(base, **change)
             compaction.launch_config = lambda *_, config=changed: config
             time(f"sums and merge, {change}", lambda: merge(False), 0)

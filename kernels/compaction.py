@@ -289,7 +289,7 @@ def launch_config(head_size: int, element_size: int, group: int) -> LaunchConfig
     keys = max(8192 // channels, 16)
     row_bytes = next_power_of_2(2 * head_size) * element_size
     return LaunchConfig(
-        sum_keys=keys,
+        sum_keys=max(4096 // channels, 16),
         sum_warps=4,
         group_keys=min(keys, 64, group),
         tokens=min(32, group),

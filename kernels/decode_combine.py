@@ -63,6 +63,7 @@ def _combine_kernel(
     CHANNELS: tl.constexpr,
     BLOCKS: tl.constexpr,
     SCORED: tl.constexpr,
+    DIRECT: tl.constexpr,
     MEAN: tl.constexpr,
     COUNTED: tl.constexpr,
 ):
@@ -78,7 +79,7 @@ def _combine_kernel(
     if sinks_ptr is not None:
         sinks_ptr += kv_head * GROUP
 
-    if piece < GROUP:
+    if piece < GROUP and not (DIRECT and active == 1):
         # [SPLITS]
         split_at = (head + piece) * max_splits
         _, share = _join(lse_ptr + split_at, active, sinks_ptr, piece, SPLITS)
@@ -131,6 +132,11 @@ def _combine_kernel(
             kept = tl.where(key_place < place, score * carry, 0.0)
             score = tl.where(key_place < length, kept + gained * weight, score)
             tl.store(score_at, score, mask=held)
+
+
+def is_direct(scored: bool, sinks: torch.Tensor | None) -> bool:
+    """Whether the first launch writes the output of a row that has a single split."""
+    return not scored and sinks is None
 
 
 def combine(
@@ -198,7 +204,8 @@ def combine(
         CHANNELS=next_power_of_2(head_size),
         BLOCKS=max(1, config.score_tile // block_size),
         SCORED=scored,
+        DIRECT=is_direct(scored, sinks),
         MEAN=reduction == "mean",
         COUNTED=counter is not None,
-        num_warps=config.score_warps if scored else 4,
+        num_warps=config.score_warps if scored else 1,
     )

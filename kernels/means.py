@@ -38,27 +38,42 @@ def rows_with_groups(num_groups_ptr, num_rows, ROWS: tl.constexpr):
 
 
 @triton.jit
-def add_unit_rows(sums_at, x, CHANNELS: tl.constexpr, HEAD_SIZE: tl.constexpr):
-    """Add the units of rows `x` [M, CHANNELS] to a sum in memory; rows of zeros add nothing.
+def add_units_of(
+    sums_at,
+    key,
+    value,
+    CHANNELS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HAS_KEY: tl.constexpr,
+    HAS_VALUE: tl.constexpr,
+):
+    """Add the units of some tokens' keys and values to their sums in memory.
 
     Args:
-        sums_at: Pointer to the sum's first channel.
-        x: The vectors, of at most 128 rows.
-        CHANNELS: Columns of `x`.
-        HEAD_SIZE: How many of them there are in the sum.
+        sums_at: Pointer to the first channel of the keys' sum; the values' follows.
+        key: [M, CHANNELS] of at most 128 tokens; zeros add nothing.
+        value: As `key`.
+        CHANNELS: Columns of `key`.
+        HEAD_SIZE: How many of them there are in a sum.
+        HAS_KEY: Whether keys are summed.
+        HAS_VALUE: Whether values are summed.
     """
+    part = tl.arange(0, 2)
     channel = tl.arange(0, CHANNELS)
-    x = x.to(tl.float32)
+    # [M, CHANNELS, 2]: both at once, for threads wait for each other in a sum over tokens
+    x = tl.join(key, value).to(tl.float32)
+    # [M, 2]
     length = tl.sqrt_rn(tl.sum(x * x, 1))
     # What is not finite has no direction.
     is_finite = length < float("inf")
     length = tl.where(is_finite, tl.where(length < 1e-30, 1e-30, length), 1.0)
-    x = tl.where(is_finite[:, None], x, 0.0)
-    counted = (x * tl.div_rn(tl.zeros_like(length) + _SCALE, length)[:, None]).to(tl.int32)
+    scale = tl.div_rn(tl.zeros_like(length) + _SCALE, length)
+    counted = (tl.where(is_finite[:, None, :], x, 0.0) * scale[:, None, :]).to(tl.int32)
+    is_summed = (HAS_KEY & (part == 0)) | (HAS_VALUE & (part == 1))
     tl.atomic_add(
-        sums_at + channel,
+        sums_at + channel[:, None] + HEAD_SIZE * part[None, :],
         tl.sum(counted, 0).to(tl.int64),
-        mask=channel < HEAD_SIZE,
+        mask=(channel < HEAD_SIZE)[:, None] & is_summed[None, :],
         sem="relaxed",
     )
 
@@ -171,12 +186,9 @@ def _add_units_kernel(
                 at = (kv_ptr + blocks * kv_stride_block + slots * (2 * HEAD_SIZE))[:, None]
                 at += channels[None, :]
                 within = held[:, None] & (channels[None, :] < HEAD_SIZE)
-                if HAS_KEY:
-                    key = tl.load(at, mask=within, other=0.0)
-                    add_unit_rows(sums_at, key, CHANNELS, HEAD_SIZE)
-                if HAS_VALUE:
-                    value = tl.load(at + HEAD_SIZE, mask=within, other=0.0)
-                    add_unit_rows(sums_at + HEAD_SIZE, value, CHANNELS, HEAD_SIZE)
+                key = tl.load(at, mask=within, other=0.0)
+                value = tl.load(at + HEAD_SIZE, mask=within, other=0.0)
+                add_units_of(sums_at, key, value, CHANNELS, HEAD_SIZE, HAS_KEY, HAS_VALUE)
 
 
 def make_sums(

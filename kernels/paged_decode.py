@@ -2,7 +2,8 @@
 
 Two launches. The first splits each row's keys over programs, which leave a normalised partial
 output, its log-sum-exp and, where scores are kept, every logit. The second joins the splits and
-turns the logits into scores with the log-sum-exp of all keys, and of a sink if there is one. How
+turns the logits into scores with the log-sum-exp of all keys, and of a sink if there is one. A row
+of a single split has its output after the first, unless there are scores or sinks. How
 many programs there are depends on the number of rows and on the bound of the scratch, never on
 lengths, so both can be captured in a CUDA graph; programs beyond a row's length return at once.
 
@@ -18,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_cascade.kernels.decode_combine import combine
+from vllm_cascade.kernels.decode_combine import combine, is_direct
 from vllm_cascade.kernels.decode_launch import (
     MAX_BLOCK_SIZE,
     Config,
@@ -40,6 +41,7 @@ MIN_DOT = 16
 
 @triton.jit
 def _split_kernel(
+    output_ptr,
     partial_ptr,
     lse_ptr,
     logits_ptr,
@@ -52,6 +54,8 @@ def _split_kernel(
     block_table_ptr,
     scale_log2,
     num_positions,
+    output_stride_token,
+    output_stride_head,
     query_stride_token,
     query_stride_head,
     kv_stride_block,
@@ -71,6 +75,7 @@ def _split_kernel(
     IS_NEOX: tl.constexpr,
     BY_PLACE: tl.constexpr,
     SCORED: tl.constexpr,
+    DIRECT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -197,12 +202,20 @@ def _split_kernel(
         top = new_top
 
     norm = tl.sum(norms, axis=1)
-    split_at = (row * tl.num_programs(0) + kv_head) * GROUP * max_splits + split
-    split_at += group * max_splits
-    tl.store(lse_ptr + split_at, top + tl.log2(norm), mask=group < GROUP)
     # [HEADS, CHANNELS]
-    partial_at = partial_ptr + split_at[:, None] * HEAD_SIZE + channel[None, :]
-    tl.store(partial_at, acc / norm[:, None], mask=in_group & (channel < HEAD_SIZE)[None, :])
+    attended = acc / norm[:, None]
+    written = in_group & (channel < HEAD_SIZE)[None, :]
+    if DIRECT and split_keys >= length:
+        # There is nothing to join.
+        output_at = output_ptr + token * output_stride_token
+        output_at += ((kv_head * GROUP + group) * output_stride_head)[:, None] + channel[None, :]
+        tl.store(output_at, attended.to(output_ptr.dtype.element_ty), mask=written)
+    else:
+        split_at = (row * tl.num_programs(0) + kv_head) * GROUP * max_splits + split
+        split_at += group * max_splits
+        tl.store(lse_ptr + split_at, top + tl.log2(norm), mask=group < GROUP)
+        partial_at = partial_ptr + split_at[:, None] * HEAD_SIZE + channel[None, :]
+        tl.store(partial_at, attended, mask=written)
 
 
 def decode(
@@ -292,6 +305,7 @@ def decode(
         launch(
             _split_kernel,
             (num_kv_heads, len(some.rows), splits),
+            output,
             scratch.partial,
             scratch.lse,
             scratch.logits,
@@ -304,6 +318,8 @@ def decode(
             some.block_table,
             scale * LOG2_E,
             cos.shape[0],
+            output.stride(0),
+            output.stride(1),
             query.stride(0),
             query.stride(1),
             pages.kv.stride(0),
@@ -323,6 +339,7 @@ def decode(
             IS_NEOX=is_neox,
             BY_PLACE=chosen.by_place,
             SCORED=scored,
+            DIRECT=is_direct(scored, sinks),
             PRECISION="ieee" if pages.kv.dtype == torch.float32 else "tf32",
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,

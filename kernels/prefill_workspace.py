@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from vllm_cascade.kernels.launch import cdiv, launch, next_power_of_2
-from vllm_cascade.kernels.means import add_unit_rows
+from vllm_cascade.kernels.means import add_units_of
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import load_angles, rotate_tile
 from vllm_cascade.kernels.segments import KEY_PADDING, Segments
@@ -24,7 +24,7 @@ from vllm_cascade.kernels.weights import Weights
 
 # Tokens of a program: of a segment's own, and of those in the pages.
 OWN_TOKENS = 16
-PAGE_TOKENS = 32
+PAGE_TOKENS = 16
 NUM_WARPS = 4
 # Heads of a program, which share the angles of its tokens.
 QUERY_HEADS = 8
@@ -143,13 +143,10 @@ def _take_own_keys(
         if token_ptr is not None:
             token = tl.load(tokens_ptr + packed, mask=valid, other=0)
             tl.store(token_ptr + block * token_stride_block + slot, token, mask=valid)
-        if summed:
+        if (SUM_KEYS or SUM_VALUES) and summed:
+            key = tl.load(source[:, None] + channel[None, :], mask=held, other=0.0)
             sum_at = sums_at + head * (2 * HEAD_SIZE)
-            if SUM_KEYS:
-                key = tl.load(source[:, None] + channel[None, :], mask=held, other=0.0)
-                add_unit_rows(sum_at, key, BLOCK_V, HEAD_SIZE)
-            if SUM_VALUES:
-                add_unit_rows(sum_at + HEAD_SIZE, value, BLOCK_V, HEAD_SIZE)
+            add_units_of(sum_at, key, value, BLOCK_V, HEAD_SIZE, SUM_KEYS, SUM_VALUES)
 
 
 @triton.jit
@@ -208,13 +205,10 @@ def _take_held(
         value = tl.load(source[:, None] + HEAD_SIZE + channel[None, :], mask=held, other=0.0)
         target_at = (value_out_ptr + target)[:, None] + channel[None, :]
         tl.store(target_at, value, mask=written[:, None] & in_head)
-        if summed:
+        if (SUM_KEYS or SUM_VALUES) and summed:
+            key = tl.load(source[:, None] + channel[None, :], mask=held, other=0.0)
             sum_at = sums_at + head * (2 * HEAD_SIZE)
-            if SUM_KEYS:
-                key = tl.load(source[:, None] + channel[None, :], mask=held, other=0.0)
-                add_unit_rows(sum_at, key, BLOCK_V, HEAD_SIZE)
-            if SUM_VALUES:
-                add_unit_rows(sum_at + HEAD_SIZE, value, BLOCK_V, HEAD_SIZE)
+            add_units_of(sum_at, key, value, BLOCK_V, HEAD_SIZE, SUM_KEYS, SUM_VALUES)
 
 
 @triton.jit(

@@ -83,7 +83,7 @@ def startup_line(
     Args:
         config: The resolved configuration.
         max_blocks: R, the most blocks a request holds in a layer.
-        page_size_bytes: Bytes of a block, scores included.
+        page_size_bytes: Bytes of a block, with all that is kept beside keys and values.
         num_layers: CASCADE layers of a rank.
     """
     return (

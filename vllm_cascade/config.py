@@ -123,13 +123,32 @@ class CascadeOptions:
         _integer("num_sink_tokens", self.num_sink_tokens, at_least=0)
         _integer("selection_window", self.selection_window, at_least=2)
         if self.num_sub_caches != "auto":
-            _integer("num_sub_caches", self.num_sub_caches, at_least=1)
+            _integer("num_sub_caches", self.num_sub_caches)
+            self._check_least("num_sub_caches", 1, "Nearest: 2")
         for name in WEIGHTS:
-            _real(name, getattr(self, name), at_least=0.0)
+            _real(name, getattr(self, name))
+            self._check_least(name, 0, "Give a value above 0, or leave it out")
         _real("score_power", self.score_power, above=0.0)
-        _real("newest_share", self.newest_share, at_least=0.0, at_most=1.0)
+        _real("newest_share", self.newest_share, at_least=0.0)
         _real("score_decay", self.score_decay, above=0.0, at_most=1.0)
         self._check_weights()
+
+    def _check_least(self, name: str, least: int, otherwise: str) -> None:
+        """Refuse a value below `least`, and offer that one unless other options forbid it."""
+        value = getattr(self, name)
+        if value is not None and value < least:
+            taken = self.replaced(name, least)._is_right
+            instead = f"Nearest: {least}" if taken else otherwise
+            raise ConfigError(name, value, f"must be at least {least}", instead)
+
+    @property
+    def _is_right(self) -> bool:
+        """Whether nothing is wrong whatever the model is."""
+        try:
+            self.check()
+        except ConfigError:
+            return False
+        return True
 
     def _check_effect(self) -> None:
         """Refuse an option that would change nothing."""
@@ -143,28 +162,36 @@ class CascadeOptions:
         names, why, instead = NO_EFFECT[self.policy], "", ""
         if self.policy == "window":
             why = 'policy "window" never chooses between tokens'
-            instead = 'Leave it out, or take policy "distinct", "blend" or "paper"'
         elif self.num_sub_caches == 1 and not isinstance(self.num_sub_caches, bool):
             names = _CHOICE
             why = "a single sub-cache drops its oldest tokens and never chooses between tokens"
             instead = "Leave it out, or give num_sub_caches 2 or more"
         elif self.policy == "distinct":
             why = 'policy "distinct" does not look at attention scores'
-            instead = 'Leave it out, or take policy "blend", which does'
         for name in names:
             if name != "num_sub_caches" and getattr(self, name) is not None:
                 raise ConfigError(
-                    name, getattr(self, name), f"would have no effect: {why}", instead
+                    name,
+                    getattr(self, name),
+                    f"would have no effect: {why}",
+                    instead or self._elsewhere(name),
                 )
+
+    def _elsewhere(self, name: str) -> str:
+        """What to do with an option that has no effect under this policy."""
+        others = [other for other in PRESETS if name not in NO_EFFECT[other]]
+        served = [f'"{other}"' for other in others if replace(self, policy=other)._is_right]
+        return f"Leave it out{', or take policy ' * bool(served)}{' or '.join(served)}"
 
     def _check_weights(self) -> None:
         """Refuse weights with which nothing, or not what the user set, decides."""
         if self.policy != "window" and not any(self._preset(name) for name in WEIGHTS):
-            name = next(name for name in WEIGHTS if getattr(self, name) is not None)
+            names = [name for name in WEIGHTS if name not in NO_EFFECT[self.policy]]
+            name = next(name for name in names if getattr(self, name) is not None)
             raise ConfigError(
                 name,
                 getattr(self, name),
-                f"leaves nothing to choose tokens by: {', '.join(WEIGHTS)} are all 0",
+                f"leaves nothing to choose tokens by: {', '.join(names)} are all 0",
                 "Give one of them a value above 0",
             )
         if not self._preset("score_weight"):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class CascadeImpl(AttentionImpl[Any]):
-    """Writes, attends, scores and merges, wave by wave.
+    """Writes, attends and merges, and scores where scores are kept, wave by wave.
 
     Keys arrive and are kept before RoPE: the loader hands each layer its rotary embedding
     (`bind_rope`) and takes it out of the model.

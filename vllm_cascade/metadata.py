@@ -1,7 +1,8 @@
 """What one engine step does in every cascade layer: waves of segments, prepared once per step.
 
 A chunk that crosses boundaries is worked through in waves. In each wave a request has at most one
-segment: write its keys and values, attend, score, and merge if the segment ends at a boundary.
+segment: write its keys and values, attend, score the keys where scores are kept, and merge if the
+segment ends at a boundary.
 """
 
 from __future__ import annotations

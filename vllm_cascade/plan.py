@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_cascade.accounting import startup_line
-from vllm_cascade.config import CascadeConfig, CascadeOptions
+from vllm_cascade.config import NO_EFFECT, SCORE_KNOBS, CascadeConfig, CascadeOptions
 from vllm_cascade.layout import build_layout
 
 GIB = 1 << 30
@@ -36,7 +36,7 @@ class Plan:
         tensor_parallel_size: Ranks that share each layer's KV heads.
         num_layers: CASCADE layers.
         max_blocks: R, the most blocks a request holds in a layer.
-        page_size_bytes: Bytes of a block in a layer, scores included.
+        page_size_bytes: Bytes of a block in a layer, with scores and trace where they are kept.
         layer_bytes: Bytes of the longest request in a layer.
         full_attention_layer_bytes: The same with full attention.
         num_window_layers: Sliding-window layers, which are vLLM's own.
@@ -89,6 +89,12 @@ class Plan:
         """The line that the engine logs as it starts."""
         return startup_line(self.config, self.max_blocks, self.page_size_bytes, self.num_layers)
 
+    @property
+    def _included(self) -> str:
+        """What a page holds besides keys and values, in words."""
+        kept = ["scores"] * self.config.needs_scores + ["trace"] * self.config.trace_tokens
+        return f", {' and '.join(kept)} included" if kept else ""
+
     def as_json(self) -> dict[str, Any]:
         """All numbers, by name."""
         names = (
@@ -112,7 +118,7 @@ class Plan:
                 f"{self.window_bytes:,} bytes of it theirs"
             )
         limit = f"the model's own limit is {self.position_limit:,} tokens"
-        settled = " ".join(f"{name}={value}" for name, value in asdict(config).items())
+        settled = " ".join(f"{name}={value}" for name, value in effective(config).items())
         rows = [
             ("valid", f"yes, for {self.model} in {self.dtype}; {limit}"),
             ("configuration", settled),
@@ -125,7 +131,7 @@ class Plan:
             (
                 "memory",
                 f"{self.layer_bytes:,} bytes in a layer{each}, {_size(self.request_bytes)} in all "
-                f"{self.num_layers}{windows}, scores included",
+                f"{self.num_layers}{windows}{self._included}",
             ),
             ("full attention", f"{_size(self.full_attention_bytes)} at the same max_model_len"),
         ]
@@ -139,6 +145,18 @@ class Plan:
                 )
             )
         return "\n".join(f"{name:<16} {value}" for name, value in rows)
+
+
+def effective(config: CascadeConfig) -> dict[str, Any]:
+    """The options of a configuration, but for those that change nothing under it."""
+    without = set(NO_EFFECT[config.policy])
+    if config.num_sub_caches == 1:
+        without |= set(NO_EFFECT["window"])
+    elif not config.score_weight:
+        without |= set(SCORE_KNOBS)
+    # What it came to is to be seen, whoever chose it.
+    without.discard("num_sub_caches")
+    return {name: value for name, value in asdict(config).items() if name not in without}
 
 
 def make_plan(

@@ -60,7 +60,7 @@ def shares(blocks: int, num_sub_caches: int, newest_share: float) -> tuple[int, 
     others = num_sub_caches - 1
     if not others:
         return blocks, 0
-    newest = max(int(newest_share * blocks), -(-blocks // num_sub_caches))
+    newest = max(int(min(newest_share, 1.0) * blocks), -(-blocks // num_sub_caches))
     older = (blocks - newest) // others
     return blocks - others * older, older
 
@@ -216,6 +216,8 @@ def broken_rule(config: CascadeConfig, position_limit: int) -> Fault | None:
             config.num_sink_tokens,
             f"must be a multiple of the block size, {block}",
         )
+    if config.newest_share > 1:
+        return Fault("newest_share", config.newest_share, "must be at most 1")
     if config.selection_window < 2 or config.selection_window & (config.selection_window - 1):
         return Fault(
             "selection_window", config.selection_window, "must be a power of two, at least 2"

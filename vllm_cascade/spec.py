@@ -40,10 +40,19 @@ class CascadeSpec(AttentionSpec):
         if self.block_size == self.config.block_size and fits:
             return
         # vLLM has stretched this spec to the pages of other layers.
+        why = (
+            "pages of all layers overlay each other, and what is kept behind keys and values "
+            "would be read as such"
+        )
+        if fits:
+            why = (
+                f"blocks of {self.config.block_size} tokens would become blocks of "
+                f"{self.block_size}, for which the cascade is not laid out"
+            )
         raise UnsupportedError(
             "a model whose other layers take more KV memory per block than its full-attention "
             "layers",
-            "pages of all layers overlay each other, and scores would be read as keys and values",
+            why,
         )
 
     @classmethod

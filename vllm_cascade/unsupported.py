@@ -31,7 +31,7 @@ def sliding_window(window: int) -> UnsupportedError:
 def soft_cap(cap: float) -> UnsupportedError:
     """The model caps attention logits at `cap`."""
     return UnsupportedError(
-        f"logit soft-capping ({cap:g})", "it computes outputs and scores from a plain softmax"
+        f"logit soft-capping ({cap:g})", "it attends by a plain softmax"
     )
 
 
@@ -55,6 +55,6 @@ def kv_dtype(dtype: str) -> UnsupportedError:
     """The KV cache has another dtype than the model."""
     return UnsupportedError(
         f"KV cache dtype {dtype!r}",
-        "keys are scored and rotated from the cache in the model's own dtype",
+        "keys are compared and rotated from the cache in the model's own dtype",
         "Use --kv-cache-dtype auto",
     )

@@ -101,6 +101,7 @@ def validate(vllm_config: Any) -> None:
     resolve_options(vllm_config, vllm_config.cache_config.block_size)
     check_selection(CascadeBackend, layer_of(vllm_config))
     log_prefix_caching(vllm_config)
+    log_blend(vllm_config)
 
 
 def check_layer(
@@ -191,12 +192,12 @@ def _model(vllm_config: Any) -> None:
         )
     if model.use_mla:
         raise UnsupportedError(
-            "MLA", "its cache holds latent vectors, not keys to score and rotate"
+            "MLA", "its cache holds latent vectors, not keys and values to compare and to rotate"
         )
     if model.is_mm_prefix_lm:
         raise UnsupportedError(
             "a model whose image tokens attend in both directions",
-            "a token's score is complete only where it is seen by later tokens alone",
+            "it attends in one direction: a token sees none of those that come after it",
             "Use --language-model-only to serve its text alone",
         )
     if model.using_transformers_backend():
@@ -284,7 +285,7 @@ def _features(vllm_config: Any) -> None:
     if vllm_config.speculative_config is not None:
         raise UnsupportedError(
             "speculative decoding",
-            "a rejected token cannot be taken back out of the scores and merges it took part in",
+            "a rejected token cannot be taken back out of the merges it took part in",
             "Leave out --speculative-config",
         )
     if vllm_config.kv_transfer_config is not None:
@@ -324,3 +325,25 @@ def log_prefix_caching(vllm_config: Any) -> None:
             "long prompt that begins like it. Other prefixes are computed again, as what a block "
             "holds depends on all that came after it."
         )
+
+
+def log_blend(vllm_config: Any) -> None:
+    """Say once what policy "blend" has come to mean, to those who may have chosen it before."""
+    given = vllm_config.additional_config.get("cascade", {})
+    changes = {
+        "value_weight": "ranks values as well",
+        "selection_window": "compares 128 neighbours, not 64",
+    }
+    unset = [name for name in changes if given.get(name) is None]
+    if given.get("policy") != "blend" or not unset:
+        return
+    if not resolve_options(vllm_config, vllm_config.cache_config.block_size).chooses:
+        return
+    from vllm.logger import init_logger
+
+    former = {"value_weight": 0, "selection_window": 64}
+    init_logger(f"vllm.{__name__}").warning_once(
+        'Policy "blend" now %s. Its former rule comes back with %s in the cascade\'s options.',
+        " and ".join(changes[name] for name in unset),
+        ", ".join(f'"{name}": {former[name]}' for name in unset),
+    )

@@ -8,6 +8,7 @@ import torch
 from vllm import SamplingParams
 
 from e2e.support import KeptLog, engine, model_folder, poisoned
+from e2e.tiny import by_policy
 from reference.cascade import CascadeParameters
 from reference.llama import Llama
 
@@ -17,6 +18,7 @@ REACH_OPTIONS = {
     "num_sub_caches": 4,
     "num_sink_tokens": 16,
     "stride": 64,
+    "selection_window": 64,
     "trace_tokens": True,
 }
 
@@ -29,7 +31,7 @@ def check_four_times_past_reach(policy: str, tokens_of: Callable[[int], list[int
         tokens_of: A prompt of so many tokens.
     """
     with engine(
-        {**REACH_OPTIONS, "policy": policy},
+        by_policy(policy, REACH_OPTIONS),
         block_size=16,
         max_model_len=4096,
         max_num_batched_tokens=500,

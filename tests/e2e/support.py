@@ -83,7 +83,7 @@ def cascade_manager_of(llm: Any) -> Any:
 
 @contextlib.contextmanager
 def poisoned(llm: Any) -> Iterator[None]:
-    """Fill every page with NaN, scores included, and every block again when it is handed out."""
+    """Fill every page with NaN, its tail included, and every block again when it is handed out."""
     pools = []
     for cache in runner_of(llm).kv_caches:
         flat = torch.empty(0, dtype=torch.uint8, device=cache.device)
@@ -139,8 +139,8 @@ class KeptLog:
             from vllm_cascade.kernels import cpu_compaction as compaction
         original = compaction.merge_groups
 
-        def merge_groups(pages: Any, merges: Any, *args: Any) -> None:
-            original(pages, merges, *args)
+        def merge_groups(pages: Any, merges: Any, *args: Any, **kwargs: Any) -> None:
+            original(pages, merges, *args, **kwargs)
             self._note(pages, self._held(merges) if self._on_gpu else merges.held)
 
         with pytest.MonkeyPatch.context() as patch:

@@ -23,10 +23,10 @@ CHUNK = 256
 PROMPT, MORE = prompt_without_ties(700, seed=1), prompt_without_ties(90, seed=2)
 
 
-def start(model: str, **options: Any) -> Any:
+def start(model: str, policy: str = "distinct", **options: Any) -> Any:
     options = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 4, **options}
     return engine(
-        TRACED,
+        TRACED | {"policy": policy},
         model,
         block_size=16,
         max_model_len=4096,
@@ -41,9 +41,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
-@pytest.fixture(scope="module")
-def llm(model: str) -> Iterator[Any]:
-    with start(model, enable_prefix_caching=True) as llm:
+@pytest.fixture(scope="module", params=["distinct", "blend"])
+def llm(model: str, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """With plain pages, and with scores behind keys and values."""
+    with start(model, request.param, enable_prefix_caching=True) as llm:
         yield llm
 
 
@@ -151,7 +152,7 @@ def prime(llm: Any, prompt: list[int]) -> None:
 
 
 def test_many_go_on_from_a_prompt(llm: Any) -> None:
-    """At once and later; each with further boundaries, which the copied scores decide."""
+    """At once and later; each with further boundaries, which what was copied decides."""
     prime(llm, PROMPT)
     prompts = [[*PROMPT, *MORE[first:], *MORE] for first in range(5)]
     log = KeptLog(llm)

@@ -21,7 +21,13 @@ from e2e.tiny import random_prompt, save_llama
 
 pytestmark = pytest.mark.model
 
-CASCADE = {"cache_tokens": 192, "num_sub_caches": 4, "num_sink_tokens": 16, "stride": 64}
+CASCADE = {
+    "cache_tokens": 192,
+    "num_sub_caches": 4,
+    "num_sink_tokens": 16,
+    "stride": 64,
+    "selection_window": 64,
+}
 MAX_MODEL_LEN = 30_000
 STREAMS = 3
 EXIT_SECONDS = 60

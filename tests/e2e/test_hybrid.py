@@ -21,6 +21,7 @@ CASCADE = {
     "newest_share": 0.0,
     "num_sink_tokens": 32,
     "stride": 128,
+    "selection_window": 64,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 # Four to eight times the budget, and below it.
@@ -143,16 +144,22 @@ class Played(NamedTuple):
     kept: list[dict[int, torch.Tensor]]
 
 
+@pytest.fixture(scope="module", params=["distinct", "blend"])
+def policy(request: pytest.FixtureRequest) -> str:
+    """With pages as large as those of the other layers, and with larger ones."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def alone(gemma3: str) -> Played:
+def alone(gemma3: str, policy: str) -> Played:
     """Prompts one after the other, each in one chunk."""
-    return play(gemma3, max_num_batched_tokens=4096, max_num_seqs=1)
+    return play(gemma3, policy, max_num_batched_tokens=4096, max_num_seqs=1)
 
 
-def play(model: str, preempt_at: tuple[int, ...] = (), **options: Any) -> Played:
+def play(model: str, policy: str, preempt_at: tuple[int, ...] = (), **options: Any) -> Played:
     """Run the prompts; then again, when vLLM has their prefixes in the cache of other layers."""
     with engine(
-        {**CASCADE, "trace_tokens": True},
+        {**CASCADE, "policy": policy, "trace_tokens": True},
         model,
         block_size=32,
         skip_tokenizer_init=True,
@@ -170,7 +177,7 @@ def play(model: str, preempt_at: tuple[int, ...] = (), **options: Any) -> Played
 
 
 def test_past_the_budget(alone: Played) -> None:
-    """Full-attention layers keep a cascade's tokens; scores decide which."""
+    """Full-attention layers keep a cascade's tokens, each head its own."""
     sinks, stride = CASCADE["num_sink_tokens"], CASCADE["stride"]
     # Of all but the last sub-cache, a group less a block may be waiting.
     budget = sinks + CASCADE["cache_tokens"] + 3 * (64 - 32)
@@ -201,8 +208,10 @@ def test_past_the_budget(alone: Played) -> None:
     ],
     ids=["chunks", "preempted"],
 )
-def test_together_as_alone(gemma3: str, alone: Played, options: dict[str, Any]) -> None:
-    played = play(gemma3, **options)
+def test_together_as_alone(
+    gemma3: str, policy: str, alone: Played, options: dict[str, Any]
+) -> None:
+    played = play(gemma3, policy, **options)
     assert_same(played.answers, alone.answers)
     for mine, other in zip(played.kept, alone.kept, strict=True):
         assert mine.keys() == other.keys()

@@ -25,7 +25,8 @@ def test_shows_what_the_engines_pages_hold(tmp_path: Path, capfd) -> None:
     prompt.write_text(text, encoding="utf-8")
     command = ["inspect", model_folder(), f"@{prompt}", f"--cache-tokens={BUDGET}"]
     command += [
-        f"--options=stride={STRIDE},num_sink_tokens={SINKS},num_sub_caches=4",
+        f"--options=stride={STRIDE},selection_window={STRIDE},num_sink_tokens={SINKS}"
+        ",num_sub_caches=4",
         "--max-tokens=40",
     ]
     command += [f"--engine-args={ENGINE_ARGS}", f"--output={output}"]
@@ -35,7 +36,7 @@ def test_shows_what_the_engines_pages_hold(tmp_path: Path, capfd) -> None:
     num_tokens, num_prompt = len(kept["token_ids"]), kept["num_prompt_tokens"]
     assert num_prompt > 3.5 * BUDGET and num_tokens == num_prompt + 40 - 1
     assert "".join(kept["pieces"][:num_prompt]) == text
-    assert kept["cascade"]["stride"] == STRIDE and kept["cascade"]["policy"] == "blend"
+    assert kept["cascade"]["stride"] == STRIDE and kept["cascade"]["policy"] == "distinct"
     held = sum(kept["parts"].values())
     assert SINKS + BUDGET <= held < SINKS + BUDGET + 2 * STRIDE
     heads = [head for heads in kept["layers"].values() for head in heads]

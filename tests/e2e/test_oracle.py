@@ -28,7 +28,7 @@ def test_under_budget_equals_cpu_attn() -> None:
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("policy", ["paper", "blend"])
+@pytest.mark.parametrize("policy", ["distinct", "blend", "paper"])
 def test_beyond_budget_equals_oracle(policy: str) -> None:
     """Four times past the reach, every kept set and every log-probability is the oracle's."""
     check_four_times_past_reach(policy, book_tokens)

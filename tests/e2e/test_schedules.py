@@ -14,7 +14,7 @@ import torch
 from vllm import SamplingParams
 
 from e2e.support import KeptLog, cascade_manager_of, core_of, engine, poisoned
-from e2e.tiny import CASCADE, random_prompt, save_llama
+from e2e.tiny import CASCADE, by_policy, random_prompt, save_llama
 from reference.cascade import CascadeParameters
 from reference.llama import Llama
 
@@ -45,7 +45,7 @@ def play(
     model: str,
     prompts: list[list[int]],
     *,
-    policy: str = "blend",
+    policy: str = "distinct",
     preempt_at: tuple[int, ...] = (),
     prompt_logprobs: bool = True,
     **options: Any,
@@ -61,7 +61,7 @@ def play(
         prompt_logprobs=0 if prompt_logprobs else None,
     )
     with engine(
-        {**TRACED, "policy": policy},
+        by_policy(policy, TRACED),
         model,
         block_size=16,
         max_model_len=4096,
@@ -134,7 +134,7 @@ def check(model: str, played: Played) -> None:
 PROMPTS = [random_prompt(n, seed=n) for n in LENGTHS]
 
 
-@pytest.mark.parametrize("policy", ["blend", "paper"])
+@pytest.mark.parametrize("policy", ["distinct", "blend", "paper"])
 @pytest.mark.parametrize("max_num_batched_tokens", [256, 1000, 4096])
 def test_chunks(model: str, max_num_batched_tokens: int, policy: str) -> None:
     played = play(model, PROMPTS, policy=policy, max_num_batched_tokens=max_num_batched_tokens)
@@ -164,10 +164,13 @@ def test_preempted_by_a_small_pool(model: str) -> None:
     check(model, played)
 
 
-def test_preempted_in_the_middle_of_prefill_and_decode(model: str) -> None:
+@pytest.mark.parametrize("policy", ["distinct", "blend"])
+def test_preempted_in_the_middle_of_prefill_and_decode(model: str, policy: str) -> None:
+    """Pages that are handed out again hold other tokens, and other scores where there are any."""
     played = play(
         model,
         PROMPTS,
+        policy=policy,
         max_num_batched_tokens=500,
         preempt_at=(3, 11, 40),
         prompt_logprobs=False,

@@ -19,8 +19,8 @@ def test_perplexity_of_a_stream(tmp_path: Path) -> None:
     output = tmp_path / "rows.csv"
     command = [sys.executable, str(ROOT / "benchmarks" / "streaming_perplexity.py")]
     command += ["--model", model_folder(), "--text", str(text), "--output", str(output)]
-    command += ["--tokens", "1200", "--cache-tokens", "256", "--stride", "64", "--bucket", "400"]
-    command += ["--caches", "blend", "--kv-bytes", str(1 << 28), "--dtype", "float32"]
+    command += ["--tokens", "1200", "--cache-tokens", "256", "--stride", "128", "--bucket", "400"]
+    command += ["--caches", "distinct", "--kv-bytes", str(1 << 28), "--dtype", "float32"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = list(csv.DictReader(output.open()))

@@ -18,6 +18,7 @@ CASCADE = {
     "newest_share": 0.0,
     "num_sink_tokens": 16,
     "stride": 64,
+    "selection_window": 64,
 }
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,6 +54,16 @@ SMALL = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+
+
+def by_policy(policy: str, cascade: dict[str, Any]) -> dict[str, Any]:
+    """A cascade's options by another policy.
+
+    Args:
+        policy: Its name; `paper` compares pairs and has the window that it presets.
+        cascade: The options, with a window that their stride allows.
+    """
+    return {**cascade, "policy": policy} | ({"selection_window": None} if policy == "paper" else {})
 
 
 def save_llama(folder: Path, seed: int = 0, **changes: Any) -> str:

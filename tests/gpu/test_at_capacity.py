@@ -24,6 +24,7 @@ CASCADE = {
     "newest_share": 0.0,
     "num_sink_tokens": 16,
     "stride": 64,
+    "selection_window": 64,
 }
 # Bytes that a second run may need above the first: the allocator rounds up to blocks of 2 MiB.
 SLACK = 4 << 20

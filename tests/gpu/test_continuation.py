@@ -37,9 +37,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"), head_dim=64)
 
 
-@pytest.fixture(scope="module")
-def llm(model: str) -> Iterator[Any]:
-    with start(model, enable_prefix_caching=True) as llm:
+@pytest.fixture(scope="module", params=["distinct", "blend"])
+def llm(model: str, request: pytest.FixtureRequest) -> Iterator[Any]:
+    with start(model, request.param, enable_prefix_caching=True) as llm:
         yield llm
 
 

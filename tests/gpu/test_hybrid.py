@@ -23,6 +23,7 @@ CASCADE = {
     "newest_share": 0.0,
     "num_sink_tokens": 16,
     "stride": 128,
+    "selection_window": 64,
 }
 # A random model of five layers, and which of them attend in full.
 MODELS = {

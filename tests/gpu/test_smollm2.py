@@ -110,7 +110,7 @@ def test_under_budget_equals_flash_attention() -> None:
     assert error <= 1.2 * their_error
 
 
-@pytest.mark.parametrize("policy", ["paper", "blend"])
+@pytest.mark.parametrize("policy", ["distinct", "blend", "paper"])
 def test_beyond_budget_equals_oracle(policy: str) -> None:
     """In float32 the kept sets and log-probabilities that the CPU path is held to."""
     check_four_times_past_reach(policy, license_tokens)

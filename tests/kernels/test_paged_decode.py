@@ -254,8 +254,12 @@ def test_more_rows_than_scratch(device: torch.device) -> None:
     check(case, scratch=case.scratch(max_rows=4), config=launch(case))
 
 
-def test_without_scores_nothing_is_written_to_pages(device: torch.device) -> None:
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_without_scores_nothing_is_written_to_pages(has_sinks: bool, device: torch.device) -> None:
+    """Rows of one split, which need no second launch unless there are sinks, and of several."""
     case = Case(Shape(), device)
+    if has_sinks:
+        case.sinks = torch.tensor([0.5, 40.0, 6.0, -60.0], device=device)
     exact, _ = case.run(reference, case.in_dtype(torch.float64), case.query.double(), scored=False)
     eager, _ = case.run(reference, case.copied(), case.query, scored=False, dtype=torch.float32)
     scratch = paged_decode.make_scratch(8, 4, 64, MAX_PLACES, 4, device, scored=False)

@@ -25,7 +25,7 @@ CONFIGS = [
     {"policy": "window", "cache_tokens": 128, "stride": 96},
     {"num_sub_caches": 1, "cache_tokens": 512},
     {"num_sub_caches": 2, "cache_tokens": 512, "num_sink_tokens": 0, "stride": 512},
-    {"num_sub_caches": 7, "cache_tokens": 1008, "stride": 64},
+    {"num_sub_caches": 7, "cache_tokens": 1008, "stride": 64, "selection_window": 64},
     {"num_sub_caches": 5, "cache_tokens": 1200, "selection_window": 128, "stride": 256},
 ]
 

@@ -17,7 +17,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from config_rules import rules_hold, smallest_number
-from vllm_cascade.config import PRESETS, CascadeConfig, CascadeOptions, ConfigError
+from vllm_cascade.config import (
+    NO_EFFECT,
+    PRESETS,
+    WEIGHTS,
+    CascadeConfig,
+    CascadeOptions,
+    ConfigError,
+)
 from vllm_cascade.rules import Model
 
 quick = settings(
@@ -43,6 +50,8 @@ def refusal(options: dict[str, Any], **model: int) -> ConfigError:
 
 def amended(options: dict[str, Any], error: ConfigError) -> dict[str, Any]:
     """`options` with what the message of `error` offers."""
+    if re.search(r"\. Leave it out", str(error)):
+        return {name: value for name, value in options.items() if name != error.field}
     offer = re.search(r"Nearest: (\S+?)(?:;.*leave out (.+))?$", str(error))
     assert offer, str(error)
     dropped = (offer[2] or "").split(", ")
@@ -58,7 +67,7 @@ def amended(options: dict[str, Any], error: ConfigError) -> dict[str, Any]:
     [
         (
             {"block_size": 16, "max_model_len": 8192, "position_limit": 8192},
-            {"cache_tokens": 7824, "num_sub_caches": 2, "num_sink_tokens": 64, "stride": 256},
+            {"cache_tokens": 7760, "num_sub_caches": 2, "num_sink_tokens": 64, "stride": 256},
         ),
         (
             {"block_size": 128, "max_model_len": 8192, "position_limit": 8192},
@@ -87,9 +96,10 @@ def test_defaults(model: dict[str, int], expected: dict[str, int]) -> None:
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.reach >= config.max_model_len == model["max_model_len"]
     assert config.max_places <= model["position_limit"]
-    assert config.policy == "blend"
+    assert config.policy == "distinct"
+    assert (config.score_weight, config.key_weight, config.value_weight) == (0, 1, 1)
+    assert config.selection_window == 128
     assert config.block_size == model["block_size"]
-    assert (config.score_reduction, config.score_decay) == ("max", 0.9999999)
     assert config.trace_tokens is False
 
 
@@ -97,7 +107,7 @@ def test_defaults(model: dict[str, int], expected: dict[str, int]) -> None:
     block=st.sampled_from([16, 32, 64, 128, 256]),
     positions=st.integers(512, 20_000),
     longest=st.integers(1, 2**20),
-    policy=st.sampled_from(["blend", "paper", "window"]),
+    policy=st.sampled_from([*PRESETS]),
     options=st.fixed_dictionaries(
         {},
         optional={
@@ -115,9 +125,10 @@ def test_defaults(model: dict[str, int], expected: dict[str, int]) -> None:
 def test_defaults_are_the_largest_that_work(
     block: int, positions: int, longest: int, policy: str, options: dict[str, Any]
 ) -> None:
-    if policy == "window":
-        options = {k: v for k, v in options.items() if k not in PRESETS["paper"]}
-        options.pop("num_sub_caches", None)
+    without = NO_EFFECT[policy]
+    if options.get("num_sub_caches") == 1:
+        without += NO_EFFECT["window"][1:]
+    options = {name: value for name, value in options.items() if name not in without}
     sinks = options.get("num_sink_tokens", -(-64 // block) * block)
     window = options.get("selection_window", PRESETS[policy]["selection_window"])
     group = max(window, 2 * block)
@@ -173,21 +184,45 @@ def test_null_stands_for_not_set() -> None:
     assert CascadeOptions.parse(dict.fromkeys(names)) == CascadeOptions()
 
 
-@pytest.mark.parametrize("policy", ["blend", "paper"])
+# Policy -> what it ranks by, how many neighbours it compares, and how large sub-cache 0 is.
+KNOBS = {
+    "distinct": {
+        "score_weight": 0.0, "key_weight": 1.0, "value_weight": 1.0, "selection_window": 128,
+        "newest_share": 0.25,
+    },
+    "blend": {
+        "score_weight": 1.0, "key_weight": 1.0, "value_weight": 1.0, "selection_window": 128,
+        "newest_share": 0.25, "score_power": 2.0,
+    },
+    "paper": {
+        "score_weight": 1.0, "key_weight": 0.0, "value_weight": 0.0, "selection_window": 2,
+        "newest_share": 0.0, "score_power": 1.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", [*KNOBS])
 def test_a_policy_presets_its_knobs_and_a_set_knob_wins(policy: str) -> None:
+    expected = KNOBS[policy]
     config = resolve({"policy": policy})
-    expected = {
-        "blend": {
-            "score_power": 2.0, "key_weight": 1.0, "selection_window": 64, "newest_share": 0.25,
-        },
-        "paper": {
-            "score_power": 1.0, "key_weight": 0.0, "selection_window": 2, "newest_share": 0.0,
-        },
-    }[policy]  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
-    own = {"score_power": 1.5, "key_weight": 0.25, "selection_window": 16, "newest_share": 0.25}
+    own: dict[str, float] = {
+        "key_weight": 0.25, "value_weight": 3.0, "selection_window": 16, "newest_share": 0.5,
+    }  # fmt: skip
+    if policy != "distinct":
+        own |= {"score_weight": 0.5, "score_power": 1.5}
     config = resolve({"policy": policy, **own})
     assert {name: getattr(config, name) for name in own} == own
+
+
+def test_all_knobs_are_known() -> None:
+    """A policy's weights, neighbours and shares are all in `KNOBS`, and scores' where it has any."""
+    for policy, knobs in KNOBS.items():
+        assert {**PRESETS[policy], **knobs} == PRESETS[policy]
+    assert (PRESETS["blend"]["score_reduction"], PRESETS["blend"]["score_decay"]) == (
+        "max",
+        0.9999999,
+    )
 
 
 def test_every_option_reaches_the_configuration() -> None:
@@ -199,13 +234,16 @@ def test_every_option_reaches_the_configuration() -> None:
         "num_sink_tokens": 32,
         "stride": 128,
         "selection_window": 8,
+        "score_weight": 0.5,
         "score_power": 1,
         "key_weight": 2,
+        "value_weight": 0.25,
         "score_reduction": "mean",
         "score_decay": 0.999,
         "trace_tokens": True,
     }
     config = resolve(given)
+    assert given.keys() == CascadeOptions.__dataclass_fields__.keys()
     assert {name: getattr(config, name) for name in given} == given
     assert isinstance(config.score_power, float)
     # 62 blocks of 16, of which 27 are the newest one's share, and one is left over.
@@ -217,13 +255,47 @@ def test_every_option_reaches_the_configuration() -> None:
     assert "\n" not in config.summary()
 
 
-def test_scores_are_needed_only_where_something_can_be_chosen() -> None:
-    assert resolve({}, max_model_len=100_000).needs_scores
-    assert not resolve({"policy": "window"}, max_model_len=100_000).needs_scores
-    assert not resolve({"num_sub_caches": 1}, max_model_len=100_000).needs_scores
+@pytest.mark.parametrize("policy", ["distinct", "blend", "paper"])
+def test_scores_are_needed_only_where_they_choose(policy: str) -> None:
+    def of(options: dict[str, Any], longest: int) -> tuple[bool, bool]:
+        config = resolve({"policy": policy, **options}, max_model_len=longest)
+        return config.chooses, config.needs_scores
+
+    scored = policy != "distinct"
+    assert of({}, 100_000) == (True, scored)
+    assert of({"num_sub_caches": 1}, 100_000) == (False, False)
     fits = {"cache_tokens": 4096, "num_sub_caches": 4}
-    assert not resolve(fits, max_model_len=4096 + 64).needs_scores
-    assert resolve(fits, max_model_len=4096 + 64 + 1).needs_scores
+    assert of(fits, 4096 + 64) == (False, False)
+    assert of(fits, 4096 + 64 + 1) == (True, scored)
+    if scored:
+        assert of({"score_weight": 0, "key_weight": 1}, 100_000) == (True, False)
+
+
+def test_a_window_never_chooses() -> None:
+    config = resolve({"policy": "window"}, max_model_len=100_000)
+    assert (config.chooses, config.needs_scores) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, {"selection_window", "score_weight", "key_weight", "value_weight"}),
+        ({"policy": "window"}, set()),
+        ({"num_sub_caches": 1}, set()),
+        (
+            {"policy": "blend"},
+            {
+                "selection_window", "score_weight", "key_weight", "value_weight", "score_power",
+                "score_reduction", "score_decay",
+            },
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_summary_tells_what_decides(options: dict[str, Any], told: set[str]) -> None:
+    summary = resolve(options, max_model_len=100_000).summary()
+    knobs = {*PRESETS["blend"]} - {"newest_share"}
+    assert {name for name in knobs if f"{name}=" in summary} == told
 
 
 # What cannot work.
@@ -260,13 +332,23 @@ def test_scores_are_needed_only_where_something_can_be_chosen() -> None:
         ({"selection_window": 8192}, {}),
         ({"selection_window": 3 * 10**9}, {}),
         ({"selection_window": 256, "stride": 128}, {}),
-        ({"score_decay": 1.5}, {}),
-        ({"score_decay": 0.5}, {}),
-        ({"score_decay": 0.9, "stride": 1024}, {}),
-        ({"score_decay": 1e-300}, {"block_size": 128}),
+        ({"policy": "blend", "score_decay": 1.5}, {}),
+        ({"policy": "blend", "score_decay": 0.5}, {}),
+        ({"policy": "blend", "score_decay": 0.9, "stride": 1024}, {}),
+        ({"policy": "paper", "score_decay": 1e-300}, {"block_size": 128}),
         ({"key_weight": -0.5}, {}),
+        ({"value_weight": -0.5}, {}),
+        ({"policy": "paper", "score_weight": -1}, {}),
+        ({"newest_share": 2}, {}),
         ({"stride": 100, "num_sink_tokens": 10}, {}),
-        ({"cache_tokens": 16, "num_sub_caches": 5, "stride": 7, "score_decay": 0.1}, {}),
+        ({"stride": 64}, {}),
+        (
+            {
+                "policy": "blend", "cache_tokens": 16, "num_sub_caches": 5, "stride": 7,
+                "score_decay": 0.1,
+            },
+            {},
+        ),
     ],
 )
 def test_a_broken_rule_names_field_value_and_a_value_that_works(
@@ -280,6 +362,7 @@ def test_a_broken_rule_names_field_value_and_a_value_that_works(
 
 def test_each_limit_is_exact() -> None:
     given_options = {
+        "policy": "blend",
         "cache_tokens": 1024,  # sub-caches of 256 tokens
         "num_sub_caches": 4,
         "newest_share": 0.0,
@@ -305,10 +388,10 @@ def test_each_limit_is_exact() -> None:
     positions=st.integers(1024, 40_000),
     longest=st.integers(1, 100_000),
     options=st.fixed_dictionaries(
-        {"policy": st.sampled_from(["blend", "paper"])},
+        {"policy": st.sampled_from([*PRESETS])},
         optional={
             "num_sub_caches": st.integers(1, 100),
-            "newest_share": st.floats(0.0, 1.0),
+            "newest_share": st.floats(0.0, 1.5),
             "num_sink_tokens": st.integers(0, 50_000),
             "cache_tokens": st.integers(-10, 50_000),
             "stride": st.one_of(st.integers(-10, 5000), st.integers(1, 80).map(lambda n: n * 64)),
@@ -331,8 +414,97 @@ def test_any_refusal_blames_what_was_set_and_offers_what_works(
         with pytest.raises(ConfigError):
             resolve({"policy": options["policy"]}, **model)
         return
-    assert error.field in options
-    resolve(amended(options, error), **model)
+    # An option without effect is refused before any other is looked at.
+    for _ in options:
+        assert error.field in options
+        options = amended(options, error)
+        if "no effect" not in str(error):
+            break
+        try:
+            resolve(options, **model)
+            return
+        except ConfigError as caught:
+            error = caught
+            if error.field == "block_size":
+                return
+    resolve(options, **model)
+
+
+# Values of every option that some policy takes, and that none takes.
+RIGHT: dict[str, st.SearchStrategy[Any]] = {
+    "num_sub_caches": st.sampled_from(["auto", 1, 2, 4]),
+    "newest_share": st.sampled_from([0.0, 0.25, 0.5]),
+    "selection_window": st.sampled_from([2, 64, 128]),
+    "score_weight": st.sampled_from([0, 0.5, 2]),
+    "key_weight": st.sampled_from([0, 0.5, 2]),
+    "value_weight": st.sampled_from([0, 0.5, 2]),
+    "score_power": st.sampled_from([0.5, 2]),
+    "score_reduction": st.sampled_from(["max", "mean"]),
+    "score_decay": st.sampled_from([0.9999, 1.0]),
+    "num_sink_tokens": st.sampled_from([0, 64]),
+    "cache_tokens": st.sampled_from([1024, 2048]),
+    "stride": st.sampled_from([128, 256]),
+}
+WRONG: dict[str, st.SearchStrategy[Any]] = {
+    "num_sub_caches": st.integers(-3, 0) | st.integers(40, 10**6),
+    "newest_share": st.floats(-3, -0.01) | st.floats(1.01, 1e308),
+    "selection_window": st.integers(-5, 1) | st.integers(129, 5000),
+    **dict.fromkeys(("score_weight", "key_weight", "value_weight"), st.floats(-9, -0.01)),
+    "score_power": st.floats(-3, 0),
+    "score_decay": st.floats(-1, 0.9) | st.floats(1.1, 9),
+    "num_sink_tokens": st.integers(-5, -1) | st.integers(65, 10**6),
+    "cache_tokens": st.integers(-5, 63) | st.integers(8000, 10**9),
+    "stride": st.integers(-5, 127) | st.integers(1025, 10**6),
+}
+
+
+@given(
+    policy=st.sampled_from([*PRESETS]),
+    options=st.fixed_dictionaries({}, optional=RIGHT),
+    wrong=st.one_of(
+        *(st.tuples(st.just(name), values | RIGHT[name]) for name, values in WRONG.items())
+    ),
+)
+@settings(quick, max_examples=400)
+def test_what_a_refusal_advises_is_not_refused(
+    policy: str, options: dict[str, Any], wrong: tuple[str, Any]
+) -> None:
+    """One option goes wrong beside any that are right: by its value, or without effect."""
+    model = {"block_size": 16, "max_model_len": 100_000, "position_limit": 8192}
+
+    def error_of(given: dict[str, Any]) -> ConfigError | None:
+        try:
+            resolve(given, **model)
+        except ConfigError as error:
+            return error
+        return None
+
+    options = {"policy": policy, **options}
+    options.pop(wrong[0], None)
+    assume(error_of(options) is None)
+    options |= dict([wrong])
+    error = error_of(options)
+    if error is None:
+        return
+    said = str(error)
+    advised = 0
+    if "Nearest: " in said or "eave it out" in said:
+        without = {name: value for name, value in options.items() if name != error.field}
+        advised += 1
+        assert error_of(amended(options, error) if "Nearest" in said else without) is None, said
+    for other in re.findall(r"\"(\w+)\"", said.partition("take policy")[2]):
+        advised += 1
+        assert error_of({**options, "policy": other}) is None, (said, other)
+    if "num_sub_caches 2 or more" in said:
+        assert error_of({**options, "num_sub_caches": 2}) is None, said
+    if "score_weight a value above 0" in said:
+        advised += 1
+        assert error_of({**options, "score_weight": 0.5}) is None, said
+    if "Give one of them a value above 0" in said:
+        for name in re.findall(r"\w+_weight", said.partition("choose tokens by: ")[2]):
+            advised += 1
+            assert error_of({**options, name: 0.5}) is None, (said, name)
+    assert advised, said
 
 
 @given(
@@ -363,8 +535,8 @@ def test_the_value_offered_is_the_nearest(field: str, value: int, number: int) -
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"num_sub_caches": 64, "score_decay": 0.9999}, "num_sub_caches"),
-        ({"num_sub_caches": 2, "score_decay": 0.5}, "score_decay"),
+        ({"policy": "blend", "num_sub_caches": 64, "score_decay": 0.9999}, "num_sub_caches"),
+        ({"policy": "blend", "num_sub_caches": 2, "score_decay": 0.5}, "score_decay"),
         ({"selection_window": 16, "stride": 100}, "stride"),
         ({"cache_tokens": 2048, "num_sink_tokens": 12_800}, "num_sink_tokens"),
     ],
@@ -419,7 +591,7 @@ def test_options_must_be_an_object(given: Any) -> None:
 
 
 INTEGERS = ("cache_tokens", "num_sub_caches", "num_sink_tokens", "stride", "selection_window")
-REALS = ("score_power", "key_weight", "score_decay")
+REALS = ("key_weight", "value_weight", "newest_share", "score_weight", "score_power", "score_decay")
 
 
 @pytest.mark.parametrize(
@@ -437,17 +609,103 @@ REALS = ("score_power", "key_weight", "score_decay")
     + [("trace_tokens", value) for value in (0, 1, "true", [], 1.0)],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused(field: str, value: object) -> None:
+    # Of a policy under which every option has an effect.
     with pytest.raises(ConfigError) as caught:
-        CascadeOptions.parse({field: value})
+        CascadeOptions.parse({"policy": "blend", field: value})
     assert caught.value.field == field
     assert f"{field!r} = {value!r}: " in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["selection_window", "score_power", "key_weight"])
-def test_the_window_policy_refuses_knobs_without_effect(name: str) -> None:
-    error = refusal({"policy": "window", name: PRESETS["window"][name]})
+# What cannot have an effect.
+
+# Of each option a value that would be right elsewhere, and one that would be wrong everywhere.
+VALUES: dict[str, tuple[Any, Any]] = {
+    "num_sub_caches": (2, -1),
+    "newest_share": (0.25, 7),
+    "selection_window": (128, 3),
+    "score_weight": (1, -1),
+    "key_weight": (0.5, "much"),
+    "value_weight": (1, -0.5),
+    "score_power": (2, 0),
+    "score_reduction": ("mean", "sum"),
+    "score_decay": (0.9999, 2),
+}
+WHY = {
+    "distinct": 'policy "distinct" does not look at attention scores',
+    "window": 'policy "window" never chooses between tokens',
+    "alone": "a single sub-cache drops its oldest tokens and never chooses between tokens. Leave "
+    "it out, or give num_sub_caches 2 or more",
+    "unscored": "score_weight is 0, so no scores are kept. Leave it out, or give score_weight a "
+    "value above 0",
+}
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["right", "wrong"])
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [(policy, name) for policy, names in NO_EFFECT.items() for name in names],
+)
+def test_a_policy_refuses_options_without_effect(policy: str, name: str, which: int) -> None:
+    """Before it looks at the value: nobody mends what has to go."""
+    value = VALUES[name][which]
+    error = refusal({"policy": policy, name: value})
     assert error.field == name
-    assert "no effect" in str(error)
+    if name == "num_sub_caches":
+        assert str(error).endswith(
+            'policy "window" has exactly one sub-cache, unlike the other policies. Nearest: 1'
+        )
+        return
+    # Where it would have one; a value that is wrong is wrong there too.
+    others = [f'"{other}"' for other in PRESETS if name not in NO_EFFECT[other] and which == 0]
+    instead = f"Leave it out, or take policy {' or '.join(others)}" if others else "Leave it out"
+    said = f"cascade option {name!r} = {value!r}: would have no effect: {WHY[policy]}. {instead}"
+    assert str(error) == said
+
+
+@pytest.mark.parametrize("policy", ["distinct", "blend", "paper"])
+@pytest.mark.parametrize("name", [name for name in VALUES if name != "num_sub_caches"])
+def test_one_sub_cache_refuses_options_without_effect(policy: str, name: str) -> None:
+    value = VALUES[name][0]
+    error = refusal({"policy": policy, "num_sub_caches": 1, name: value})
+    assert error.field == name
+    assert str(error).endswith(f"would have no effect: {WHY['alone']}")
+
+
+@pytest.mark.parametrize("name", ["score_power", "score_reduction", "score_decay"])
+@pytest.mark.parametrize(
+    "options", [{"policy": "blend"}, {"policy": "paper", "value_weight": 1}], ids=str
+)
+def test_no_scores_refuse_what_makes_scores(options: dict[str, Any], name: str) -> None:
+    value = VALUES[name][0]
+    assert resolve({**options, name: value}).needs_scores
+    error = refusal({**options, "score_weight": 0, name: value})
+    assert error.field == name
+    assert str(error).endswith(f"would have no effect: {WHY['unscored']}")
+
+
+def test_every_option_that_is_refused_somewhere_is_served_elsewhere() -> None:
+    for name, (value, _) in VALUES.items():
+        resolve({"policy": "blend", name: value}, max_model_len=100_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"key_weight": 0, "value_weight": 0}, "key_weight"),
+        ({"policy": "blend", "key_weight": 0, "value_weight": 0, "score_weight": 0}, None),
+        ({"policy": "paper", "score_weight": 0}, "score_weight"),
+        ({"policy": "paper", "score_weight": 0, "value_weight": 0}, None),
+    ],
+    ids=str,
+)
+def test_something_has_to_decide(options: dict[str, Any], field: str | None) -> None:
+    error = refusal(options)
+    assert error.field in options
+    assert field in (None, error.field)
+    weights = "key_weight, value_weight" if "policy" not in options else ", ".join(WEIGHTS)
+    assert f"choose tokens by: {weights} are all 0" in str(error)
+    assert str(error).endswith("Give one of them a value above 0")
+    resolve({**options, error.field: 0.5})
 
 
 @pytest.mark.parametrize("given", [{}, {"num_sub_caches": 1}, {"num_sub_caches": "auto"}])

@@ -37,9 +37,9 @@ def add_command(commands: Any) -> None:
     command.add_argument("prompt", metavar="PROMPT", help="text, @FILE, or - for standard input")
     command.add_argument(
         "--cache",
-        default="blend",
+        default="distinct",
         metavar="CACHE[:NAME=VALUE,...]",
-        help="window, paper or blend; options as in additional_config",
+        help="distinct (default), blend, paper or window; options as in additional_config",
     )
     command.add_argument("--cache-tokens", type=positive_int, metavar="TOKENS", help="the budget")
     command.add_argument(
