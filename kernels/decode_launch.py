@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_cascade.kernels.launch import cdiv, next_power_of_2
+from vllm_cascade.kernels.launch import cdiv
 
 # Rows of logits end on a whole block, and on a whole tile, of any size up to this.
 MAX_BLOCK_SIZE = 128
@@ -31,12 +31,14 @@ class Scratch:
         logits: [max_rows, num_heads, max_places] float32 scaled logits, base 2; `max_places` is
             rounded up.
         max_places: Most keys of a row.
+        num_sms: Multiprocessors of the device.
     """
 
     partial: torch.Tensor
     lse: torch.Tensor
     logits: torch.Tensor
     max_places: int
+    num_sms: int
 
 
 def make_scratch(
@@ -64,11 +66,15 @@ def make_scratch(
     """
     padded = cdiv(max_places, MAX_BLOCK_SIZE) * MAX_BLOCK_SIZE if scored else 0
     kinds = {"dtype": torch.float32, "device": device}
+    num_sms = 1
+    if device.type == "cuda":
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     return Scratch(
         partial=torch.empty(max_rows, num_heads, max_splits, head_size, **kinds),
         lse=torch.empty(max_rows, num_heads, max_splits, **kinds),
         logits=torch.empty(max_rows, num_heads, padded, **kinds),
         max_places=max_places,
+        num_sms=num_sms,
     )
 
 
@@ -102,6 +108,29 @@ class Config:
     score_warps: int
 
 
+def choose_splits(programs: int, max_places: int, min_keys: int, slots: int) -> int:
+    """Programs per row and KV head: those of a full row, all rows alike, end together.
+
+    Args:
+        programs: Rows times KV heads.
+        max_places: Most keys of a row.
+        min_keys: Fewest keys worth a program.
+        slots: Programs that the device runs at a time.
+
+    Returns:
+        Number of splits, from 1 to 64.
+    """
+    most = max(1, min(64, max_places // min_keys))
+    # Several rounds of programs, or a long row among short ones would end alone.
+    fewest = min(most, cdiv(7 * slots, 2 * programs))
+
+    def cost(splits: int) -> float:
+        # A program starts as long as it takes for some 64 keys.
+        return cdiv(programs * splits, slots) * (max_places / splits + 64)
+
+    return min(range(fewest, min(most, 2 * fewest) + 1), key=cost)
+
+
 def launch_config(
     num_rows: int,
     num_kv_heads: int,
@@ -109,6 +138,7 @@ def launch_config(
     max_places: int,
     element_size: int,
     exact_table: bool,
+    num_sms: int = 132,
 ) -> Config:
     """Choose the launch from shapes alone.
 
@@ -119,23 +149,23 @@ def launch_config(
         max_places: Most keys of a row.
         element_size: Bytes of an element of the pages.
         exact_table: Whether the rotary table is float32, so that rotations compose.
+        num_sms: Multiprocessors of the device.
 
     Returns:
         Tile sizes and numbers of programs.
     """
-    # More programs than a Hopper GPU runs at a time (about 530), or the last ones leave it idle.
+    # Two warps hold the offset table of a tile and its keys without spilling. A thread takes all
+    # the registers it can have, so a multiprocessor runs eight warps.
+    num_warps = 2 if element_size == 2 and head_size <= 128 else 4
     # With many rows short ones are not split at all, with few even a short split pays.
     programs = num_rows * num_kv_heads
     min_keys = 4096 if programs >= 512 else 512 if programs >= 64 else 256
-    most = max(1, min(64, max_places // min_keys))
-    splits = min(most, next_power_of_2(cdiv(2048, programs)))
     return Config(
         keys=32,
-        splits=splits,
+        splits=choose_splits(programs, max_places, min_keys, num_sms * 8 // num_warps),
         min_keys=min_keys,
         by_place=not exact_table,
-        # Two warps hold the offset table of a tile and its keys without spilling.
-        num_warps=2 if element_size == 2 and head_size <= 128 else 4,
+        num_warps=num_warps,
         num_stages=3 if element_size == 2 else 2,
         max_registers=None,
         score_tile=512,

@@ -300,6 +300,7 @@ def decode(
             scratch.max_places,
             pages.kv.element_size(),
             exact_table,
+            scratch.num_sms,
         )
         splits = min(chosen.splits, max_splits)
         launch(

@@ -52,6 +52,10 @@ NO_EFFECT: dict[str, tuple[str, ...]] = {
     "paper": (),
     "window": ("num_sub_caches", *_CHOICE),
 }
+_WHY_NOT = {
+    "distinct": 'policy "distinct" does not look at attention scores',
+    "window": 'policy "window" never chooses between tokens',
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,23 +163,22 @@ class CascadeOptions:
                 'policy "window" has exactly one sub-cache, unlike the other policies',
                 "Nearest: 1",
             )
-        names, why, instead = NO_EFFECT[self.policy], "", ""
-        if self.policy == "window":
-            why = 'policy "window" never chooses between tokens'
-        elif self.num_sub_caches == 1 and not isinstance(self.num_sub_caches, bool):
-            names = _CHOICE
-            why = "a single sub-cache drops its oldest tokens and never chooses between tokens"
-            instead = "Leave it out, or give num_sub_caches 2 or more"
-        elif self.policy == "distinct":
-            why = 'policy "distinct" does not look at attention scores'
-        for name in names:
-            if name != "num_sub_caches" and getattr(self, name) is not None:
-                raise ConfigError(
-                    name,
-                    getattr(self, name),
-                    f"would have no effect: {why}",
-                    instead or self._elsewhere(name),
-                )
+        told: list[tuple[tuple[str, ...], str, str | None]] = [
+            (NO_EFFECT[self.policy], _WHY_NOT.get(self.policy, ""), None)
+        ]
+        if self.num_sub_caches == 1 and not isinstance(self.num_sub_caches, bool):
+            alone = "a single sub-cache drops its oldest tokens and never chooses between tokens"
+            told.append((_CHOICE, alone, "Leave it out, or give num_sub_caches 2 or more"))
+        for names, why, instead in told:
+            for name in names:
+                value = getattr(self, name)
+                if name != "num_sub_caches" and value is not None:
+                    raise ConfigError(
+                        name,
+                        value,
+                        f"would have no effect: {why}",
+                        instead or self._elsewhere(name),
+                    )
 
     def _elsewhere(self, name: str) -> str:
         """What to do with an option that has no effect under this policy."""

@@ -44,7 +44,7 @@ class CascadeSpec(AttentionSpec):
             "pages of all layers overlay each other, and what is kept behind keys and values "
             "would be read as such"
         )
-        if fits:
+        if self.block_size != self.config.block_size:
             why = (
                 f"blocks of {self.config.block_size} tokens would become blocks of "
                 f"{self.block_size}, for which the cascade is not laid out"

@@ -50,13 +50,19 @@ def refusal(options: dict[str, Any], **model: int) -> ConfigError:
 
 def amended(options: dict[str, Any], error: ConfigError) -> dict[str, Any]:
     """`options` with what the message of `error` offers."""
-    if re.search(r"\. Leave it out", str(error)):
-        return {name: value for name, value in options.items() if name != error.field}
     offer = re.search(r"Nearest: (\S+?)(?:;.*leave out (.+))?$", str(error))
     assert offer, str(error)
     dropped = (offer[2] or "").split(", ")
     kept = {name: value for name, value in options.items() if name not in dropped}
     return kept | {error.field: json.loads(offer[1])}
+
+
+def with_effect(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` but for those that change nothing beside the others."""
+    without = set(NO_EFFECT[options["policy"]])
+    if options.get("num_sub_caches") == 1:
+        without |= set(NO_EFFECT["window"]) - {"num_sub_caches"}
+    return {name: value for name, value in options.items() if name not in without}
 
 
 # What "not set" comes to.
@@ -125,10 +131,8 @@ def test_defaults(model: dict[str, int], expected: dict[str, int]) -> None:
 def test_defaults_are_the_largest_that_work(
     block: int, positions: int, longest: int, policy: str, options: dict[str, Any]
 ) -> None:
-    without = NO_EFFECT[policy]
-    if options.get("num_sub_caches") == 1:
-        without += NO_EFFECT["window"][1:]
-    options = {name: value for name, value in options.items() if name not in without}
+    options = with_effect({"policy": policy, **options})
+    del options["policy"]
     sinks = options.get("num_sink_tokens", -(-64 // block) * block)
     window = options.get("selection_window", PRESETS[policy]["selection_window"])
     group = max(window, 2 * block)
@@ -338,7 +342,6 @@ def test_a_summary_tells_what_decides(options: dict[str, Any], told: set[str]) -
         ({"policy": "paper", "score_decay": 1e-300}, {"block_size": 128}),
         ({"key_weight": -0.5}, {}),
         ({"value_weight": -0.5}, {}),
-        ({"policy": "paper", "score_weight": -1}, {}),
         ({"newest_share": 2}, {}),
         ({"stride": 100, "num_sink_tokens": 10}, {}),
         ({"stride": 64}, {}),
@@ -388,7 +391,7 @@ def test_each_limit_is_exact() -> None:
     positions=st.integers(1024, 40_000),
     longest=st.integers(1, 100_000),
     options=st.fixed_dictionaries(
-        {"policy": st.sampled_from([*PRESETS])},
+        {"policy": st.sampled_from(["distinct", "blend", "paper"])},
         optional={
             "num_sub_caches": st.integers(1, 100),
             "newest_share": st.floats(0.0, 1.5),
@@ -405,6 +408,7 @@ def test_any_refusal_blames_what_was_set_and_offers_what_works(
     block: int, positions: int, longest: int, options: dict[str, Any]
 ) -> None:
     model = {"block_size": block, "max_model_len": longest, "position_limit": positions}
+    options = with_effect(options)
     try:
         resolve(options, **model)
         return
@@ -414,20 +418,8 @@ def test_any_refusal_blames_what_was_set_and_offers_what_works(
         with pytest.raises(ConfigError):
             resolve({"policy": options["policy"]}, **model)
         return
-    # An option without effect is refused before any other is looked at.
-    for _ in options:
-        assert error.field in options
-        options = amended(options, error)
-        if "no effect" not in str(error):
-            break
-        try:
-            resolve(options, **model)
-            return
-        except ConfigError as caught:
-            error = caught
-            if error.field == "block_size":
-                return
-    resolve(options, **model)
+    assert error.field in options
+    resolve(amended(options, error), **model)
 
 
 # Values of every option that some policy takes, and that none takes.
@@ -451,7 +443,7 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
     "selection_window": st.integers(-5, 1) | st.integers(129, 5000),
     **dict.fromkeys(("score_weight", "key_weight", "value_weight"), st.floats(-9, -0.01)),
     "score_power": st.floats(-3, 0),
-    "score_decay": st.floats(-1, 0.9) | st.floats(1.1, 9),
+    "score_decay": st.floats(-1, 0.5) | st.floats(1.1, 9),
     "num_sink_tokens": st.integers(-5, -1) | st.integers(65, 10**6),
     "cache_tokens": st.integers(-5, 63) | st.integers(8000, 10**9),
     "stride": st.integers(-5, 127) | st.integers(1025, 10**6),
@@ -469,7 +461,10 @@ WRONG: dict[str, st.SearchStrategy[Any]] = {
 def test_what_a_refusal_advises_is_not_refused(
     policy: str, options: dict[str, Any], wrong: tuple[str, Any]
 ) -> None:
-    """One option goes wrong beside any that are right: by its value, or without effect."""
+    """One option goes wrong beside any that are right: by its value, or without effect.
+
+    Where it would have an effect, a value that is wrong is told of then.
+    """
     model = {"block_size": 16, "max_model_len": 100_000, "position_limit": 8192}
 
     def error_of(given: dict[str, Any]) -> ConfigError | None:
@@ -488,22 +483,27 @@ def test_what_a_refusal_advises_is_not_refused(
         return
     said = str(error)
     advised = 0
-    if "Nearest: " in said or "eave it out" in said:
+    if "Nearest: " in said:
+        advised += 1
+        assert error_of(amended(options, error)) is None, said
+    # Else another option has lost its effect by the one that went wrong, perhaps not alone.
+    if "eave it out" in said and error.field == wrong[0]:
+        advised += 1
         without = {name: value for name, value in options.items() if name != error.field}
-        advised += 1
-        assert error_of(amended(options, error) if "Nearest" in said else without) is None, said
+        assert error_of(without) is None, said
     for other in re.findall(r"\"(\w+)\"", said.partition("take policy")[2]):
-        advised += 1
-        assert error_of({**options, "policy": other}) is None, (said, other)
+        assert "no effect" not in str(error_of({**options, "policy": other})), (said, other)
     if "num_sub_caches 2 or more" in said:
-        assert error_of({**options, "num_sub_caches": 2}) is None, said
+        advised += 1
+        assert "no effect" not in str(error_of({**options, "num_sub_caches": 2})), said
     if "score_weight a value above 0" in said:
         advised += 1
-        assert error_of({**options, "score_weight": 0.5}) is None, said
+        assert "no effect" not in str(error_of({**options, "score_weight": 0.5})), said
     if "Give one of them a value above 0" in said:
-        for name in re.findall(r"\w+_weight", said.partition("choose tokens by: ")[2]):
-            advised += 1
-            assert error_of({**options, name: 0.5}) is None, (said, name)
+        names = re.findall(r"\w+_weight", said.partition("choose tokens by: ")[2])
+        advised += 1
+        # Beside an option of scores it has to be theirs.
+        assert any(error_of({**options, name: 0.5}) is None for name in names), said
     assert advised, said
 
 
@@ -655,8 +655,9 @@ def test_a_policy_refuses_options_without_effect(policy: str, name: str, which: 
             'policy "window" has exactly one sub-cache, unlike the other policies. Nearest: 1'
         )
         return
-    # Where it would have one; a value that is wrong is wrong there too.
-    others = [f'"{other}"' for other in PRESETS if name not in NO_EFFECT[other] and which == 0]
+    # Where it would have one. What a model has to tell is told there.
+    is_served = which == 0 or name in ("newest_share", "selection_window")
+    others = [f'"{other}"' for other in PRESETS if name not in NO_EFFECT[other] and is_served]
     instead = f"Leave it out, or take policy {' or '.join(others)}" if others else "Leave it out"
     said = f"cascade option {name!r} = {value!r}: would have no effect: {WHY[policy]}. {instead}"
     assert str(error) == said
@@ -668,7 +669,9 @@ def test_one_sub_cache_refuses_options_without_effect(policy: str, name: str) ->
     value = VALUES[name][0]
     error = refusal({"policy": policy, "num_sub_caches": 1, name: value})
     assert error.field == name
-    assert str(error).endswith(f"would have no effect: {WHY['alone']}")
+    # What would have no effect in several either is told so.
+    why = WHY[policy] if name in NO_EFFECT[policy] else WHY["alone"]
+    assert f"would have no effect: {why}" in str(error)
 
 
 @pytest.mark.parametrize("name", ["score_power", "score_reduction", "score_decay"])
@@ -686,6 +689,22 @@ def test_no_scores_refuse_what_makes_scores(options: dict[str, Any], name: str) 
 def test_every_option_that_is_refused_somewhere_is_served_elsewhere() -> None:
     for name, (value, _) in VALUES.items():
         resolve({"policy": "blend", name: value}, max_model_len=100_000)
+
+
+def test_a_negative_weight_is_offered_what_decides() -> None:
+    """0 is no offer where it would leave nothing to choose by, or another option without effect."""
+    assert str(refusal({"key_weight": -1})).endswith("must be at least 0. Nearest: 0")
+    for options in ({"policy": "paper"}, {"policy": "blend", "score_power": 3}):
+        error = refusal({**options, "score_weight": -1})
+        assert error.field == "score_weight"
+        assert str(error).endswith("Give a value above 0, or leave it out")
+        resolve({**options, "score_weight": 0.5})
+        resolve(options)
+
+
+def test_one_sub_cache_is_not_offered_to_who_sets_what_it_ignores() -> None:
+    assert str(refusal({"num_sub_caches": 0})).endswith("Nearest: 1")
+    assert str(refusal({"num_sub_caches": 0, "key_weight": 0.5})).endswith("Nearest: 2")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def configuration(
         block_size=block,
         cache_tokens=budget,
         num_sub_caches=number,
-        newest_share=(size + more + block / 2) / budget,  # safely rounded down to blocks
+        newest_share=min(1.0, (size + more + block / 2) / budget),  # safely rounded to blocks
         num_sink_tokens=sinks,
         stride=stride,
         selection_window=window,

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm_cascade import cli
-from vllm_cascade.config import CascadeOptions
+from vllm_cascade.config import CascadeConfig, CascadeOptions, ConfigError
 from vllm_cascade.layout import build_layout
 from vllm_cascade.plan import GIB, make_plan
 
@@ -46,9 +46,12 @@ def model(tmp_path):
 @pytest.mark.parametrize(
     ("options", "dtype", "dtype_bytes", "tail_bytes", "ranks"),
     [
-        (CASCADE, "bfloat16", 2, 4, 1),
-        (CASCADE, "float32", 4, 4, 2),
-        (CASCADE | {"trace_tokens": True}, "bfloat16", 2, 8, 4),
+        (CASCADE, "bfloat16", 2, 0, 1),
+        (CASCADE | {"trace_tokens": True}, "bfloat16", 2, 4, 4),
+        (CASCADE | {"policy": "blend"}, "bfloat16", 2, 4, 1),
+        (CASCADE | {"policy": "paper"}, "float32", 4, 4, 2),
+        (CASCADE | {"policy": "blend", "trace_tokens": True}, "bfloat16", 2, 8, 4),
+        (CASCADE | {"policy": "blend", "score_weight": 0}, "bfloat16", 2, 0, 1),
         ({"policy": "window", "cache_tokens": 512}, "bfloat16", 2, 0, 1),
     ],
 )
@@ -78,7 +81,7 @@ def test_bytes_are_those_of_the_engine(model, options, dtype, dtype_bytes, tail_
 
 
 def test_a_request_within_the_budget_takes_what_it_needs(model):
-    plan = make_plan(model(), CASCADE, max_model_len=300, block_size=16)
+    plan = make_plan(model(), CASCADE | {"policy": "blend"}, max_model_len=300, block_size=16)
     assert plan.max_blocks == 19
     # Nothing ever competes, so there are no scores.
     assert plan.request_bytes == plan.full_attention_bytes
@@ -136,6 +139,41 @@ def test_the_command_prints_the_plan(model, capsys):
         assert f"{plan[number]:,}" in text, number
 
 
+@pytest.mark.parametrize(
+    ("options", "shown", "included"),
+    [
+        ({}, {"key_weight=1.0", "value_weight=1.0", "selection_window=128"}, ""),
+        ({"trace_tokens": True}, {"key_weight=1.0"}, ", trace included"),
+        (
+            {"policy": "blend"},
+            {"score_weight=1.0", "value_weight=1.0", "score_power=2.0", "score_decay=0.9999999"},
+            ", scores included",
+        ),
+        ({"policy": "blend", "trace_tokens": True}, set(), ", scores and trace included"),
+        ({"policy": "paper", "score_weight": 0, "value_weight": 1}, {"score_weight=0.0"}, ""),
+        ({"policy": "window"}, {"num_sub_caches=1"}, ""),
+        ({"num_sub_caches": 1}, {"num_sub_caches=1"}, ""),
+    ],
+    ids=str,
+)
+def test_only_what_has_an_effect_is_shown(model, options, shown, included):
+    """All that the policy would refuse to be given is left out."""
+    plan = make_plan(model(), options, max_model_len=50_000, block_size=16)
+    rows = dict(re.split(r"  +", row, maxsplit=1) for row in plan.as_text().splitlines())
+    given = rows["configuration"].split()
+    assert shown <= set(given)
+    names = {word.partition("=")[0] for word in given}
+    assert {"policy", "cache_tokens", "num_sub_caches", "num_sink_tokens", "stride"} <= names
+    for name in names & set(CascadeOptions.__dataclass_fields__):
+        CascadeOptions.parse(options | {name: getattr(plan.config, name)})
+    for name in set(CascadeOptions.__dataclass_fields__) - names:
+        with pytest.raises(ConfigError, match="no effect"):
+            CascadeOptions.parse(options | {name: getattr(plan.config, name)})
+    assert rows["memory"].endswith(f"in all {LAYERS}{included}")
+    # All of it, for who builds a configuration of it.
+    assert CascadeConfig(**plan.as_json()["config"]) == plan.config
+
+
 def test_every_option_has_a_flag(model, capsys):
     flags = {
         "policy": "paper",
@@ -144,8 +182,10 @@ def test_every_option_has_a_flag(model, capsys):
         "num_sink_tokens": 32,
         "stride": 64,
         "selection_window": 4,
-        "score_power": 1.5,
+        "score_weight": 2.0,
         "key_weight": 0.5,
+        "value_weight": 0.25,
+        "score_power": 1.5,
         "newest_share": 0.75,
         "score_reduction": "mean",
         "score_decay": 0.999,

@@ -1,5 +1,6 @@
 """Each refusal that a configuration shows, on stand-ins for vLLM's objects."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -16,7 +17,12 @@ from vllm_cascade.config import ConfigError
 from vllm_cascade.hybrid import delegate_windows
 from vllm_cascade.selection import check_selection, selects_cascade
 from vllm_cascade.unsupported import UnsupportedError
-from vllm_cascade.validation import check_layer, log_prefix_caching, validate
+from vllm_cascade.validation import (
+    check_layer,
+    log_prefix_caching,
+    resolve_options,
+    validate,
+)
 
 LAYER = {
     "alibi_slopes": None,
@@ -314,13 +320,57 @@ def test_pages_stretched_to_those_of_other_layers_are_refused():
     from vllm_cascade.config import CascadeOptions
     from vllm_cascade.spec import CascadeSpec
 
-    config = CascadeOptions().resolve(block_size=16, max_model_len=9000, position_limit=4096)
     full = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
+
+    def spec_of(**options):
+        config = CascadeOptions.parse(options).resolve(
+            block_size=16, max_model_len=9000, position_limit=4096
+        )
+        return CascadeSpec.of(full, config)
+
+    for spec in (spec_of(), spec_of(policy="blend"), spec_of(trace_tokens=True)):
+        assert replace(spec) == spec
+        with pytest.raises(UnsupportedError, match="more KV memory per block.*become blocks of 32"):
+            replace(spec, block_size=32)
+        stretched = spec.page_size_bytes + 64
+        if spec.page_size_padded is None:
+            # Nothing is behind keys and values, so that it does not matter where a page ends.
+            assert replace(spec, page_size_padded=stretched).page_size_bytes == stretched
+            continue
+        with pytest.raises(UnsupportedError, match="behind keys and values would be read as such"):
+            replace(spec, page_size_padded=stretched)
+
+
+@pytest.mark.parametrize(
+    ("options", "longest", "tail"),
+    [
+        ({}, 9000, 0),
+        ({"policy": "window"}, 9000, 0),
+        ({"trace_tokens": True}, 9000, 4),
+        ({"policy": "blend"}, 9000, 4),
+        ({"policy": "paper"}, 9000, 4),
+        ({"policy": "blend", "trace_tokens": True}, 9000, 8),
+        ({"policy": "blend", "score_weight": 0}, 9000, 0),
+        # Nothing ever has to go, so nothing is scored.
+        ({"policy": "blend", "cache_tokens": 1024}, 1000, 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_page_is_vllms_own_unless_something_is_behind_it(options, longest, tail, dtype):
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_cascade.config import CascadeOptions
+    from vllm_cascade.spec import CascadeSpec
+
+    config = CascadeOptions.parse(options).resolve(
+        block_size=16, max_model_len=longest, position_limit=4096
+    )
+    full = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=dtype)
     spec = CascadeSpec.of(full, config)
-    assert replace(spec) == spec
-    for stretched in ({"block_size": 32}, {"page_size_padded": spec.page_size_bytes + 64}):
-        with pytest.raises(UnsupportedError, match="more KV memory per block"):
-            replace(spec, **stretched)
+    assert spec.unpadded_page_size_bytes == full.page_size_bytes
+    assert spec.page_size_bytes == full.page_size_bytes + 2 * 16 * tail
+    assert (spec.page_size_padded is None) == (tail == 0)
 
 
 def test_full_attention_by_kind_is_served(served):
@@ -396,12 +446,77 @@ def said(monkeypatch):
     logger.removeHandler(handler)
 
 
+@pytest.fixture
+def forget_once():
+    """vLLM's logger remembers what it has warned of; it forgets here, and whenever called."""
+    from vllm.logger import _print_warning_once
+
+    _print_warning_once.cache_clear()
+    return _print_warning_once.cache_clear
+
+
 def test_prefix_caching_is_left_on_and_logged_once(served, said):
     served.cache_config.enable_prefix_caching = True
     validate(served)
     validate(served)
     assert sum("Prefix caching with CASCADE" in message for message in said) == 1
     assert served.cache_config.enable_prefix_caching
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "former"),
+    [
+        (
+            {},
+            "ranks values as well and compares 128 neighbours, not 64",
+            '"value_weight": 0, "selection_window": 64',
+        ),
+        ({"selection_window": 64}, "ranks values as well", '"value_weight": 0'),
+        ({"value_weight": 0}, "compares 128 neighbours, not 64", '"selection_window": 64'),
+    ],
+    ids=str,
+)
+def test_who_asks_for_blend_is_told_once_what_it_has_become(
+    served, said, forget_once, options, changed, former
+):
+    served.model_config.max_model_len = 100_000
+    served.additional_config = {"cascade": {"policy": "blend", **options}}
+    validate(served)
+    validate(served)
+    (message,) = [message for message in said if "blend" in message]
+    assert message == (
+        f'Policy "blend" now {changed}. Its former rule comes back with {former} in the '
+        "cascade's options."
+    )
+    # As it says.
+    served.additional_config["cascade"] |= json.loads(f"{{{former}}}")
+    config = resolve_options(served, 128)
+    assert (config.score_weight, config.key_weight, config.value_weight) == (1, 1, 0)
+    assert config.selection_window == 64
+    said.clear()
+    forget_once()
+    validate(served)
+    assert not said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"policy": "distinct"},
+        {"policy": "paper"},
+        {"policy": "blend", "value_weight": 1, "selection_window": 128},
+        {"policy": "blend", "num_sub_caches": 1},
+        {"policy": "blend", "num_sub_caches": 2, "cache_tokens": 3584, "max_model_len": 3000},
+    ],
+    ids=str,
+)
+def test_others_are_told_nothing_of_blend(served, said, forget_once, options):
+    """Nor is who has said what it should be, or for whom it never chooses."""
+    served.model_config.max_model_len = options.pop("max_model_len", 100_000)
+    served.additional_config = {"cascade": options}
+    validate(served)
+    assert not said
 
 
 def test_prefix_caching_never_hits_beside_other_backends(said):
