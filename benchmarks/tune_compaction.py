@@ -1,7 +1,7 @@
 """Times the merging of groups in one layer of Llama-3.1-8B: steps without and with a boundary.
 
 python benchmarks/tune_compaction.py                       prints a table
-python benchmarks/tune_compaction.py --set sum_stages=3    the same with another tile
+python benchmarks/tune_compaction.py --set sum_warps=8      the same with another tile
 python benchmarks/tune_compaction.py --tiny                small sizes, for the interpreter
 """
 
@@ -22,15 +22,22 @@ from vllm_cascade.kernels.compaction import (
 )
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
+from vllm_cascade.kernels.weights import Weights
 
-NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE, WINDOW = 8, 128, 16, 64
+NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE, WINDOW = 8, 128, 16, 128
 GROUP_BLOCKS = WINDOW // BLOCK_SIZE
-KEY_WEIGHT = 1.0
+# Policies "distinct" and "blend", and scores alone.
+WEIGHTS = (Weights(0.0, 1.0, 1.0), Weights(1.0, 1.0, 1.0), Weights(1.0, 0.0, 0.0))
 CALLS, REPEATS = 100, 20
 
 
 def make_step(
-    num_rows: int, num_groups: int, num_keys: int, copies: int, device: torch.device
+    num_rows: int,
+    num_groups: int,
+    num_keys: int,
+    copies: int,
+    has_score: bool,
+    device: torch.device,
 ) -> tuple[Pages, list[Merges]]:
     """Rows of `num_keys` keys, each with as many groups to merge, in shuffled blocks.
 
@@ -39,19 +46,21 @@ def make_step(
         num_groups: Groups of each.
         num_keys: Keys each holds.
         copies: How many calls find other rows, lest the keys of the last call be in the L2 cache.
+        has_score: Whether pages have scores behind keys and values.
         device: Where.
     """
     rows_of_a_call, num_rows = num_rows, num_rows * copies
     row_blocks = num_keys // BLOCK_SIZE
     num_blocks = num_rows * row_blocks
     slots = NUM_KV_HEADS * BLOCK_SIZE
-    pool = torch.zeros(num_blocks, slots * (2 * HEAD_SIZE + 2), dtype=torch.bfloat16, device=device)
+    slot_size = 2 * HEAD_SIZE + 2 * has_score
+    pool = torch.zeros(num_blocks, slots * slot_size, dtype=torch.bfloat16, device=device)
     kv = pool[:, : slots * 2 * HEAD_SIZE].view(num_blocks, NUM_KV_HEADS, BLOCK_SIZE, -1)
-    pages = Pages.view(kv, True, False)
-    assert pages.score is not None
+    pages = Pages.view(kv, has_score, False)
     for start in range(0, num_blocks, 4096):
         kv[start : start + 4096].normal_()
-    pages.score.uniform_()
+    if pages.score is not None:
+        pages.score.uniform_()
     table = torch.randperm(num_blocks, device=device).int().view(num_rows, row_blocks)
     max_groups = max(num_groups, 1)
     groups = table[:, : max_groups * GROUP_BLOCKS].reshape(num_rows, max_groups, GROUP_BLOCKS)
@@ -65,7 +74,7 @@ def make_step(
 def microseconds(
     pages: Pages,
     merges: list[Merges],
-    key_weight: float,
+    weights: Weights,
     config: LaunchConfig,
     programs_per_sm: int,
     calls: int,
@@ -76,7 +85,6 @@ def microseconds(
         len(merges[0].num_groups),
         NUM_KV_HEADS,
         HEAD_SIZE,
-        merges[0].block_table.shape[1] * BLOCK_SIZE,
         device,
         max_group=WINDOW,
         programs_per_sm=programs_per_sm,
@@ -84,7 +92,7 @@ def microseconds(
 
     def call(number: int) -> None:
         step = merges[number % len(merges)]
-        merge_groups(pages, step, HEAD_SIZE, WINDOW, key_weight, scratch, config=config)
+        merge_groups(pages, step, HEAD_SIZE, WINDOW, weights, scratch, config=config)
 
     call(0)
     if device.type != "cuda":
@@ -122,30 +130,33 @@ def main() -> None:
     print(f"{config}, {arguments.programs_per_sm} programs per multiprocessor")
 
     # (what, rows, groups of each row, keys of each row). With C = 16,384 and N = 4, a stride of
-    # S tokens merges S/64 + S/128 + S/256 groups.
+    # S tokens merges S/128 + S/256 + S/512 groups.
     cases = [(f"no boundary, {rows} rows", rows, 0, 1024) for rows in (1, 64, 512)]
     cases += [
-        ("boundary, S = 4,096, 1 row", 1, 112, 64 + 16384 + 4096),
-        ("boundary, S = 1,024, 64 rows", 64, 28, 64 + 16384 + 1024),
+        ("boundary, S = 4,096, 1 row", 1, 56, 64 + 16384 + 4096),
+        ("boundary, S = 1,024, 64 rows", 64, 14, 64 + 16384 + 1024),
     ]
     if arguments.tiny:
         cases = [("no boundary, 2 rows", 2, 0, 256), ("boundary, 1 row", 1, 1, 256)]
-    print("| step | key_weight | us a call | MB read and written | GB/s |")
+    print("| step | weights of score, key, value | us a call | MB read and written | GB/s |")
     print("|---|---|---|---|---|")
     for what, rows, num_groups, num_keys in cases:
         copies = 4 if num_groups and rows == 1 else 1
-        pages, merges = make_step(rows, num_groups, num_keys, copies, device)
-        for key_weight in (KEY_WEIGHT, 0.0):
-            calls = CALLS if rows * num_groups < 1000 else 5
-            took = microseconds(pages, merges, key_weight, config, arguments.programs_per_sm, calls)
+        for weights in WEIGHTS:
+            has_score = weights.score > 0
+            pages, merges = make_step(rows, num_groups, num_keys, copies, has_score, device)
+            calls = CALLS if rows * num_groups < 500 else 5
+            took = microseconds(pages, merges, weights, config, arguments.programs_per_sm, calls)
             key_bytes = NUM_KV_HEADS * HEAD_SIZE * 2
-            # Keys of the mean, keys of the cosines, then half of K and V in and out.
-            moved = rows * num_groups * WINDOW * 2 * key_bytes
-            means = rows * (num_keys + num_groups * WINDOW) * key_bytes
-            size = moved + (means if key_weight and num_groups else 0)
+            # All of the means, what is compared with them, then half of K and V in and out.
+            size = rows * num_groups * WINDOW * 2 * key_bytes
+            for weight in (weights.key, weights.value):
+                if weight and num_groups:
+                    size += rows * (num_keys + num_groups * WINDOW) * key_bytes
             rate = f"{size / took / 1e3:,.0f}" if took else "-"
-            print(f"| {what} | {key_weight:g} | {took:,.2f} | {size / 1e6:,.1f} | {rate} |")
-        del pages, merges
+            named = ", ".join(f"{weight:g}" for weight in weights)
+            print(f"| {what} | {named} | {took:,.2f} | {size / 1e6:,.1f} | {rate} |")
+            del pages, merges
 
 
 if __name__ == "__main__":

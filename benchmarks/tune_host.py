@@ -24,7 +24,7 @@ from vllm_cascade.kernels import (
     decode_launch,
     key_scores,
     kv_write,
-    mean_keys,
+    means,
     prefill_attention,
     prefill_workspace,
 )
@@ -34,7 +34,7 @@ MODULES = (
     decode_launch,
     key_scores,
     kv_write,
-    mean_keys,
+    means,
     prefill_attention,
     prefill_workspace,
 )
@@ -107,7 +107,7 @@ def main() -> None:
     for num_heads, num_kv_heads, budget, stride, chunk in TINY if arguments.tiny else CASES:
         options = {"cache_tokens": budget, "num_sub_caches": 4, "stride": stride}
         if arguments.tiny:
-            options |= {"num_sub_caches": 2, "num_sink_tokens": 16}
+            options |= {"num_sub_caches": 2, "num_sink_tokens": 16, "selection_window": 32}
         shape = Shape(num_heads, num_kv_heads, 16 if arguments.tiny else 128, dtype)
         driver = Driver(make_config(1 << 18, **options), shape, chunk, 1, device)
         driver.fill()

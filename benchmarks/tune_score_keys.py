@@ -1,4 +1,4 @@
-"""Time of every configuration of `score_keys`, and of what surrounds it, on one CUDA device.
+"""Time of every configuration of `score_keys` on one CUDA device.
 
 Llama-3.1-8B's attention in bfloat16. Each row gives the median time, the rate of the one matrix
 product over the pairs that the causal mask leaves, and the largest error of a score, relative to
@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from vllm_cascade.kernels import key_scores, prefill_workspace  # noqa: E402
+from vllm_cascade.kernels import key_scores  # noqa: E402
 from vllm_cascade.kernels.pages import Pages  # noqa: E402
 from vllm_cascade.kernels.segments import Segments  # noqa: E402
 
@@ -45,10 +45,12 @@ def make_segments(num_queries: int, num_keys: int) -> Segments:
         block_table=torch.randperm(blocks, device=DEVICE)[None].int(),
         carry=torch.tensor([CARRY], device=DEVICE),
         exponents=torch.tensor([-1.0], device=DEVICE),
+        num_groups=torch.zeros(1, dtype=torch.int32, device=DEVICE),
         num_queries=num_queries,
         num_rows=num_keys,
         max_query_len=num_queries,
         max_key_len=num_keys,
+        max_prefix_len=num_keys - num_queries,
     )
 
 
@@ -124,31 +126,10 @@ def median_ms(work: Callable[[], None], repeats: int) -> float:
 def tune(num_queries: int, num_keys: int, names: list[str], repeats: int) -> None:
     pages, segments = make_pages(num_keys), make_segments(num_queries, num_keys)
     assert pages.score is not None
-    angle = torch.arange(num_keys, device=DEVICE)[:, None] * 5e5 ** -(
-        torch.arange(0, HEAD_SIZE, 2, device=DEVICE) / HEAD_SIZE
-    )
-    cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
-    key = torch.empty(num_keys, KV_HEADS, HEAD_SIZE, dtype=DTYPE, device=DEVICE)
-    value = torch.empty_like(key)
-    raw = (1.5 * torch.randn(num_queries, HEADS, HEAD_SIZE, device=DEVICE)).to(DTYPE)
-    query = torch.empty_like(raw)
-    rows = torch.arange(num_queries, dtype=torch.int32, device=DEVICE)
-    places = rows + (num_keys - num_queries)
-
-    def gather() -> None:
-        prefill_workspace.gather_keys(pages, segments, cos, sin, True, key, value)
-
-    def rotate() -> None:
-        prefill_workspace.rotate_queries(raw, rows, places, cos, sin, True, query)
-
-    gather()
-    rotate()
+    # What is rotated is as random as what is not.
+    key = torch.randn(num_keys, KV_HEADS, HEAD_SIZE, device=DEVICE).to(DTYPE)
+    query = (1.5 * torch.randn(num_queries, HEADS, HEAD_SIZE, device=DEVICE)).to(DTYPE)
     print(f"\n{num_queries} queries, {num_keys} keys")
-    for name, work, tensor in (("gather_keys", gather, pages.kv), ("rotate_queries", rotate, raw)):
-        milliseconds = median_ms(work, repeats)
-        rate = 2 * tensor.numel() * tensor.element_size() / milliseconds / 1e6
-        print(f"{name:24} {milliseconds:8.3f} ms {rate:8.0f} GB/s")
-
     lse = normalizers(query, key)
     blocks = segments.block_table[0].long()
     slots = torch.arange(num_keys, device=DEVICE)

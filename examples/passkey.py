@@ -1,9 +1,9 @@
-"""Find a passkey that stands early in a text longer than the KV budget, in three caches.
+"""Find a passkey that stands early in a text longer than the KV budget, in four caches.
 
 Full attention keeps every token. `window` keeps the first tokens and the newest ones, in a budget
-of 2,048 tokens. The cascade has the same budget: by plain attention scores in four sub-caches, and
-by the default policy `blend`. Each engine runs in a process of its own, one after the other; blocks
-and bytes are read from the engine's pool while it works.
+of 2,048 tokens. The cascade has the same budget: by the paper's rule in four sub-caches, and by the
+default policy `distinct`. Each engine runs in a process of its own, one after the other; blocks and
+bytes are read from the engine's pool while it works.
 
 How often each cache is right over many prompts is what `vllm-cascade eval` measures.
 """
@@ -21,15 +21,14 @@ from vllm_cascade.evaluation.tasks import TaskOptions, make_prompts
 from vllm_cascade.evaluation.texts import load_texts
 
 BUDGET = {"cache_tokens": 2048, "num_sink_tokens": 64, "stride": 256}
-PLAIN_SCORES = {"selection_window": 64, "score_power": 1, "key_weight": 0}
 CACHES: dict[str, dict[str, Any] | None] = {
     "full attention": None,
     "window": BUDGET | {"policy": "window"},
-    "cascade, plain scores": BUDGET | PLAIN_SCORES | {"num_sub_caches": 4},
-    "cascade, blend": BUDGET | {"policy": "blend", "num_sub_caches": "auto"},
     "cascade, paper": BUDGET | {"policy": "paper", "num_sub_caches": 4},
+    "cascade, distinct": BUDGET | {"policy": "distinct"},
+    "cascade, blend": BUDGET | {"policy": "blend"},
 }
-SHOWN = ["full attention", "window", "cascade, plain scores", "cascade, blend"]
+SHOWN = ["full attention", "window", "cascade, paper", "cascade, distinct"]
 # Filler and length of each prompt.
 PROMPTS = [("sentences", 4096), ("book", 4096), ("sentences", 8000)]
 

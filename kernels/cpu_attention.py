@@ -8,6 +8,7 @@ query gives a key ``max`` (or ``mean``) over the query heads that share its KV h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -151,6 +152,10 @@ def prefill(
     own = slice(segment.first_place, num_keys)
     # [num_heads, num_queries, head_size]
     rotated = rotary.rotate(query[segment.start : segment.end].transpose(0, 1), own).mul_(scale)
+    if scoring is None and sinks is None:
+        attended = _attend(rotated, key, value)
+        output[segment.start : segment.end] = attended.transpose(0, 1)
+        return
     rotated = rotated.view(num_kv_heads, shared, num_queries, head_size)
 
     gained = torch.zeros(num_kv_heads, num_keys) if scoring else None
@@ -173,6 +178,36 @@ def prefill(
                 gained[head, :seen] += torch.mv(amounts.t(), segment.weights[first:last])
     if gained is not None:
         _store_scores(pages, segment, gained, block_size)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Causal attention by PyTorch's own kernel, which keeps no probabilities.
+
+    Args:
+        query: [num_heads, num_queries, head_size] float32, scaled; the last sees every key.
+        key: [num_kv_heads, num_keys, head_size] float32.
+        value: [num_kv_heads, num_keys, head_size_v] float32.
+
+    Returns:
+        [num_heads, num_queries, head_size_v] float32.
+    """
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    is_first = num_queries == num_keys
+    return torch.nn.functional.scaled_dot_product_attention(
+        query[None],
+        key[None],
+        value[None],
+        attn_mask=None if is_first else _seen(num_queries, num_keys),
+        is_causal=is_first,
+        scale=1.0,
+        enable_gqa=len(query) != len(key),
+    )[0]
+
+
+@lru_cache(maxsize=4)  # all layers of a step ask for the same
+def _seen(num_queries: int, num_keys: int) -> torch.Tensor:
+    """[num_queries, num_keys] bool: which keys each query sees."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
 
 
 def _softmax_(logits: torch.Tensor, sinks: torch.Tensor | None) -> None:

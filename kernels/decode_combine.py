@@ -15,10 +15,7 @@ from vllm_cascade.kernels.segments import DecodeRows
 
 @triton.jit
 def _join(lse_ptr, active, sinks_ptr, member, SPLITS: tl.constexpr):
-    """Log-sum-exp (base 2) of a query head over its splits, and each split's share of it.
-
-    A sink counts in the former; what it takes is missing from the latter.
-    """
+    """Log-sum-exp (base 2) of a query head over its splits and, if there is one, its sink."""
     split = tl.arange(0, SPLITS)
     lse = tl.load(lse_ptr + split, mask=split < active, other=float("-inf"))
     top = tl.max(lse, axis=0)
@@ -28,11 +25,11 @@ def _join(lse_ptr, active, sinks_ptr, member, SPLITS: tl.constexpr):
         sink = load_sink(sinks_ptr, member)
         top = tl.maximum(top, sink)
         norm = tl.sum(tl.exp2(lse - top), axis=0) + tl.exp2(sink - top)
-    total = top + tl.log2(norm)
-    return total, tl.exp2(lse - total)
+    return top + tl.log2(norm)
 
 
-@triton.jit
+# What depends on the number of rows is not specialized: each would be compiled anew.
+@triton.jit(do_not_specialize=["num_splits", "min_keys"])
 def _combine_kernel(
     output_ptr,
     score_ptr,
@@ -48,6 +45,7 @@ def _combine_kernel(
     sinks_ptr,
     power,
     num_splits,
+    min_keys,
     output_stride_token,
     output_stride_head,
     score_stride_block,
@@ -58,8 +56,8 @@ def _combine_kernel(
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
-    MIN_KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLIT_TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCKS: tl.constexpr,
     SCORED: tl.constexpr,
@@ -74,22 +72,25 @@ def _combine_kernel(
     if place < 0:
         return
     length = place + 1
-    active = tl.cdiv(length, keys_per_split(length, num_splits, MIN_KEYS, KEYS))
+    active = tl.cdiv(length, keys_per_split(length, num_splits, min_keys, KEYS))
     head = (row * tl.num_programs(0) + kv_head) * GROUP
     if sinks_ptr is not None:
         sinks_ptr += kv_head * GROUP
 
     if piece < GROUP and not (DIRECT and active == 1):
-        # [SPLITS]
         split_at = (head + piece) * max_splits
-        _, share = _join(lse_ptr + split_at, active, sinks_ptr, piece, SPLITS)
-        split = tl.arange(0, SPLITS)
+        norm = _join(lse_ptr + split_at, active, sinks_ptr, piece, SPLITS)
         channel = tl.arange(0, CHANNELS)
-        # [SPLITS, CHANNELS]
-        held = (split < active)[:, None] & (channel < HEAD_SIZE)[None, :]
-        partial_at = partial_ptr + (split_at + split)[:, None] * HEAD_SIZE + channel[None, :]
-        partial = tl.load(partial_at, mask=held, other=0.0)
-        output = tl.sum(partial * share[:, None], axis=0)
+        output = tl.zeros([CHANNELS], tl.float32)
+        for first in range(0, active, SPLIT_TILE):
+            # [SPLIT_TILE]
+            split = first + tl.arange(0, SPLIT_TILE)
+            lse = tl.load(lse_ptr + split_at + split, mask=split < active, other=float("-inf"))
+            # [SPLIT_TILE, CHANNELS]
+            held = (split < active)[:, None] & (channel < HEAD_SIZE)[None, :]
+            partial_at = partial_ptr + (split_at + split)[:, None] * HEAD_SIZE + channel[None, :]
+            partial = tl.load(partial_at, mask=held, other=0.0)
+            output += tl.sum(partial * tl.exp2(lse - norm)[:, None], axis=0)
         output_at = output_ptr + tl.load(rows_ptr + row).to(tl.int64) * output_stride_token
         output_at += (kv_head * GROUP + piece) * output_stride_head + channel
         tl.store(output_at, output.to(output_ptr.dtype.element_ty), mask=channel < HEAD_SIZE)
@@ -116,7 +117,7 @@ def _combine_kernel(
             total = tl.zeros([BLOCKS, BLOCK_SIZE], tl.float32)
             for member in tl.static_range(GROUP):
                 lse_at = lse_ptr + (head + member) * max_splits
-                norm, _ = _join(lse_at, active, sinks_ptr, member, SPLITS)
+                norm = _join(lse_at, active, sinks_ptr, member, SPLITS)
                 logit = tl.load(logits_at + member * logits_stride_head, mask=held, other=0.0)
                 if MEAN:
                     total += tl.exp2((logit - norm) * power)
@@ -189,6 +190,7 @@ def combine(
         sinks,
         float(power),
         splits,
+        config.min_keys,
         output.stride(0),
         output.stride(1),
         score.stride(0),
@@ -199,8 +201,8 @@ def combine(
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,
         KEYS=config.keys,
-        MIN_KEYS=config.min_keys,
-        SPLITS=next_power_of_2(splits),
+        SPLITS=next_power_of_2(max_splits),
+        SPLIT_TILE=min(8, next_power_of_2(max_splits)),
         CHANNELS=next_power_of_2(head_size),
         BLOCKS=max(1, config.score_tile // block_size),
         SCORED=scored,

@@ -15,9 +15,9 @@ MAX_BLOCK_SIZE = 128
 
 
 @triton.jit
-def keys_per_split(length, num_splits, MIN_KEYS: tl.constexpr, KEYS: tl.constexpr):
+def keys_per_split(length, num_splits, min_keys, KEYS: tl.constexpr):
     """Keys per split of a row: even, whole tiles, and no fewer than pay for a program."""
-    active = tl.maximum(tl.minimum(tl.cdiv(length, MIN_KEYS), num_splits), 1)
+    active = tl.maximum(tl.minimum(tl.cdiv(length, min_keys), num_splits), 1)
     return tl.cdiv(tl.cdiv(length, active), KEYS) * KEYS
 
 

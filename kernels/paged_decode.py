@@ -39,7 +39,8 @@ __all__ = ["Config", "Scratch", "decode", "launch_config", "make_scratch"]
 MIN_DOT = 16
 
 
-@triton.jit
+# What depends on the number of rows is not specialized: each would be compiled anew.
+@triton.jit(do_not_specialize=["min_keys"])
 def _split_kernel(
     output_ptr,
     partial_ptr,
@@ -62,6 +63,7 @@ def _split_kernel(
     table_stride_row,
     logits_stride_head,
     max_splits,
+    min_keys,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HALF: tl.constexpr,
@@ -71,7 +73,6 @@ def _split_kernel(
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
     CHANNELS: tl.constexpr,
-    MIN_KEYS: tl.constexpr,
     IS_NEOX: tl.constexpr,
     BY_PLACE: tl.constexpr,
     SCORED: tl.constexpr,
@@ -84,7 +85,7 @@ def _split_kernel(
     split = tl.program_id(2)
     place = tl.load(places_ptr + row)
     length = place + 1
-    split_keys = keys_per_split(length, tl.num_programs(2), MIN_KEYS, KEYS)
+    split_keys = keys_per_split(length, tl.num_programs(2), min_keys, KEYS)
     start = split * split_keys
     if start >= length:
         return
@@ -327,6 +328,7 @@ def decode(
             some.block_table.stride(0),
             scratch.logits.stride(1),
             max_splits,
+            chosen.min_keys,
             GROUP=group,
             HEAD_SIZE=head_size,
             HALF=half,
@@ -336,7 +338,6 @@ def decode(
             PAIRS=max(MIN_DOT, next_power_of_2(half)),
             REST=max(MIN_DOT, next_power_of_2(head_size - 2 * half)),
             CHANNELS=next_power_of_2(head_size),
-            MIN_KEYS=chosen.min_keys,
             IS_NEOX=is_neox,
             BY_PLACE=chosen.by_place,
             SCORED=scored,

@@ -167,8 +167,8 @@ MUTATIONS = [
     Mutation(
         "a sink in a decoded output but not in its scores",
         "kernels/decode_combine.py",
-        "norm, _ = _join(lse_at, active, sinks_ptr, member, SPLITS)",
-        "norm, _ = _join(lse_at, active, None, member, SPLITS)",
+        "norm = _join(lse_at, active, sinks_ptr, member, SPLITS)",
+        "norm = _join(lse_at, active, None, member, SPLITS)",
         "tests/kernels/test_paged_decode.py::test_sinks_join_the_denominator",
     ),
     Mutation(

@@ -17,14 +17,27 @@ from e2e.tiny import prompt_without_ties, save_llama
 
 pytestmark = pytest.mark.model
 
-CASCADE = {"cache_tokens": 256, "num_sub_caches": 2, "num_sink_tokens": 16, "stride": 64}
+CASCADE = {
+    "cache_tokens": 256,
+    "num_sub_caches": 2,
+    "num_sink_tokens": 16,
+    "stride": 64,
+    "selection_window": 64,
+}
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "block_size": 16,
     "max_model_len": 2048,
     "max_num_batched_tokens": 512,
-    "additional_config": {"cascade": {**CASCADE, "trace_tokens": True}},
 }
+
+
+def traced(policy: str = "distinct") -> dict[str, Any]:
+    """`OPTIONS`, and a cascade that says which tokens it kept."""
+    cascade = {**CASCADE, "policy": policy, "trace_tokens": True}
+    return {**OPTIONS, "additional_config": {"cascade": cascade}}
+
+
 # Of lengths and seeds to which the random model does not answer one token again and again.
 PROMPTS = [prompt_without_ties(n, seed) for n, seed in ((1500, 1), (40, 40), (700, 2))]
 ANSWER = 16
@@ -44,12 +57,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
 
 
-@pytest.fixture(scope="module")
-def one(model: str, tmp_path_factory: pytest.TempPathFactory) -> Played:
-    """A single rank."""
-    played = play(
-        tmp_path_factory.mktemp("one"), model, PROMPTS, ANSWER, enforce_eager=True, **OPTIONS
-    )
+def play_alone(folder: Path, model: str, policy: str) -> Played:
+    """What a single rank answers and keeps."""
+    played = play(folder, model, PROMPTS, ANSWER, enforce_eager=True, **traced(policy))
     assert played.ranks == 1
     assert all(len(set(answer)) > ANSWER // 2 for answer in played.answers)
     held = [num_tokens > kept.shape[2] for num_tokens, kept in played.kept.items()]
@@ -57,20 +67,31 @@ def one(model: str, tmp_path_factory: pytest.TempPathFactory) -> Played:
     return played
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"tensor_parallel_size": 2, "enforce_eager": True, "alone": True},
-        # The CPU's runner makes what a second stage receives into when it warms up to compile.
-        {"pipeline_parallel_size": 2, "compilation_config": {"backend": "eager"}},
-    ],
-    ids=["tensor", "pipeline"],
-)
-def test_two_ranks(options: dict[str, Any], model: str, one: Played, tmp_path: Path) -> None:
-    """Each rank keeps its own heads' or layers' tokens; of what it kept nothing is exchanged.
+@pytest.fixture(scope="module")
+def one(model: str, tmp_path_factory: pytest.TempPathFactory) -> Played:
+    """A single rank."""
+    return play_alone(tmp_path_factory.mktemp("one"), model, "distinct")
 
-    One request goes on from copies of another's pages, scores included.
-    """
+
+TENSOR = {"tensor_parallel_size": 2, "enforce_eager": True, "alone": True}
+# The CPU's runner makes what a second stage receives into when it warms up to compile.
+PIPELINE = {"pipeline_parallel_size": 2, "compilation_config": {"backend": "eager"}}
+
+
+@pytest.mark.parametrize("options", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
+def test_two_ranks(options: dict[str, Any], model: str, one: Played, tmp_path: Path) -> None:
+    """Each rank keeps its own heads' or layers' tokens; of what it kept nothing is exchanged."""
+    check_two_ranks(tmp_path, model, one, "distinct", options)
+
+
+def test_two_ranks_with_scores(model: str, tmp_path: Path) -> None:
+    check_two_ranks(tmp_path, model, play_alone(tmp_path, model, "blend"), "blend", TENSOR)
+
+
+def check_two_ranks(
+    tmp_path: Path, model: str, one: Played, policy: str, options: dict[str, Any]
+) -> None:
+    """One request goes on from copies of another's pages, with scores where there are any."""
     two = play(
         tmp_path,
         model,
@@ -79,7 +100,7 @@ def test_two_ranks(options: dict[str, Any], model: str, one: Played, tmp_path: P
         begun=BEGUN,
         distributed_executor_backend="mp",
         **options,
-        **OPTIONS,
+        **traced(policy),
     )
     assert_same_up_to_ties(two, one)
     assert two.cached == [BEGUN, 0, 0]
@@ -95,7 +116,7 @@ def test_two_replicas(model: str, one: Played, tmp_path: Path) -> None:
         "--enforce-eager",
         f"--additional-config={json.dumps({'cascade': CASCADE})}",
     ]
-    flags += [f"--{name.replace('_', '-')}={OPTIONS[name]}" for name in list(OPTIONS)[:-1]]
+    flags += [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
     with serve(tmp_path, model, *flags) as server:
         check_replicas(server, 2, PROMPTS, one, ranks=2)
 
@@ -162,7 +183,7 @@ def test_two_ranks_through_ray(model: str, one: Played, tmp_path: Path) -> None:
         tensor_parallel_size=2,
         distributed_executor_backend="ray",
         enforce_eager=True,
-        **OPTIONS,
+        **traced(),
     )
     assert_same_up_to_ties(two, one)
     assert two.ranks == 2

@@ -53,10 +53,10 @@ def generate(llm: Any) -> list[Any]:
     )
 
 
-def play(model: str, **options: Any) -> tuple[list[list[int]], dict[int, dict[str, Any]], int]:
+def play(model: str, policy: str, **options: Any) -> tuple[list[list[int]], dict[int, dict[str, Any]], int]:
     """(answers, tokens computed -> kept tokens per layer, graphs replayed) of all prompts."""
     with engine(
-        {**CASCADE, "trace_tokens": True},
+        {**CASCADE, "policy": policy, "trace_tokens": True},
         model,
         worker_extension_cls="vllm_cascade.trace.WorkerExtension",
         **OPTIONS,
@@ -72,14 +72,20 @@ def play(model: str, **options: Any) -> tuple[list[list[int]], dict[int, dict[st
     return [list(output.outputs[0].token_ids) for output in outputs], kept, steps.replays
 
 
+@pytest.fixture(scope="module", params=["distinct", "blend"])
+def policy(request: pytest.FixtureRequest) -> str:
+    """Without scores, and with scores that every decoded token adds to."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def eager(model: str) -> tuple[list[list[int]], dict[int, dict[str, Any]], int]:
-    return play(model, enforce_eager=True)
+def eager(model: str, policy: str) -> tuple[list[list[int]], dict[int, dict[str, Any]], int]:
+    return play(model, policy, enforce_eager=True)
 
 
 @pytest.mark.parametrize("sizes", [range(1, 9), [8]], ids=["exact", "padded"])
-def test_graphs_equal_eager(model: str, eager: Any, sizes: Any) -> None:
-    answers, kept, replays = play(model, **graphs(*sizes))
+def test_graphs_equal_eager(model: str, policy: str, eager: Any, sizes: Any) -> None:
+    answers, kept, replays = play(model, policy, **graphs(*sizes))
     assert eager[2] == 0
     assert replays >= ANSWER - 1
     assert answers == eager[0]
@@ -91,11 +97,11 @@ def test_graphs_equal_eager(model: str, eager: Any, sizes: Any) -> None:
         assert differing.float().mean() <= near_ties, num_tokens
 
 
-def test_no_request_waits_for_a_kernel_to_be_compiled(model: str) -> None:
+def test_no_request_waits_for_a_kernel_to_be_compiled(model: str, policy: str) -> None:
     with (
         compiled_anew() as compiled,
         engine(
-            CASCADE,
+            CASCADE | {"policy": policy},
             model,
             dtype="bfloat16",
             **OPTIONS,

@@ -56,9 +56,10 @@ def play(policy: str, dtype: torch.dtype, bad: list[float]) -> list[Held]:
     for i, value in enumerate(bad):
         for step, tensor in enumerate((q[BAD], k[BAD], v[BAD])):
             tensor[20 * i + 7 * step :: 61, i % tensor.shape[1], :: step + 1] = value
-    window = {"selection_window": 32} if policy == "blend" else {}
-    sub_caches = SMALL["num_sub_caches"] if policy == "blend" else 1
-    config = config_of(600, **SMALL | window | {"policy": policy, "num_sub_caches": sub_caches})
+    cascade: dict[str, Any] = {**SMALL, "policy": policy, "selection_window": 32}
+    if policy == "window":
+        cascade |= {"num_sub_caches": 1, "selection_window": None}
+    config = config_of(600, **cascade)
     torch.manual_seed(6)
     engine = engine_class()(config, len(LENGTHS), dtype)
     done, outputs = [0] * len(LENGTHS), [[] for _ in LENGTHS]
@@ -84,7 +85,7 @@ def play(policy: str, dtype: torch.dtype, bad: list[float]) -> list[Held]:
     return held
 
 
-@pytest.mark.parametrize("policy", ["blend", "window"])
+@pytest.mark.parametrize("policy", ["distinct", "blend", "window"])
 # Triton's interpreter makes finite numbers of bfloat16's NaN and infinities.
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]

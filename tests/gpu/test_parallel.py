@@ -18,7 +18,13 @@ from e2e.tiny import prompt_without_ties, save_llama
 
 pytestmark = pytest.mark.gpu
 
-CASCADE = {"cache_tokens": 256, "num_sub_caches": 2, "num_sink_tokens": 16, "stride": 64}
+CASCADE = {
+    "cache_tokens": 256,
+    "num_sub_caches": 2,
+    "num_sink_tokens": 16,
+    "stride": 64,
+    "selection_window": 64,
+}
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "block_size": 16,

@@ -31,17 +31,24 @@ from vllm_cascade.layout import build_layout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = Shape(4, 2, 16, torch.float32)
-SMALL = {"cache_tokens": 128, "num_sub_caches": 2, "stride": 64, "num_sink_tokens": 16}
+SMALL = {
+    "cache_tokens": 128,
+    "num_sub_caches": 2,
+    "stride": 64,
+    "num_sink_tokens": 16,
+    "selection_window": 32,
+}
 
 
 @pytest.mark.parametrize(
     "options",
     [
         SMALL,
-        {**SMALL, "cache_tokens": 208, "num_sub_caches": 4, "selection_window": 32},
-        {**SMALL, "policy": "paper", "cache_tokens": 208, "num_sub_caches": 3},
+        {**SMALL, "policy": "blend"},
+        {**SMALL, "policy": "blend", "cache_tokens": 208, "num_sub_caches": 4},
+        {**SMALL, "policy": "paper", "selection_window": 2, "cache_tokens": 208, "num_sub_caches": 3},
     ],
-    ids=["2", "4", "unaligned"],
+    ids=["no-scores", "2", "4", "unaligned"],
 )
 def test_prediction_equals_the_reference(options: dict[str, Any]) -> None:
     """Counted token by token from the reference's own lists of kept tokens."""
@@ -61,25 +68,26 @@ def test_prediction_equals_the_reference(options: dict[str, Any]) -> None:
         if end == parameters.boundary_token(number):
             cascade.finish_stride(range(start, end), keep_newer)
     found = predict(build_layout(config), [(0, 333), (333, 334), (334, tokens)], heads)
-    assert (found.pairs, found.dropped) == (pairs, dropped)
+    assert (found.pairs, found.dropped) == (pairs * config.needs_scores, dropped)
     assert dropped and found.groups * config.group_tokens // 2 == dropped
 
 
-def test_nothing_is_counted_without_scores() -> None:
+def test_nothing_is_counted_where_nothing_is_chosen() -> None:
     layout = build_layout(make_config(1000, policy="window", cache_tokens=128, stride=64))
     assert predict(layout, [(0, 900)], 2) == Counts(0, 0, 0)
 
 
-def test_device_counts_what_is_predicted() -> None:
+@pytest.mark.parametrize("policy", ["distinct", "blend"])
+def test_device_counts_what_is_predicted(policy: str) -> None:
     """Random cuts of two requests, several boundaries in a chunk, and single tokens."""
-    draw, config = random.Random(5), make_config(700, **SMALL)
+    draw, config = random.Random(5), make_config(700, policy=policy, **SMALL)
     driver = Driver(config, SHAPE, 512, 2, DEVICE)
     driver.workspace.counters.zero_()
     done, steps = [0, 0], []
-    while min(done) < 420:
+    while min(done) < 300:
         spans = []
         for request in range(2):
-            end = min(done[request] + draw.choice([1, 40, 150]), 420)
+            end = min(done[request] + draw.choice([1, 40, 150]), 300)
             if end > done[request]:
                 spans.append((request, done[request], end))
                 done[request] = end
@@ -89,6 +97,7 @@ def test_device_counts_what_is_predicted() -> None:
         steps.append(step)
     predicted = driver.predicted(*steps)
     assert predicted.groups
+    assert bool(predicted.pairs) == config.needs_scores
     predicted.check(driver.counted(), "random cuts")
     with pytest.raises(RefusalError, match="by the layout"):
         driver.predicted(*steps[:-1]).check(driver.counted(), "one step less")
@@ -98,12 +107,13 @@ def test_layer_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> N
     check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
     merge_groups = gpu_driver.GpuLayer._merge.__globals__["compaction"].merge_groups
 
-    def by_score_alone(
-        pages: Any, merges: Any, size: int, window: int, weight: float, *more: Any
+    def without_values(
+        pages: Any, merges: Any, size: int, window: int, weights: Any, *more: Any, **named: Any
     ) -> None:
-        merge_groups(pages, merges, size, window, 0.0, *more)
+        weights = weights._replace(value=0.0)
+        merge_groups(pages, merges, size, window, weights, *more, **named)
 
-    monkeypatch.setattr("vllm_cascade.kernels.compaction.merge_groups", by_score_alone)
+    monkeypatch.setattr("vllm_cascade.kernels.compaction.merge_groups", without_values)
     with pytest.raises(RefusalError, match="windows kept other tokens"):
         check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
 
@@ -117,12 +127,12 @@ def test_output_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(gpu_driver.GpuLayer, "forward", off_by_a_little)
     with pytest.raises(RefusalError, match="output differs"):
-        check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
+        check_against_oracle(SHAPE, 340, 6, DEVICE, policy="blend", **SMALL)
 
 
 def test_engine_counts_what_is_predicted() -> None:
     """Every layer and KV head counts; the last token that is generated is never computed."""
-    config = make_config(1000, **SMALL)
+    config = make_config(1000, policy="blend", **SMALL)
     case = gpu_serving.Case(3, 300, 20, 1, 1.0, 1.0)
     counts = predict(build_layout(config), [(0, 319)], 2).times(3 * 5)
     probe = {"config": dataclasses.asdict(config), "layers": 5, "num_kv_heads": 2}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reference import paged_decode as reference
-from vllm_cascade.kernels import paged_decode
+from vllm_cascade.kernels import decode_combine, paged_decode
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import DecodeRows
 
@@ -330,6 +330,38 @@ def test_launch_config_covers_any_row(num_rows: int, max_places: int) -> None:
         max_places, config.min_keys
     )
     assert config.min_keys % config.keys == 0
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_any_number_of_rows_launches_the_same_variants(
+    scored: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM warms up some batch sizes; the others must not wait for Triton while serving."""
+    seen = set()
+
+    def note(kernel, grid, *args, **meta) -> None:
+        free = kernel.kwargs.get("do_not_specialize") or ()
+        kinds = [
+            (name, arg == 1, arg % 16 == 0)
+            for name, arg in zip(kernel.arg_names, args, strict=False)
+            if isinstance(arg, int) and name not in free
+        ]
+        seen.add((kernel.__name__, *kinds, *meta.items()))
+
+    for module in (paged_decode, decode_combine):
+        monkeypatch.setattr(module, "launch", note)
+    scratch = paged_decode.make_scratch(64, 32, 64, 17_472, 64, device, scored=scored)
+    pages = Pages(torch.empty(1, 8, 16, 128, device=device), torch.empty(1, 8, 16), None)
+    cos = torch.empty(17_472, 32, device=device)
+    for num_rows in (*range(1, 65), 100):
+        query = torch.empty(num_rows, 32, 64, device=device)
+        place = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        table = torch.zeros(num_rows, 1092, dtype=torch.int32, device=device)
+        batch = DecodeRows(place, place, table, query[:, 0, 0], query[:, 0, 0])
+        paged_decode.decode(
+            query, query, pages, batch, cos, cos, True, 1.0, 2.0, "max", scratch, scored=scored
+        )
+    assert len(seen) == 2, seen
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 26, 53, 64])

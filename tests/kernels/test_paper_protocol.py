@@ -20,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_paper_protocol as protocol
 from gpu_records import Counts, RefusalError
 
+from vllm_cascade.config import PRESETS
+from vllm_cascade.layout import build_layout
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = replace(protocol.SMALL, tokens=(48, 230), sides=(("paper", 64),), hidden=32)
 
@@ -101,8 +104,31 @@ def test_the_sweep_is_the_papers() -> None:
     assert (sizes.tokens[0], sizes.tokens[-1], len(sizes.tokens)) == (4096, 1 << 20, 9)
     strides = [stride for policy, stride in sizes.sides if policy == "paper"]
     assert strides == [4096, 2048, 1024, 512, 256]
+    assert ("distinct", 4096) in sizes.sides and ("blend", 4096) in sizes.sides
     for policy, stride in sizes.sides:
         config = protocol.make_config(
-            sizes.tokens[-1], policy=policy, stride=stride, **sizes.cascade
+            sizes.tokens[-1],
+            policy=policy,
+            stride=stride,
+            **protocol.options_of(policy, sizes.cascade),
         )
         assert (config.cache_tokens, config.num_sub_caches) == (16_384, 4)
+        # As users have them.
+        assert config.selection_window == PRESETS[policy]["selection_window"]
+        assert config.needs_scores == (policy != "distinct")
+
+
+@pytest.mark.parametrize("sizes", [protocol.FULL, protocol.SMALL], ids=["full", "small"])
+def test_every_policy_is_checked_across_boundaries(sizes: Any) -> None:
+    """Where a check is to prove something, groups merge in prefill and in decode."""
+    for policy in dict.fromkeys(policy for policy, _ in sizes.sides):
+        options = protocol.options_of(policy, sizes.checked)
+        layout = build_layout(protocol.make_config(680, policy=policy, **options))
+        ends = [epoch.end for epoch in layout.epochs if len(epoch.groups)]
+        assert ends[0] < 340 - 6
+        assert any(340 - 6 < end < 340 for end in ends)
+
+
+def test_the_default_policy_runs_too(bench: Any) -> None:
+    row = bench.ours("distinct", 64, 230)
+    assert (row["policy"], row["stride"], row["tokens"]) == ("distinct", 64, 230)
