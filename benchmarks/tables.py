@@ -214,6 +214,9 @@ TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
         quality_intervals,
     )
 }
+# The default policy at two contexts, on another GPU than gpu_context.csv's.
+TABLES["gpu_context_h100"] = gpu_context
+
 # Tables of one file, quality.csv, each of a study in it.
 STUDIES = {
     "quality": "lengths",
