@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYER = "tests/unit/test_cpu_layer.py"
+CONFIG = "tests/unit/test_config.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +98,65 @@ MUTATIONS = [
     Mutation(
         "distinctiveness against the mean of the leaving group",
         "kernels/cpu_compaction.py",
-        "mean = unit_keys(torch.stack(means))[batch.group_request]",
-        "mean = unit_keys(unit_keys(kv[..., :head_size]).mean(2))",
+        "mean = means[batch.group_request]",
+        "mean = unit(unit(kv[..., part]).mean(2))",
         f"{LAYER}::test_every_boundary_is_seen",
+    ),
+    Mutation(
+        "a value that is not looked at",
+        "kernels/cpu_compaction.py",
+        "(weights.value, slice(head_size, None)),",
+        "(0.0, slice(head_size, None)),",
+        f"{LAYER}::test_layer_equals_oracle[1500-distinct-64]",
+    ),
+    Mutation(
+        "a query that sees the next key",
+        "kernels/cpu_attention.py",
+        "dtype=torch.bool).tril(num_keys - num_queries)",
+        "dtype=torch.bool).tril(num_keys - num_queries + 1)",
+        f"{LAYER}::test_layer_equals_oracle[40-distinct-64]",
+    ),
+    Mutation(
+        "a default that looks at scores",
+        "vllm_cascade/config.py",
+        '"distinct": {**_BY_KIND, **_BY_SCORE, "score_weight": 0.0,',
+        '"distinct": {**_BY_KIND, **_BY_SCORE, "score_weight": 1.0,',
+        f"{CONFIG}::test_a_policy_presets_its_knobs_and_a_set_knob_wins[distinct]",
+    ),
+    Mutation(
+        "scores kept where nobody looks at them",
+        "vllm_cascade/rules.py",
+        "return self.chooses and self.score_weight > 0",
+        "return self.chooses",
+        f"{CONFIG}::test_scores_are_needed_only_where_they_choose[distinct]",
+    ),
+    Mutation(
+        "a page that ends with its keys and values where scores follow them",
+        "vllm_cascade/spec.py",
+        "padded = spec.unpadded_page_size_bytes + tail if tail else None",
+        "padded = None",
+        "tests/unit/test_validation.py::test_a_page_is_vllms_own_unless_something_is_behind_it",
+    ),
+    Mutation(
+        "sums of an earlier boundary kept",
+        "kernels/compaction.py",
+        "tl.store(sums_ptr + row * ROW + at, tl.zeros([TILE], tl.int64), mask=at < ROW)",
+        "pass",
+        "tests/kernels/test_compaction.py::test_counters",
+    ),
+    Mutation(
+        "own tokens missing from the sums",
+        "kernels/prefill_workspace.py",
+        "slot, token, mask=valid)\n        if (SUM_KEYS or SUM_VALUES) and summed:",
+        "slot, token, mask=valid)\n        if (SUM_KEYS or SUM_VALUES) and first_head < 0:",
+        "tests/kernels/test_scored_prefill.py::test_one_kind_of_vector_is_summed",
+    ),
+    Mutation(
+        "padding rows that keep another request's values",
+        "kernels/prefill_workspace.py",
+        "written = valid | ((place >= num_keys) & (place < num_keys + PADDING))",
+        "written = valid",
+        "tests/kernels/test_scored_prefill.py::test_one_kind_of_vector_is_summed",
     ),
     Mutation(
         "scores that do not decay between chunks",
@@ -148,21 +205,22 @@ MUTATIONS = [
         "vllm_cascade/continuation.py",
         "and request.all_token_ids[number * self._block_size : end.num_tokens] == end.rest",
         "and bool(end.rest)",
-        "tests/e2e/test_continuation.py::test_another_token_in_a_block_or_after_the_last[716-256]",
+        "tests/e2e/test_continuation.py::test_another_token_in_a_block_or_after_the_last"
+        "[distinct-716-256]",
     ),
     Mutation(
         "a copy of a copy that is not made yet",
         "vllm_cascade/continuation.py",
         "blocks = self._originals.get(blocks[0].block_id, blocks)",
         "blocks = list(blocks)",
-        "tests/e2e/test_continuation.py::test_several_go_on_from_an_answer",
+        "tests/e2e/test_continuation.py::test_several_go_on_from_an_answer[distinct]",
     ),
     Mutation(
         "a copied block without its scores",
         "kernels/pages.py",
         "tail[target] = tail[source]",
         "pass",
-        "tests/e2e/test_continuation.py::test_many_go_on_from_a_prompt",
+        "tests/e2e/test_continuation.py::test_many_go_on_from_a_prompt[blend]",
     ),
     Mutation(
         "a sink in a decoded output but not in its scores",

@@ -30,9 +30,7 @@ def sliding_window(window: int) -> UnsupportedError:
 
 def soft_cap(cap: float) -> UnsupportedError:
     """The model caps attention logits at `cap`."""
-    return UnsupportedError(
-        f"logit soft-capping ({cap:g})", "it attends by a plain softmax"
-    )
+    return UnsupportedError(f"logit soft-capping ({cap:g})", "it attends by a plain softmax")
 
 
 def attention_scale(name: str) -> UnsupportedError:

@@ -53,7 +53,9 @@ def generate(llm: Any) -> list[Any]:
     )
 
 
-def play(model: str, policy: str, **options: Any) -> tuple[list[list[int]], dict[int, dict[str, Any]], int]:
+def play(
+    model: str, policy: str, **options: Any
+) -> tuple[list[list[int]], dict[int, dict[str, Any]], int]:
     """(answers, tokens computed -> kept tokens per layer, graphs replayed) of all prompts."""
     with engine(
         {**CASCADE, "policy": policy, "trace_tokens": True},

@@ -46,7 +46,8 @@ SMALL = {
         SMALL,
         {**SMALL, "policy": "blend"},
         {**SMALL, "policy": "blend", "cache_tokens": 208, "num_sub_caches": 4},
-        {**SMALL, "policy": "paper", "selection_window": 2, "cache_tokens": 208, "num_sub_caches": 3},
+        SMALL
+        | {"policy": "paper", "selection_window": 2, "cache_tokens": 208, "num_sub_caches": 3},
     ],
     ids=["no-scores", "2", "4", "unaligned"],
 )

