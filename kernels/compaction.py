@@ -225,9 +225,7 @@ def _merge_kernel(
         # The last program to come here finds that nobody reads the sums any more.
         tl.debug_barrier()
         if tl.atomic_add(finished_ptr, 1) == tl.num_programs(0) - 1:
-            _zero_sums(
-                sums_ptr, num_groups_ptr, num_rows, NUM_KV_HEADS * 2 * HEAD_SIZE, 1024, ROWS
-            )
+            _zero_sums(sums_ptr, num_groups_ptr, num_rows, NUM_KV_HEADS * 2 * HEAD_SIZE, 1024, ROWS)
             tl.store(finished_ptr, 0)
     if counters_ptr is not None:
         # Integers, so the order of the programs does not matter.
