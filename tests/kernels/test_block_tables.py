@@ -15,7 +15,7 @@ from vllm_cascade.layout import build_layout
 
 OPTIONS = [
     {"policy": "paper"},
-    {"policy": "blend", "score_decay": 0.999},
+    {"policy": "blend", "selection_window": 64, "score_decay": 0.999},
     {"policy": "window", "num_sub_caches": 1},
 ]
 WRITTEN = ("places", "num_keys", "rows", "slots", "num_groups", "tokens", "exponents")
