@@ -161,7 +161,7 @@ class CascadeConfig:
 
     @property
     def reach(self) -> int:
-        """Context the cache can span, in tokens; older tokens are gone whatever their score."""
+        """Context the cache can span, in tokens; older tokens are gone whatever they are."""
         return self.num_sink_tokens + spanned(*self._sizes, self.num_sub_caches)
 
     @property

@@ -269,7 +269,7 @@ def _parallel(vllm_config: Any) -> None:
     if ranks > num_kv_heads:
         raise UnsupportedError(
             f"tensor_parallel_size {ranks} with {num_kv_heads} KV heads",
-            "ranks would hold copies of a head, and the copies would keep different tokens",
+            "ranks would hold copies of a head, and nothing makes copies keep the same tokens yet",
             f"Use --tensor-parallel-size {num_kv_heads} or less",
         )
     for flag in ("decode_context_parallel_size", "prefill_context_parallel_size"):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import openai
 
-START_SECONDS = 240
+START_SECONDS = 480
 
 
 @dataclass(frozen=True, slots=True)
