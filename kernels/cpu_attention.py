@@ -8,7 +8,7 @@ query gives a key ``max`` (or ``mean``) over the query heads that share its KV h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -18,6 +18,8 @@ from vllm_cascade.kernels.rotary import rotate
 # Attention weights of one KV head in flight at once, in float32 elements. Fewer cost more in
 # waking threads than they save in cache, most of all where OpenMP's threads sleep in between.
 TILE_ELEMENTS = 1 << 20
+# Queries that PyTorch's own attention takes at once where keys come before them.
+MASKED_QUERIES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,19 +194,24 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
         [num_heads, num_queries, head_size_v] float32.
     """
     num_queries, num_keys = query.shape[1], key.shape[1]
-    is_first = num_queries == num_keys
-    return torch.nn.functional.scaled_dot_product_attention(
-        query[None],
-        key[None],
-        value[None],
-        attn_mask=None if is_first else _seen(num_queries, num_keys),
-        is_causal=is_first,
+    attend = partial(
+        torch.nn.functional.scaled_dot_product_attention,
         scale=1.0,
         enable_gqa=len(query) != len(key),
-    )[0]
+    )
+    if num_queries == num_keys:
+        return attend(query[None], key[None], value[None], is_causal=True)[0]
+    # With a mask all its pairs are computed, seen or not: few queries waste few.
+    parts = []
+    for first in range(0, num_queries, MASKED_QUERIES):
+        some = query[None, :, first : first + MASKED_QUERIES]
+        seen = num_keys - num_queries + first + some.shape[2]
+        mask = _seen(some.shape[2], seen)
+        parts.append(attend(some, key[None, :, :seen], value[None, :, :seen], attn_mask=mask)[0])
+    return torch.cat(parts, dim=1)
 
 
-@lru_cache(maxsize=4)  # all layers of a step ask for the same
+@lru_cache(maxsize=16)  # all layers of a step ask for the same
 def _seen(num_queries: int, num_keys: int) -> torch.Tensor:
     """[num_queries, num_keys] bool: which keys each query sees."""
     return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)

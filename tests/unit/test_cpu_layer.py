@@ -10,6 +10,7 @@ from layers import HEAD, KV_HEADS, POLICIES, SHARED, THETA, Pool, config_of, ora
 from reference.attention import rope_table
 from vllm_cascade.config import CascadeConfig
 from vllm_cascade.cpu_layer import CpuLayer
+from vllm_cascade.kernels import cpu_attention
 from vllm_cascade.metadata import plan_step
 
 
@@ -79,3 +80,18 @@ def test_every_boundary_is_seen() -> None:
         assert torch.equal(engine.kept(0, end).long(), boundaries[end]), end
         start = end
     assert len(boundaries) == 19
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1100, 1100), (1100, 1301), (30, 95)])
+def test_attention_without_scores(num_queries: int, num_keys: int) -> None:
+    """Many queries after a prefix take several turns."""
+    torch.manual_seed(0)
+    query = torch.randn(KV_HEADS * SHARED, num_queries, HEAD)
+    key, value = torch.randn(2, KV_HEADS, num_keys, HEAD)
+    logits = query.double().unflatten(0, (KV_HEADS, -1)) @ key.double().transpose(1, 2)[:, None]
+    seen = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    probs = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+    expected = (probs @ value.double()[:, None]).flatten(0, 1)
+    torch.testing.assert_close(
+        cpu_attention._attend(query, key, value), expected.float(), rtol=1e-4, atol=1e-5
+    )
