@@ -220,7 +220,14 @@ def measure(num_rows: int, num_keys: int, tiny: bool) -> None:
         )
     del flash
     scratch = paged_decode.make_scratch(
-        num_rows, NUM_HEADS, HEAD_SIZE, num_keys, 128, torch.device(device)
+        num_rows,
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        HEAD_SIZE,
+        dtype.itemsize,
+        num_keys,
+        128,
+        torch.device(device),
     )
     for name, config, table_dtype, scored in launches(case, tiny):
         cos, sin = case.tables(table_dtype)

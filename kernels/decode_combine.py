@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_cascade.kernels.decode_launch import Config, Scratch, keys_per_split
+from vllm_cascade.kernels.decode_launch import Config, Scratch, Splits, keys_per_split
 from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import load_sink
@@ -28,8 +28,7 @@ def _join(lse_ptr, active, sinks_ptr, member, SPLITS: tl.constexpr):
     return top + tl.log2(norm)
 
 
-# What depends on the number of rows is not specialized: each would be compiled anew.
-@triton.jit(do_not_specialize=["num_splits", "min_keys"])
+@triton.jit
 def _combine_kernel(
     output_ptr,
     score_ptr,
@@ -43,9 +42,8 @@ def _combine_kernel(
     carry_ptr,
     weights_ptr,
     sinks_ptr,
+    splits_ptr,
     power,
-    num_splits,
-    min_keys,
     output_stride_token,
     output_stride_head,
     score_stride_block,
@@ -59,6 +57,7 @@ def _combine_kernel(
     SPLITS: tl.constexpr,
     SPLIT_TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     SCORED: tl.constexpr,
     DIRECT: tl.constexpr,
@@ -72,7 +71,8 @@ def _combine_kernel(
     if place < 0:
         return
     length = place + 1
-    active = tl.cdiv(length, keys_per_split(length, num_splits, min_keys, KEYS))
+    split_keys = keys_per_split(length, places_ptr, splits_ptr, tl.num_programs(1), KEYS, ROWS)
+    active = tl.cdiv(length, split_keys)
     head = (row * tl.num_programs(0) + kv_head) * GROUP
     if sinks_ptr is not None:
         sinks_ptr += kv_head * GROUP
@@ -146,7 +146,7 @@ def combine(
     batch: DecodeRows,
     power: float,
     reduction: str,
-    splits: int,
+    splits: Splits,
     scratch: Scratch,
     scored: bool,
     counter: torch.Tensor | None,
@@ -161,7 +161,7 @@ def combine(
         batch: Which rows and blocks.
         power: Exponent on the probability in the score.
         reduction: "max" or "mean" over the query heads of a KV head.
-        splits: Most splits of a row in the first launch.
+        splits: Of the first launch.
         scratch: What the first launch left.
         scored: Whether to update the scores.
         counter: [1] int64, or None. Gains the number of keys of each row and KV head.
@@ -188,9 +188,8 @@ def combine(
         batch.carry,
         batch.weights,
         sinks,
+        splits.table,
         float(power),
-        splits,
-        config.min_keys,
         output.stride(0),
         output.stride(1),
         score.stride(0),
@@ -204,6 +203,7 @@ def combine(
         SPLITS=next_power_of_2(max_splits),
         SPLIT_TILE=min(8, next_power_of_2(max_splits)),
         CHANNELS=next_power_of_2(head_size),
+        ROWS=next_power_of_2(splits.max_rows),
         BLOCKS=max(1, config.score_tile // block_size),
         SCORED=scored,
         DIRECT=is_direct(scored, sinks),

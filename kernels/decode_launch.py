@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,53 @@ MAX_BLOCK_SIZE = 128
 
 
 @triton.jit
-def keys_per_split(length, num_splits, min_keys, KEYS: tl.constexpr):
-    """Keys per split of a row: even, whole tiles, and no fewer than pay for a program."""
+def keys_per_split(
+    length, places_ptr, splits_ptr, num_rows, KEYS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Keys per split of a row: even, whole tiles, and no fewer than pay for a program.
+
+    How many splits a full row has depends on how many rows have a token: a CUDA graph has others,
+    whose programs return at once.
+    """
+    row = tl.arange(0, ROWS)
+    has_token = tl.load(places_ptr + row, mask=row < num_rows, other=-1) >= 0
+    busy = tl.maximum(tl.sum(has_token.to(tl.int32)), 3 * num_rows // 4)
+    num_splits = tl.load(splits_ptr + 2 * busy)
+    min_keys = tl.load(splits_ptr + 2 * busy + 1)
     active = tl.maximum(tl.minimum(tl.cdiv(length, min_keys), num_splits), 1)
     return tl.cdiv(tl.cdiv(length, active), KEYS) * KEYS
+
+
+def fewest_busy(num_rows: int) -> int:
+    """Rows with a token that splits are chosen for, if fewer have one."""
+    return 3 * num_rows // 4
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """How many programs share a row, by how many rows of a launch have a token.
+
+    Args:
+        table: [max_rows + 1, 2] int32 splits of a full row, and fewest keys worth a program.
+        most: By the rows of a launch, with a token or not: most splits that they can have.
+    """
+
+    table: torch.Tensor
+    most: tuple[int, ...]
+
+    @classmethod
+    def of(cls, choices: Sequence[tuple[int, int]], device: torch.device) -> Splits:
+        """From splits and fewest keys for no row, one row, and so on."""
+        most = (
+            max(splits for splits, _ in choices[fewest_busy(rows) : rows + 1])
+            for rows in range(len(choices))
+        )
+        return cls(torch.tensor(choices, dtype=torch.int32, device=device), tuple(most))
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of a launch."""
+        return len(self.most) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +75,22 @@ class Scratch:
         logits: [max_rows, num_heads, max_places] float32 scaled logits, base 2; `max_places` is
             rounded up.
         max_places: Most keys of a row.
-        num_sms: Multiprocessors of the device.
+        splits: What `launch_config` says of every number of rows.
     """
 
     partial: torch.Tensor
     lse: torch.Tensor
     logits: torch.Tensor
     max_places: int
-    num_sms: int
+    splits: Splits
 
 
 def make_scratch(
     max_rows: int,
     num_heads: int,
+    num_kv_heads: int,
     head_size: int,
+    element_size: int,
     max_places: int,
     max_splits: int,
     device: torch.device,
@@ -55,7 +101,9 @@ def make_scratch(
     Args:
         max_rows: Rows per launch; more are processed in turn.
         num_heads: Query heads.
+        num_kv_heads: KV heads.
         head_size: Channels of a head.
+        element_size: Bytes of an element of the pages.
         max_places: Most keys of a row.
         max_splits: Most splits of a row.
         device: Where.
@@ -69,12 +117,18 @@ def make_scratch(
     num_sms = 1
     if device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    choices = []
+    for rows in range(max_rows + 1):
+        config = launch_config(
+            max(rows, 1), num_kv_heads, head_size, max_places, element_size, True, num_sms
+        )
+        choices.append((min(config.splits, max_splits), config.min_keys))
     return Scratch(
         partial=torch.empty(max_rows, num_heads, max_splits, head_size, **kinds),
         lse=torch.empty(max_rows, num_heads, max_splits, **kinds),
         logits=torch.empty(max_rows, num_heads, padded, **kinds),
         max_places=max_places,
-        num_sms=num_sms,
+        splits=Splits.of(choices, device),
     )
 
 

@@ -24,6 +24,7 @@ from vllm_cascade.kernels.decode_launch import (
     MAX_BLOCK_SIZE,
     Config,
     Scratch,
+    Splits,
     keys_per_split,
     launch_config,
     make_scratch,
@@ -39,8 +40,7 @@ __all__ = ["Config", "Scratch", "decode", "launch_config", "make_scratch"]
 MIN_DOT = 16
 
 
-# What depends on the number of rows is not specialized: each would be compiled anew.
-@triton.jit(do_not_specialize=["min_keys"])
+@triton.jit
 def _split_kernel(
     output_ptr,
     partial_ptr,
@@ -53,6 +53,7 @@ def _split_kernel(
     rows_ptr,
     places_ptr,
     block_table_ptr,
+    splits_ptr,
     scale_log2,
     num_positions,
     output_stride_token,
@@ -63,7 +64,6 @@ def _split_kernel(
     table_stride_row,
     logits_stride_head,
     max_splits,
-    min_keys,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HALF: tl.constexpr,
@@ -73,6 +73,7 @@ def _split_kernel(
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
     CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
     IS_NEOX: tl.constexpr,
     BY_PLACE: tl.constexpr,
     SCORED: tl.constexpr,
@@ -85,7 +86,7 @@ def _split_kernel(
     split = tl.program_id(2)
     place = tl.load(places_ptr + row)
     length = place + 1
-    split_keys = keys_per_split(length, tl.num_programs(2), min_keys, KEYS)
+    split_keys = keys_per_split(length, places_ptr, splits_ptr, tl.num_programs(1), KEYS, ROWS)
     start = split * split_keys
     if start >= length:
         return
@@ -301,12 +302,14 @@ def decode(
             scratch.max_places,
             pages.kv.element_size(),
             exact_table,
-            scratch.num_sms,
         )
-        splits = min(chosen.splits, max_splits)
+        splits = scratch.splits
+        if config is not None:
+            choice = min(config.splits, max_splits), config.min_keys
+            splits = Splits.of([choice] * (max_rows + 1), query.device)
         launch(
             _split_kernel,
-            (num_kv_heads, len(some.rows), splits),
+            (num_kv_heads, len(some.rows), splits.most[len(some.rows)]),
             output,
             scratch.partial,
             scratch.lse,
@@ -318,6 +321,7 @@ def decode(
             some.rows,
             some.places,
             some.block_table,
+            splits.table,
             scale * LOG2_E,
             cos.shape[0],
             output.stride(0),
@@ -328,7 +332,6 @@ def decode(
             some.block_table.stride(0),
             scratch.logits.stride(1),
             max_splits,
-            chosen.min_keys,
             GROUP=group,
             HEAD_SIZE=head_size,
             HALF=half,
@@ -338,6 +341,7 @@ def decode(
             PAIRS=max(MIN_DOT, next_power_of_2(half)),
             REST=max(MIN_DOT, next_power_of_2(head_size - 2 * half)),
             CHANNELS=next_power_of_2(head_size),
+            ROWS=next_power_of_2(max_rows),
             IS_NEOX=is_neox,
             BY_PLACE=chosen.by_place,
             SCORED=scored,

@@ -160,7 +160,9 @@ def make_workspace(
         decode=paged_decode.make_scratch(
             min(max_num_seqs, MAX_DECODE_ROWS),
             shape.num_heads,
+            shape.num_kv_heads,
             shape.head_size,
+            shape.dtype.itemsize,
             max_places,
             64,
             device,

@@ -37,9 +37,7 @@ class Case:
     head_size: int
     window: int
 
-    def run(
-        self, weights: Weights = BOTH, max_rows: int | None = None, **options: object
-    ) -> Pages:
+    def run(self, weights: Weights = BOTH, max_rows: int | None = None, **options: object) -> Pages:
         """The pages after merging a copy of them."""
         pages = copy(self.pages)
         num_rows = len(self.merges.num_groups)

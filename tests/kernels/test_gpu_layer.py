@@ -121,9 +121,7 @@ def test_sinks_are_in_outputs_and_scores() -> None:
 
 def test_a_layer_that_repeats_what_another_launched() -> None:
     """Chunks whose rows lie apart, single tokens and boundaries, and sinks of its own."""
-    config = config_of(
-        500, policy="blend", selection_window=64, cache_tokens=64, num_sub_caches=2
-    )
+    config = config_of(500, policy="blend", selection_window=64, cache_tokens=64, num_sub_caches=2)
     lengths = [230, 31, 200]
     alone, kept_alone, _ = play(partial(Engine, sinks=SINKS), config, lengths, 90, seed=4)
     engine_of = partial(Engine, sinks=SINKS, follows=True)

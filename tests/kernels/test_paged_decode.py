@@ -11,6 +11,7 @@ import torch
 
 from reference import paged_decode as reference
 from vllm_cascade.kernels import decode_combine, paged_decode
+from vllm_cascade.kernels.decode_launch import Splits
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import DecodeRows
 
@@ -107,7 +108,9 @@ class Case:
         scratch = paged_decode.make_scratch(
             max_rows,
             self.shape.num_heads,
+            self.shape.num_kv_heads,
             self.shape.head_size,
+            self.shape.dtype.itemsize,
             max(MAX_PLACES, max(self.shape.places) + 1),
             max_splits,
             self.device,
@@ -246,6 +249,24 @@ def test_sinks_join_the_denominator(shape: Shape, splits: int, device: torch.dev
         case.run(paged_decode, case.copied(), case.query)
 
 
+def test_rows_without_a_token_take_no_splits(device: torch.device) -> None:
+    """A CUDA graph of more rows than requests computes what a launch of the requests would."""
+    case = Case(Shape(places=(250, -1, 31, 64, 130, 257, -1, 200)), device)
+    choices = [(1, 32), (8, 32), (7, 32), (6, 32), (5, 32), (4, 32), (3, 32), (2, 32), (1, 512)]
+    scratch = replace(case.scratch(), splits=Splits.of(choices, device))
+    assert scratch.splits.most == (1, 8, 8, 7, 6, 6, 5, 4, 3)
+    graph, _ = case.run(paged_decode, case.copied(), case.query, scratch=scratch, scored=False)
+    busy = [row for row, place in enumerate(case.shape.places) if place >= 0]
+    parts = (getattr(case.batch, name)[busy] for name in DecodeRows.__slots__)
+    case.batch = DecodeRows(*parts)
+    alone, _ = case.run(paged_decode, case.copied(), case.query, scratch=scratch, scored=False)
+    rows = case.batch.rows.long()
+    assert torch.equal(graph[rows], alone[rows])
+    always = replace(scratch, splits=Splits.of([choices[8]] * 9, device))
+    other, _ = case.run(paged_decode, case.copied(), case.query, scratch=always, scored=False)
+    assert not torch.equal(graph[rows], other[rows])
+
+
 def test_chosen_launch(device: torch.device) -> None:
     check(Case(Shape(places=(270,), dtype=torch.float16), device))
 
@@ -263,7 +284,7 @@ def test_without_scores_nothing_is_written_to_pages(has_sinks: bool, device: tor
         case.sinks = torch.tensor([0.5, 40.0, 6.0, -60.0], device=device)
     exact, _ = case.run(reference, case.in_dtype(torch.float64), case.query.double(), scored=False)
     eager, _ = case.run(reference, case.copied(), case.query, scored=False, dtype=torch.float32)
-    scratch = paged_decode.make_scratch(8, 4, 64, MAX_PLACES, 4, device, scored=False)
+    scratch = paged_decode.make_scratch(8, 4, 2, 64, 4, MAX_PLACES, 4, device, scored=False)
     pages = replace(case.copied(), score=None)
     output, _ = case.run(
         paged_decode, pages, case.query, scored=False, scratch=scratch, config=launch(case)
@@ -317,7 +338,7 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
         case.run(paged_decode, case.copied(), case.query[..., :32].contiguous())
     with pytest.raises(ValueError, match="keep scores"):
         case.run(paged_decode, replace(case.copied(), score=None), case.query)
-    other = paged_decode.make_scratch(8, 8, 64, MAX_PLACES, 4, device)
+    other = paged_decode.make_scratch(8, 8, 2, 64, 4, MAX_PLACES, 4, device)
     with pytest.raises(ValueError, match="scratch"):
         case.run(paged_decode, case.copied(), case.query, scratch=other)
 
@@ -350,7 +371,7 @@ def test_any_number_of_rows_launches_the_same_variants(
 
     for module in (paged_decode, decode_combine):
         monkeypatch.setattr(module, "launch", note)
-    scratch = paged_decode.make_scratch(64, 32, 64, 17_472, 64, device, scored=scored)
+    scratch = paged_decode.make_scratch(64, 32, 8, 64, 4, 17_472, 64, device, scored=scored)
     pages = Pages(torch.empty(1, 8, 16, 128, device=device), torch.empty(1, 8, 16), None)
     cos = torch.empty(17_472, 32, device=device)
     for num_rows in (*range(1, 65), 100):

@@ -70,6 +70,7 @@ def test_select_by_score_prefers_high_then_new():
 def test_select_adds_weighted_ranks():
     score = torch.tensor([4.0, 3.0, 2.0, 1.0])  # ranks 3 2 1 0
     distinct = torch.tensor([-4.0, -3.0, -1.0, -2.0])  # ranks 0 1 3 2
+
     def kept(*weights: float) -> list[bool]:
         terms = zip(weights, (score, distinct, torch.tensor([1.0, 0.0, 0.0, 0.0])), strict=False)
         return select([(weight, values) for weight, values in terms if weight]).tolist()
