@@ -212,21 +212,19 @@ def test_a_number_that_the_text_has_is_not_hidden_in_it():
         assert builder.number(filler, Drawn()) == number and not left
 
 
-def test_a_chain_leads_to_its_number_and_another_one_does_not():
+def test_a_chain_leads_to_its_number():
     for prompt in prompts_of("chain", filler="book"):
         text, (number,) = text_of(prompt), prompt.expected
-        body, _, question = text.partition("What number is the value of VAR ")
+        body, _, question = text.partition("What is the value of VAR ")
         assigned = dict(re.findall(r"^VAR (\w+) = (?:VAR )?(\w+)$", body, re.M))
-        assert len(assigned) == 6
         name = question.partition("?")[0]
-        assert question.endswith(f"\nVAR {name} = VAR")
+        assert question.endswith(f"The value of VAR {name} is") and len(assigned) == 3
         steps = [name]
         while steps[-1] in assigned:
             steps.append(assigned[steps[-1]])
         assert len(steps) == 4 and steps[-1] == number
         places = [text.index(f"VAR {step} = ") for step in steps[2::-1]]
         assert places == sorted(places)
-        assert sum(value.isdigit() for value in assigned.values()) == 2
 
 
 def test_several_facts_are_asked_for_in_their_order():
@@ -341,6 +339,9 @@ def test_saved_texts_make_the_same_prompts(tmp_path):
         ("12945, not 1", ["12345"], False, (4, 5)),
         ("1234", ["12345"], False, (4, 5)),
         ("none", ["12345"], False, (0, 5)),
+        ("12,345 oak sleepers", ["12345"], False, (5, 5)),
+        ("12,3456", ["12345"], False, (2, 5)),
+        ("1, 12,345, 99", ["12345", "99"], False, (7, 7)),
         ("11111 and 22222", ["11111", "22229"], False, (9, 10)),
         ("ABCDE, FGHIJ", ["ABCDE", "KLMNO"], True, (1, 2)),
         ("XABCDE", ["ABCDE"], True, (0, 1)),

@@ -126,11 +126,23 @@ def passkey(number: str) -> Fact:
     return Fact((line,), "What is the pass key?", "The pass key is")
 
 
-def chain(number: str, names: list[str]) -> Fact:
-    """Assignments that hand `number` on from the first of `names` to the last one."""
+def chain(number: str, names: list[str], *, in_steps: bool) -> Fact:
+    """Assignments that hand `number` on from the first of `names` to the last one.
+
+    Args:
+        number: What the first one is assigned.
+        names: The variables.
+        in_steps: Whether the answer has to name the assignments.
+    """
     sources = [number, *(f"VAR {name}" for name in names[:-1])]
     lines = (f"VAR {name} = {source}\n" for name, source in zip(names, sources, strict=True))
     last = f"VAR {names[-1]}"
+    if not in_steps:
+        return Fact(
+            tuple(lines),
+            f"What is the value of {last}? Follow the assignments.",
+            f"The value of {last} is",
+        )
     return Fact(
         tuple(lines),
         f"What number is the value of {last}? Write the assignments from {last} back to the "

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from math import sqrt
 
+# Between the digits of one number: 12,345.
+SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 Z = 1.959963984540054  # 95% of a normal distribution lie within so many deviations
 FIRST_BUCKET = 1024
 
@@ -17,11 +19,12 @@ def parts_right(answer: str, expected: Sequence[str], names: bool) -> tuple[int,
         answer: The generated text.
         expected: What it has to contain.
         names: Each of `expected` is one part; otherwise each of its digits is, compared in place
-            with the run of digits that agrees best.
+            with the run of digits that agrees best. Thousands may be set off by a comma.
     """
     if names:
         found = [re.search(rf"\b{re.escape(name)}\b", answer) is not None for name in expected]
         return sum(found), len(found)
+    answer = SEPARATOR.sub("", answer)
     runs = re.findall(r"\d+", answer)
     right = 0
     for number in expected:

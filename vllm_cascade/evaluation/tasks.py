@@ -16,6 +16,10 @@ INTRODUCTION = (
     "I will quiz you about the important information there.\n"
 )
 ONE_QUESTION = "Read the following text. I will ask one question about it.\n"
+ASSIGNMENTS = (
+    "Read the following text. Assignments of variables are hidden in it. I will ask one question "
+    "about them.\n"
+)
 THREE_QUESTIONS = "Read the following text. I will ask three questions about it.\n"
 DEPTH_BANDS = 5
 LINKS = 3  # assignments of a chain that leads to a number
@@ -141,17 +145,17 @@ def _hidden_once(fact_of: Callable[[str, random.Random], Fact]):
 
 
 def _chain(builder, options, filler, length, depth, index, rng):
-    names = facts.variable_names(2 * LINKS, rng)
-    numbers = _absent(2, builder, filler, rng)
-    # Without the second chain, which is not asked for, any number would be the right one.
-    asked, other = (
-        facts.chain(number, names[at : at + LINKS])
-        for number, at in zip(numbers, (0, LINKS), strict=True)
+    number = builder.number(filler, rng)
+    fact = facts.chain(number, facts.variable_names(LINKS, rng), in_steps=False)
+    tokens = builder.build(
+        length,
+        ASSIGNMENTS,
+        builder.filler(filler, rng),
+        _in_order(fact, rng),
+        fact.question,
+        fact.answer_start,
     )
-    needles = [*_in_order(asked, rng), *_in_order(other, rng)]
-    text = builder.filler(filler, rng)
-    tokens = builder.build(length, ONE_QUESTION, text, needles, asked.question, asked.answer_start)
-    return None, (numbers[0],), STEPS_TOKENS, tokens
+    return None, (number,), STEPS_TOKENS, tokens
 
 
 def _three_facts(builder, options, filler, length, depth, index, rng):
@@ -159,7 +163,7 @@ def _three_facts(builder, options, filler, length, depth, index, rng):
     asked = (
         facts.sentence(numbers[0], rng),
         facts.passkey(numbers[1]),
-        facts.chain(numbers[2], facts.variable_names(LINKS, rng)),
+        facts.chain(numbers[2], facts.variable_names(LINKS, rng), in_steps=True),
     )
     needles = [needle for fact in asked for needle in _in_order(fact, rng)]
     listed = " ".join(f"{place}. {fact.question}" for place, fact in enumerate(asked, start=1))
