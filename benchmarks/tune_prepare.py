@@ -28,7 +28,7 @@ from vllm_cascade.kernels import compaction, prefill_workspace  # noqa: E402
 from vllm_cascade.kernels.weights import Weights  # noqa: E402
 
 # Tokens of a program, of a segment's own and of those in the pages, and warps.
-TILES = [(16, 16, 4), (16, 32, 4), (16, 32, 8), (16, 16, 2), (16, 16, 8)]
+TILES = [(16, 16, 4), (32, 32, 4), (16, 16, 2), (32, 32, 8)]
 
 
 def main() -> int:
@@ -56,7 +56,9 @@ def main() -> int:
 
         def prepare(weights: Weights, layer=layer, launch=launch, driver=driver) -> None:
             layer.weights = weights
-            layer._prepare(*inputs.rows(0, launch.segments.num_queries)[:3], driver.pages, launch)
+            rows = layer._rows(launch.segments)
+            own = inputs.rows(0, launch.segments.num_queries)[:3]
+            layer._prepare(*own, driver.pages, launch, rows)
 
         def merge(has_sums: bool, layer=layer, launch=launch, driver=driver) -> None:
             layer.weights = Weights(0.0, 1.0, 1.0)
@@ -85,8 +87,11 @@ def main() -> int:
             continue
         base = compaction.launch_config(shape.head_size, size, config.group_tokens)
         original = compaction.launch_config
-        for change in ({"sum_keys": 64}, {"sum_keys": 16}, {"sum_warps": 8}, {"group_keys": 32},
-                       {"merge_warps": 8}):  # fmt: skip
+        for change in ({"group_keys": 64}, {"group_keys": 16}):
+            changed = replace(base, **change)
+            compaction.launch_config = lambda *_, config=changed: config
+            time(f"merge, {change}", lambda: merge(True), 0)
+        for change in ({"sum_keys": 64}, {"sum_warps": 8}):
             changed = replace(base, **change)
             compaction.launch_config = lambda *_, config=changed: config
             time(f"sums and merge, {change}", lambda: merge(False), 0)

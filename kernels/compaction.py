@@ -15,10 +15,9 @@ import triton.language as tl
 
 from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.means import (
-    ROWS_AT_A_TIME,
     add_units,
     make_sums,
-    mean_direction,
+    rows_at_a_time,
     rows_with_groups,
     store_distinctiveness,
 )
@@ -168,18 +167,10 @@ def _merge_kernel(
             row = (start + local_row).to(tl.int64)
             groups_at = groups_ptr + row * groups_stride_row + group * groups_stride_group
             sums_at = sums_ptr + (row * NUM_KV_HEADS + head) * (2 * HEAD_SIZE)
-            if HAS_KEY:
-                mean = mean_direction(sums_at, HEAD_SIZE, CHANNELS)
-                store_distinctiveness(
-                    key_at, kv_ptr, groups_at, mean, head, 0, kv_stride_block,
-                    HEAD_SIZE, BLOCK_SIZE, CHANNELS, GROUP, KEYS,
-                )  # fmt: skip
-            if HAS_VALUE:
-                mean = mean_direction(sums_at + HEAD_SIZE, HEAD_SIZE, CHANNELS)
-                store_distinctiveness(
-                    value_at, kv_ptr, groups_at, mean, head, HEAD_SIZE, kv_stride_block,
-                    HEAD_SIZE, BLOCK_SIZE, CHANNELS, GROUP, KEYS,
-                )  # fmt: skip
+            store_distinctiveness(
+                key_at, value_at, kv_ptr, groups_at, sums_at, head, kv_stride_block,
+                HEAD_SIZE, BLOCK_SIZE, CHANNELS, GROUP, KEYS, HAS_KEY, HAS_VALUE,
+            )  # fmt: skip
             tl.debug_barrier()
             store_worth(
                 worth_at,
@@ -289,7 +280,7 @@ def launch_config(head_size: int, element_size: int, group: int) -> LaunchConfig
     return LaunchConfig(
         sum_keys=max(4096 // channels, 16),
         sum_warps=4,
-        group_keys=min(keys, 64, group),
+        group_keys=min(keys, 32, group),
         tokens=min(32, group),
         move=min(max(16384 // row_bytes, 8), group // 2),
         merge_warps=4,
@@ -457,7 +448,7 @@ def merge_groups(
         SPAN=max(window, config.tokens),
         MOVE=config.move,
         MOVE_CHANNELS=next_power_of_2(2 * head_size),
-        ROWS=ROWS_AT_A_TIME,
+        ROWS=rows_at_a_time(len(scratch.sums)),
         HAS_SCORE=bool(weights.score),
         HAS_KEY=bool(weights.key),
         HAS_VALUE=bool(weights.value),

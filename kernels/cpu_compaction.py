@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.kernels.weights import Weights
+from vllm_cascade.kernels.weights import MEAN_PERIOD, MEAN_RUN, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +69,22 @@ def unit(vectors: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1, eps=1e-30)
 
 
-def mean_direction(vectors: torch.Tensor) -> torch.Tensor:
-    """The direction of the mean of unit vectors.
+def mean_direction(pool: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """The direction of the mean of a request's unit vectors, at the places of the mean.
 
     Args:
-        vectors: [num_blocks, num_kv_heads, block_size, head_size]; a vector that is not finite
-            counts as zero.
+        pool: [num_blocks, num_kv_heads, block_size, head_size] keys or values; a vector that is not
+            finite counts as zero.
+        held: Block ids of all that the request holds, in logical order, every block full.
 
     Returns:
         [num_kv_heads, head_size] float32.
     """
-    units = unit(vectors)
-    return unit(torch.where(units.isnan(), 0.0, units).mean(dim=(0, 2)))
+    block_size = pool.shape[2]
+    place = torch.arange(len(held) * block_size)
+    place = place[place % MEAN_PERIOD < MEAN_RUN]
+    units = unit(pool[held[place // block_size], :, place % block_size])
+    return unit(torch.where(units.isnan(), 0.0, units).mean(dim=0))
 
 
 def merge_groups(
@@ -115,7 +119,7 @@ def merge_groups(
         (weights.value, slice(head_size, None)),
     ):
         if weight:
-            means = torch.stack([mean_direction(pages.kv[ids][..., part]) for ids in batch.held])
+            means = torch.stack([mean_direction(pages.kv[..., part], ids) for ids in batch.held])
             mean = means[batch.group_request]
             terms.append((weight, -(unit(kv[..., part]) @ mean[..., None]).squeeze(-1)))
     kept = select([(weight, x.unflatten(-1, (-1, window))) for weight, x in terms])

@@ -1,5 +1,7 @@
 """Directions of the mean of a row's unit keys and unit values, and how far each lies from them.
 
+The mean is over the places that `weights` names, a quarter of all that a row holds.
+
 Sums of unit vectors are integers, so they are the same to the bit in whatever order and by however
 many programs they are added up, as long as a tile has at least 16 bytes of a vector for each
 thread: then the length of a vector is summed in the same order too. Prefill adds them where it
@@ -16,14 +18,22 @@ import triton.language as tl
 from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
+from vllm_cascade.kernels.weights import MEAN_PERIOD, MEAN_RUN
 
-# Rows looked at together.
+# Rows looked at together, at most.
 ROWS_AT_A_TIME = 1024
 # A row's keys are summed by at most this many programs.
 MAX_PARTS = 64
 
+_RUN = tl.constexpr(MEAN_RUN)
+_PERIOD = tl.constexpr(MEAN_PERIOD)
 # Elements of unit vectors are counted in units of 2**-24, which 64 bits never overflow.
 _SCALE = tl.constexpr(float(2**24))
+
+
+def rows_at_a_time(max_rows: int) -> int:
+    """Rows that a program looks at together, where there are at most `max_rows`."""
+    return min(max(next_power_of_2(max_rows), 16), ROWS_AT_A_TIME)
 
 
 @triton.jit
@@ -35,6 +45,12 @@ def rows_with_groups(num_groups_ptr, num_rows, ROWS: tl.constexpr):
         counts = tl.load(num_groups_ptr + rows, mask=rows < num_rows, other=0)
         total += tl.sum((counts > 0).to(tl.int32))
     return total
+
+
+@triton.jit
+def is_in_mean(place):
+    """Whether the mean is over what lies at a place."""
+    return place % _PERIOD < _RUN
 
 
 @triton.jit
@@ -101,32 +117,45 @@ def _unit(x):
 
 @triton.jit
 def store_distinctiveness(
-    distinct_at,
+    key_at,
+    value_at,
     kv_ptr,
     groups_at,
-    mean,
+    sums_at,
     head,
-    first_channel,
     kv_stride_block,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     KEYS: tl.constexpr,
+    HAS_KEY: tl.constexpr,
+    HAS_VALUE: tl.constexpr,
 ):
-    """Store minus the cosine of each of a group's keys, or values, to the direction `mean`."""
+    """Store minus the cosine of each of a group's keys and values to the mean of all."""
     channels = tl.arange(0, CHANNELS)
+    in_head = channels[None, :] < HEAD_SIZE
+    if HAS_KEY:
+        key_mean = mean_direction(sums_at, HEAD_SIZE, CHANNELS)
+    if HAS_VALUE:
+        value_mean = mean_direction(sums_at + HEAD_SIZE, HEAD_SIZE, CHANNELS)
     for start in range(0, GROUP, KEYS):
         places = start + tl.arange(0, KEYS)
         blocks = tl.load(groups_at + places // BLOCK_SIZE).to(tl.int64)
         slots = head * BLOCK_SIZE + places % BLOCK_SIZE
-        vector_at = kv_ptr + blocks * kv_stride_block + slots * (2 * HEAD_SIZE) + first_channel
-        # [KEYS, CHANNELS]
-        vector = tl.load(
-            vector_at[:, None] + channels[None, :], mask=channels[None, :] < HEAD_SIZE, other=0.0
-        )
-        cosine = tl.sum(_unit(vector.to(tl.float32)) * mean[None, :], 1)
-        tl.store(distinct_at + places, -cosine)
+        at = (kv_ptr + blocks * kv_stride_block + slots * (2 * HEAD_SIZE))[:, None]
+        at += channels[None, :]
+        # [KEYS, CHANNELS]; both are on their way before the first is looked at
+        if HAS_KEY:
+            key = tl.load(at, mask=in_head, other=0.0)
+        if HAS_VALUE:
+            value = tl.load(at + HEAD_SIZE, mask=in_head, other=0.0)
+        if HAS_KEY:
+            cosine = tl.sum(_unit(key.to(tl.float32)) * key_mean[None, :], 1)
+            tl.store(key_at + places, -cosine)
+        if HAS_VALUE:
+            cosine = tl.sum(_unit(value.to(tl.float32)) * value_mean[None, :], 1)
+            tl.store(value_at + places, -cosine)
 
 
 @triton.jit(
@@ -175,11 +204,14 @@ def _add_units_kernel(
             num_keys = tl.load(num_keys_ptr + row)
             table_at = block_table_ptr + row * table_stride_row
             sums_at = sums_ptr + (row * NUM_KV_HEADS + head) * (2 * HEAD_SIZE)
-            share = tl.cdiv(tl.cdiv(num_keys, KEYS), parts) * KEYS
-            last = tl.minimum(part * share + share, num_keys)
+            # The places of the mean, counted without those between.
+            num_counted = num_keys // _PERIOD * _RUN + tl.minimum(num_keys % _PERIOD, _RUN)
+            share = tl.cdiv(tl.cdiv(num_counted, KEYS), parts) * KEYS
+            last = tl.minimum(part * share + share, num_counted)
             for first in range(part * share, last, KEYS):
-                places = first + tl.arange(0, KEYS)
-                held = places < last
+                counted = first + tl.arange(0, KEYS)
+                held = counted < last
+                places = counted // _RUN * _PERIOD + counted % _RUN
                 blocks = tl.load(table_at + places // BLOCK_SIZE, mask=held, other=0).to(tl.int64)
                 slots = head * BLOCK_SIZE + places % BLOCK_SIZE
                 # [KEYS, CHANNELS]
@@ -194,7 +226,7 @@ def _add_units_kernel(
 def make_sums(
     max_rows: int, num_kv_heads: int, head_size: int, device: torch.device
 ) -> torch.Tensor:
-    """Sums of unit vectors of as many rows as merge at once, all zero.
+    """Sums of unit vectors for as many rows as merge at once, all zero.
 
     Args:
         max_rows: Most rows of a call.
@@ -221,7 +253,7 @@ def add_units(
     num_warps: int,
     max_registers: int,
 ) -> None:
-    """Add up the unit keys and unit values of every row that has groups to merge.
+    """Add up the unit keys and unit values of the mean, of every row that has groups to merge.
 
     Args:
         pages: The layer's pages.
@@ -251,7 +283,7 @@ def add_units(
         BLOCK_SIZE=pages.kv.shape[2],
         CHANNELS=next_power_of_2(head_size),
         KEYS=tile_keys,
-        ROWS=ROWS_AT_A_TIME,
+        ROWS=rows_at_a_time(len(sums)),
         MAX_PARTS=MAX_PARTS,
         HAS_KEY=has_key,
         HAS_VALUE=has_value,

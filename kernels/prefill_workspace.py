@@ -2,8 +2,8 @@
 
 A segment's own queries, keys and values come from the activations: queries and keys go to the
 workspace rotated, keys and values to their pages as they are. What the segment finds in the pages
-is gathered into the workspace. Where a boundary follows, the unit keys and unit values of all of it
-are added up on the way, for the mean that tokens are then compared with.
+is gathered into the workspace. Where a boundary follows, unit keys and unit values are added up on
+the way, for the mean that tokens are then compared with.
 
 The caller owns the workspace and keeps it. Its shapes, all of the model's dtype: query
 [num_queries, num_heads, head_size]; key and value, each [num_rows, num_kv_heads, head_size].
@@ -16,15 +16,15 @@ import triton
 import triton.language as tl
 
 from vllm_cascade.kernels.launch import cdiv, launch, next_power_of_2
-from vllm_cascade.kernels.means import add_units_of
+from vllm_cascade.kernels.means import add_units_of, is_in_mean
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import load_angles, rotate_tile
 from vllm_cascade.kernels.segments import KEY_PADDING, Segments
 from vllm_cascade.kernels.weights import Weights
 
 # Tokens of a program: of a segment's own, and of those in the pages.
-OWN_TOKENS = 16
-PAGE_TOKENS = 16
+OWN_TOKENS = 32
+PAGE_TOKENS = 32
 NUM_WARPS = 4
 # Heads of a program, which share the angles of its tokens.
 QUERY_HEADS = 8
@@ -114,6 +114,9 @@ def _take_own_keys(
     """Bring some KV heads of a segment's own tokens to the workspace and to their pages."""
     channel = tl.arange(0, BLOCK_V)
     held = valid[:, None] & (channel < HEAD_SIZE)[None, :]
+    in_mean = is_in_mean(place)
+    counted = held & in_mean[:, None]
+    summed = summed & (tl.max((valid & in_mean).to(tl.int32), 0) > 0)
     line = place.to(tl.int64) * cos_stride
     # They serve all heads.
     cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
@@ -144,7 +147,8 @@ def _take_own_keys(
             token = tl.load(tokens_ptr + packed, mask=valid, other=0)
             tl.store(token_ptr + block * token_stride_block + slot, token, mask=valid)
         if (SUM_KEYS or SUM_VALUES) and summed:
-            key = tl.load(source[:, None] + channel[None, :], mask=held, other=0.0)
+            key = tl.load(source[:, None] + channel[None, :], mask=counted, other=0.0)
+            value = tl.where(counted, value, tl.zeros_like(value))
             sum_at = sums_at + head * (2 * HEAD_SIZE)
             add_units_of(sum_at, key, value, BLOCK_V, HEAD_SIZE, SUM_KEYS, SUM_VALUES)
 
@@ -183,6 +187,9 @@ def _take_held(
     channel = tl.arange(0, BLOCK_V)
     in_head = (channel < HEAD_SIZE)[None, :]
     held = valid[:, None] & in_head
+    in_mean = is_in_mean(place)
+    counted = held & in_mean[:, None]
+    summed = summed & (tl.max((valid & in_mean).to(tl.int32), 0) > 0)
     line = place.to(tl.int64) * cos_stride
     cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
     block = tl.load(table_at + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
@@ -206,7 +213,8 @@ def _take_held(
         target_at = (value_out_ptr + target)[:, None] + channel[None, :]
         tl.store(target_at, value, mask=written[:, None] & in_head)
         if (SUM_KEYS or SUM_VALUES) and summed:
-            key = tl.load(source[:, None] + channel[None, :], mask=held, other=0.0)
+            key = tl.load(source[:, None] + channel[None, :], mask=counted, other=0.0)
+            value = tl.where(counted, value, tl.zeros_like(value))
             sum_at = sums_at + head * (2 * HEAD_SIZE)
             add_units_of(sum_at, key, value, BLOCK_V, HEAD_SIZE, SUM_KEYS, SUM_VALUES)
 
@@ -369,8 +377,8 @@ def prepare(
             Padding is left.
         value_out: As `key_out`; padding becomes zero.
         weights: What is ranked at a boundary; the units of what weighs nothing are not summed.
-        sums: From `means.make_sums`; row s gains the units of all that segment s holds, if groups
-            of it merge.
+        sums: From `means.make_sums`; row s gains the units of segment s's mean, if groups of it
+            merge.
     """
     _, num_heads, head_size = query.shape
     _, num_kv_heads, block_size, channels = pages.kv.shape

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from vllm_cascade.config import CascadeConfig
-from vllm_cascade.gpu_metadata import DecodeStep, GpuMetadata, Launch
+from vllm_cascade.gpu_metadata import DecodeStep, GpuMetadata, Launch, Rows
 from vllm_cascade.kernels import (
     compaction,
     key_scores,
@@ -265,9 +265,13 @@ class GpuLayer:
         if metadata.decode is not None:
             once("decode", self._decode, query, key, value, pages, metadata.decode, output)
         for number, launch in enumerate(metadata.launches):
-            once((number, "prepare"), self._prepare, query, key, value, pages, launch)
-            lse = self._attend_rows(launch, output)
-            once((number, "finish"), self._finish, pages, launch, lse, lse=lse)
+            place = id(self.workspace), number
+            rows = metadata.rows.get(place)
+            if rows is None:
+                rows = metadata.rows[place] = self._rows(launch.segments)
+            once((number, "prepare"), self._prepare, query, key, value, pages, launch, rows)
+            lse = self._attend_rows(launch, rows, output)
+            once((number, "finish"), self._finish, pages, launch, rows, lse, lse=lse)
 
     def _decode(
         self,
@@ -306,9 +310,9 @@ class GpuLayer:
         value: torch.Tensor,
         pages: Pages,
         launch: Launch,
+        rows: Rows,
     ) -> None:
         """Write keys and values into their pages, and all that attention reads to the workspace."""
-        rotated, keys, values = self._rows(launch.segments)
         prefill_workspace.prepare(
             pages,
             launch.segments,
@@ -320,28 +324,34 @@ class GpuLayer:
             self.cos,
             self.sin,
             self.is_neox,
-            rotated,
-            keys,
-            values,
+            rows.query,
+            rows.key,
+            rows.value,
             self.weights,
             self.workspace.merge.sums,
         )
 
-    def _rows(self, segments: Segments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The rows of the workspace that some segments take: queries, keys and values."""
-        space, num_rows = self.workspace, segments.num_rows
-        return space.query[: segments.num_queries], space.key[:num_rows], space.value[:num_rows]
+    def _rows(self, segments: Segments) -> Rows:
+        """The rows of the workspace that some segments take."""
+        space, num_rows, num_queries = self.workspace, segments.num_rows, segments.num_queries
+        return Rows(
+            query=space.query[:num_queries],
+            key=space.key[:num_rows],
+            value=space.value[:num_rows],
+            packed=space.output[:num_queries],
+            query_starts=segments.query_spans.view(-1),
+            key_starts=segments.key_spans.view(-1),
+        )
 
-    def _finish(self, pages: Pages, launch: Launch, lse: torch.Tensor) -> None:
+    def _finish(self, pages: Pages, launch: Launch, rows: Rows, lse: torch.Tensor) -> None:
         """After attention: score the keys, where scores are kept, and merge at a boundary."""
         config, space = self.config, self.workspace
         if config.needs_scores:
-            query, key, _ = self._rows(launch.segments)
             key_scores.score_keys(
                 pages,
                 launch.segments,
-                query,
-                key,
+                rows.query,
+                rows.key,
                 lse,
                 self.scale,
                 config.score_decay,
@@ -353,41 +363,30 @@ class GpuLayer:
         if launch.merges is not None:
             self._merge(pages, launch.merges, has_sums=True)
 
-    def _attend_rows(self, launch: Launch, output: torch.Tensor) -> torch.Tensor:
+    def _attend_rows(self, launch: Launch, rows: Rows, output: torch.Tensor) -> torch.Tensor:
         """Attend a wave's rows of the batch; the log-sum-exps as `_attend` returns them."""
-        segments = launch.segments
         if launch.span is not None:
-            rows = output[launch.span[0] : launch.span[1]]
-            return self._attend(rows, *self._rows(segments), segments)
-        packed = self.workspace.output[: segments.num_queries]
-        lse = self._attend(packed, *self._rows(segments), segments)
-        output[launch.rows.long()] = packed
+            return self._attend(output[launch.span[0] : launch.span[1]], rows, launch.segments)
+        lse = self._attend(rows.packed, rows, launch.segments)
+        output[launch.rows.long()] = rows.packed
         return lse
 
-    def _attend(
-        self,
-        output: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        segments: Segments,
-    ) -> torch.Tensor:
+    def _attend(self, output: torch.Tensor, rows: Rows, segments: Segments) -> torch.Tensor:
         """Write `output`; return the log-sum-exps [num_heads, num_queries], sinks included."""
         if self.flash is None:
             lse = self.workspace.lse[:, : segments.num_queries]
             prefill_attention.attend(
-                output, lse, query, key, value, segments, self.scale, self.sinks
+                output, lse, rows.query, rows.key, rows.value, segments, self.scale, self.sinks
             )
             return lse
-        # Flattened, the spans read as starts: every other segment is padding and has no queries.
         _, lse = self.flash(
-            query,
-            key,
-            value,
+            rows.query,
+            rows.key,
+            rows.value,
             segments.max_query_len,
-            segments.query_spans.view(-1),
+            rows.query_starts,
             segments.max_key_len,
-            cu_seqlens_k=segments.key_spans.view(-1),
+            cu_seqlens_k=rows.key_starts,
             softmax_scale=self.scale,
             causal=True,
             return_softmax_lse=True,

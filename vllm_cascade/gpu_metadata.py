@@ -65,6 +65,28 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a workspace that a launch takes; made once a step, for slices cost host time.
+
+    Args:
+        query: [num_queries, num_heads, head_size].
+        key: [num_rows, num_kv_heads, head_size].
+        value: As `key`.
+        packed: As `query`, for outputs of rows that do not follow one another.
+        query_starts: [2 * num_segments] int32. Flattened, the spans read as starts: every other
+            segment is padding and has no queries.
+        key_starts: As `query_starts`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    packed: torch.Tensor
+    query_starts: torch.Tensor
+    key_starts: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class GpuMetadata:
     """One step.
 
@@ -72,11 +94,13 @@ class GpuMetadata:
         decode: Its single tokens, or None.
         launches: Its chunks, in the order in which they run.
         recordings: What the first layer of each kind launched in each part, for those that follow.
+        rows: The rows of each workspace that each launch takes, once a layer has asked for them.
     """
 
     decode: DecodeStep | None
     launches: list[Launch]
     recordings: dict[Hashable, dict[Hashable, Recording]] = field(default_factory=dict)
+    rows: dict[Hashable, Rows] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -391,6 +391,7 @@ def test_sums_of_units(device: torch.device, bad: bool) -> None:
     for row, head, part in itertools.product((0, 2), (0, 1), (0, 1)):
         channels = slice(16 * part, 16 * part + 16)
         vectors = reference.held(case.pages, case.merges, row, head, channels).double()
+        vectors = vectors[torch.arange(len(vectors)) % 128 < 32]
         exact = torch.nn.functional.normalize(vectors, dim=-1).nan_to_num(0).sum(0)
         error = (totals[0][row, head, part].double() / 2**24 - exact).abs().max()
         assert error < 2e-7 * len(vectors)

@@ -295,7 +295,7 @@ def test_attention(shape, has_sinks, device):
 )
 def test_flash_attention(shape, has_sinks):
     """Its log-sum-exps count the sinks, as the scores of keys need them."""
-    from vllm_cascade import gpu_layer
+    from vllm_cascade import gpu_layer, gpu_metadata
 
     device = torch.device("cuda")
     case = make_case(shape, device)
@@ -313,13 +313,15 @@ def test_flash_attention(shape, has_sinks):
     if layer.flash is None:
         pytest.skip("needs FlashAttention-3")
     out = torch.full_like(case.query[:num_queries], NAN)
-    lse = layer._attend(
-        out,
+    rows = gpu_metadata.Rows(
         case.query[:num_queries],
         case.key[:num_rows],
         case.value[:num_rows],
-        case.segments,
+        out,
+        case.segments.query_spans.view(-1),
+        case.segments.key_spans.view(-1),
     )
+    lse = layer._attend(out, rows, case.segments)
     check_attention(case, out, lse, sinks)
 
 

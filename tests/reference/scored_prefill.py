@@ -89,7 +89,7 @@ def prepare(
             for part, weight in enumerate((weights.key, weights.value)):
                 vectors = held[..., part * head_size : (part + 1) * head_size]
                 units = torch.nn.functional.normalize(vectors, dim=-1, eps=1e-30)
-                sums[index, :, part] += (weight > 0) * units.sum(0)
+                sums[index, :, part] += (weight > 0) * units[places % 128 < 32].sum(0)
 
 
 def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -99,6 +99,18 @@ def test_distinctiveness_is_minus_the_cosine_to_the_mean_unit_key():
     assert distinctiveness(opposite).tolist() == [0.0, 0.0]
 
 
+def test_the_mean_is_over_a_quarter_of_the_places():
+    keys = torch.randn(2, 300, 8, dtype=torch.float64)
+    some = [*range(32), *range(128, 160), *range(256, 288)]
+    alone = keys.clone()
+    alone[:, [place for place in range(300) if place not in some]] = 0
+    found = distinctiveness(keys)
+    torch.testing.assert_close(found[:, some], distinctiveness(alone)[:, some])
+    mean = torch.nn.functional.normalize(keys, dim=-1)[:, some].sum(1, keepdim=True)
+    cosine = torch.nn.functional.cosine_similarity(keys, mean, dim=-1)
+    torch.testing.assert_close(found, -cosine)
+
+
 def test_a_vector_that_is_not_finite_has_no_direction():
     keys = torch.tensor([[3.0, 0.0], [0.0, 0.5], [INF, 1.0], [NAN, 0.0]])
     found = distinctiveness(keys)
