@@ -23,8 +23,8 @@ from vllm_cascade.kernels.segments import KEY_PADDING, Segments
 from vllm_cascade.kernels.weights import Weights
 
 # Tokens of a program: of a segment's own, and of those in the pages.
-OWN_TOKENS = 32
-PAGE_TOKENS = 32
+OWN_TOKENS = 16
+PAGE_TOKENS = 16
 NUM_WARPS = 4
 # Heads of a program, which share the angles of its tokens.
 QUERY_HEADS = 8
