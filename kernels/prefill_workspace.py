@@ -25,7 +25,7 @@ from vllm_cascade.kernels.weights import Weights
 # Tokens of a program: of a segment's own, and of those in the pages.
 OWN_TOKENS = 16
 PAGE_TOKENS = 16
-NUM_WARPS = 4
+NUM_WARPS = 2
 # Heads of a program, which share the angles of its tokens.
 QUERY_HEADS = 8
 KV_HEADS = 4
