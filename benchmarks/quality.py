@@ -4,8 +4,9 @@
     python benchmarks/quality.py --gpu GPU --commit HASH --tasks FOLDER...
 
 The folders are those that the evaluation wrote to; NOTES.md has its commands. A cache may be spread
-over several. Its rows replace those that the file has of the cache in that study; others stay. Rows
-of the study "lengths" count the first 20 prompts of a cell, so that all caches answered the same.
+over several. Its rows replace those that the file has of the cache and the task in that study; others
+stay. Answers are scored anew. Rows of the study "lengths" count the first 20 prompts of a cell, so that
+all caches answered the same.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 from vllm_cascade.config import PRESETS, CascadeOptions
 from vllm_cascade.evaluation.report import PERPLEXITY, summarise
 from vllm_cascade.evaluation.results import KEY
+from vllm_cascade.evaluation.scoring import parts_right
+from vllm_cascade.evaluation.tasks import TASKS
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "quality.csv"
 SMALL, LARGE = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-1.5B-Instruct"
@@ -97,6 +100,10 @@ def read(folders: Sequence[Path], study: Study) -> list[dict[str, str]]:
             if row["task"] == PERPLEXITY:
                 # Results of the time when perplexity was of books only do not say so.
                 row["filler"] = row["filler"] or "book"
+            else:
+                names = TASKS[row["task"]].names
+                right, parts = parts_right(row["answer"], row["expected"].split(), names)
+                row |= {"parts_right": str(right), "exact": str(int(right == parts))}
             if study.prompts is None or int(row["index"]) < study.prompts:
                 place = (*(row[name] for name in KEY), row["first_position"])
                 found.setdefault(place, row)
@@ -124,15 +131,19 @@ def cells(rows: list[dict[str, str]]) -> Iterable[dict[str, Any]]:
 
 
 def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All rows, the new ones in the place of those of the same study and cache, or at the end."""
-    kinds = dict.fromkeys((row["study"], row["cache"]) for row in [*rows, *new])
-    newer = {(row["study"], row["cache"]) for row in new}
-    return [
-        row
-        for kind in kinds
-        for row in (new if kind in newer else rows)
-        if (row["study"], row["cache"]) == kind
-    ]
+    """All rows, each study's caches together; new ones in the place of their cache's and task's."""
+
+    def kind(row: dict[str, Any]) -> tuple[str, str, str]:
+        return row["study"], row["cache"], row["task"]
+
+    newer = {kind(row) for row in new}
+    rows = [*(row for row in rows if kind(row) not in newer), *new]
+    caches = list(dict.fromkeys((row["study"], row["cache"]) for row in rows))
+    tasks = list(TASKS)
+    return sorted(
+        rows,
+        key=lambda row: (caches.index((row["study"], row["cache"])), tasks.index(row["task"])),
+    )
 
 
 def main() -> int:
