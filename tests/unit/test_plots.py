@@ -303,11 +303,13 @@ def test_results_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     options = json.dumps(options_of(policy="distinct"))
     common = {"cache": "distinct", "length": 8192, "options": options, "kv_bytes": 2**20}
     common |= {"tokens_evicted": 1, "kv_blocks": 1, "index": 0}
-    right = {"task": "sentence", "filler": "book", "exact": 1, "parts": 5, "parts_right": 5}
+    # They are scored anew.
+    right = {"task": "sentence", "filler": "book", "exact": 0, "parts": 5, "parts_right": 2}
+    right |= {"expected": "12345", "answer": "12,345 lanterns"}
     text = {"task": "perplexity", "first_position": 1, "end_position": 3, "nats": 0}
     rows = [
         {**common, **right},
-        {**common, **right, "index": 30, "exact": 0},
+        {**common, **right, "index": 30, "answer": "None."},
         {**common, **text},
         {**common, **text, "filler": "code"},
     ]
@@ -318,7 +320,10 @@ def test_results_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     first = {"study": "knobs", "commit": "C", "gpu": "G", "torch": "T", "vllm": "V", "model": "M"}
     cell = next(iter(quality.cells(quality.read([folder], quality.STUDIES["tasks"]))))
     kept = {**first, **cell, "cache": "other"}
-    output.write_text(f"{','.join(kept)}\n{','.join(map(str, kept.values()))}\n")
+    other = {**kept, "study": "tasks", "cache": "distinct", "task": "constant"}
+    old = {**other, "task": "sentence"}
+    lines = (",".join(map(str, row.values())) for row in (kept, old, other))
+    output.write_text("\n".join([",".join(kept), *lines, ""]))
     monkeypatch.setattr(quality, "OUTPUT", output)
     command = ["quality.py", "--gpu=H100", "--commit=abc", "--tasks", str(folder)]
     command += ["--lengths", str(folder)]
@@ -328,16 +333,17 @@ def test_results_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         found = list(csv.DictReader(file))
     assert [(row["study"], row["cache"]) for row in found] == [
         ("knobs", "other"),
+        *[("tasks", "distinct")] * 4,
         *[("lengths", "distinct:stride=512")] * 3,
-        *[("tasks", "distinct")] * 3,
     ]
-    answers, book, code = found[-3:]
+    answers, constant, book, code = found[1:5]
+    assert (constant["task"], constant["commit"]) == ("constant", "C")
     assert (answers["prompts"], answers["exact"], answers["filler"]) == ("2", "1", "book")
     assert answers["model"] == "Qwen2.5-Coder-1.5B-Instruct" and answers["commit"] == "abc"
     assert (book["filler"], book["perplexity"]) == ("book", "1.0000")
     assert code["filler"] == "code"
     # The study of lengths counts twenty prompts.
-    assert (found[1]["prompts"], found[1]["exact"]) == ("1", "1")
+    assert (found[5]["prompts"], found[5]["exact"]) == ("1", "1")
 
 
 def written(folder: Path, name: str, rows: list[dict[str, str]]) -> str:

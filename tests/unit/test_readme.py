@@ -64,20 +64,19 @@ def test_layer() -> None:
 
 def test_first_screen() -> None:
     """The four rows that stand first say what the rows of results say."""
+    (shown,) = cells("one layer's prefill of 1,048,576")
+    assert agrees(shown[2], float(rows("gpu_layer.csv", row="prefill_1m_fa3")[1]["ratio"]))
     for label, name in (
-        ("one layer's prefill of 1,048,576", "prefill_1m_fa3"),
-        ("one layer's prefill of 16,384", "prefill_16k_fa3"),
-        ("one layer's decode", "decode_fa3"),
+        ("an engine's first token of a prompt of 120,000", "first_token_120k"),
+        ("an engine's throughput, 64 requests", "throughput"),
     ):
         (shown,) = cells(label)
-        _, ours = rows("gpu_layer.csv", row=name)
-        assert agrees(shown[2], float(ours["ratio"])), name
-    (shown,) = cells("an engine's decode, 64")
-    ours, theirs = (
-        float(rows("gpu_context_h100.csv", backend=backend, context="4096")[0]["tokens_per_s"])
-        for backend in ("CASCADE", "FLASH_ATTN")
-    )
-    assert agrees(shown[2], ours / theirs)
+        assert agrees(shown[2], float(rows("gpu_serving.csv", row=name)[1]["ratio"])), name
+    (shown,) = cells("functions found in source code of 8 times")
+    where = {"study": "tasks", "task": "constant", "length": str(8 * 2048)}
+    found = {row["cache"]: row["exact"] for row in rows("quality.csv", **where)}
+    numbers = [number.strip(",") for number in (*NUMBER.findall(shown[1]), shown[2])]
+    assert numbers == [found[cache] for cache in ("window", "paper", "full", "distinct")]
 
 
 @pytest.mark.parametrize(
