@@ -103,6 +103,13 @@ MUTATIONS = [
         f"{LAYER}::test_every_boundary_is_seen",
     ),
     Mutation(
+        "a mean over all places",
+        "kernels/cpu_compaction.py",
+        "place = place[place % MEAN_PERIOD < MEAN_RUN]",
+        "place = place[place % MEAN_PERIOD < MEAN_PERIOD]",
+        f"{LAYER}::test_every_boundary_is_seen",
+    ),
+    Mutation(
         "a value that is not looked at",
         "kernels/cpu_compaction.py",
         "(weights.value, slice(head_size, None)),",
