@@ -47,7 +47,7 @@ test: $(SETUP) ## unit tests, kernels, mutations, then end to end with a real mo
 	$(MAKE) test-e2e
 
 test-unit: $(SETUP) ## tests without an engine or a model
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/unit
 
 test-kernels: $(SETUP) ## GPU kernels through Triton's interpreter
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/kernels
