@@ -16,7 +16,7 @@ export PYTHONUNBUFFERED := 1
 # Threads that wait by spinning slow everything down tenfold where another program is running.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup model demo test test-unit test-kernels test-mutations test-e2e test-gpu check bench readme clean
+.PHONY: help setup model demo test test-unit test-kernels test-mutations test-e2e test-gpu check docs bench readme clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -28,7 +28,7 @@ setup: $(SETUP) ## make .venv with vLLM and this package
 # only, and do not import beside every build of PyTorch.
 $(SETUP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[$(BUILD),demo,plots,test,dev]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[$(BUILD),demo,plots,test,docs,dev]'
 	$(if $(filter cpu,$(BUILD)),$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec)
 	touch $@
 
@@ -66,14 +66,17 @@ check: $(SETUP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(SETUP) ## build the documentation's site
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/docs
+
 bench: $(SETUP) $(MODEL) ## time of prefill against vLLM's own attention
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/cpu_prefill.py
 
-readme: $(SETUP) ## write README's tables from the patches' records and the benchmarks' rows
+readme: $(SETUP) ## write the tables of patches (README) and of benchmarks' rows (docs/results.md)
 	$(BIN)/python -m vllm_cascade.patches > .venv/patches.md
 	sed -i -e '/^<!-- patches -->$$/,/^<!-- \/patches -->$$/{//!d}' \
 		-e '/^<!-- patches -->$$/r .venv/patches.md' README.md
-	$(BIN)/python benchmarks/tables.py README.md
+	$(BIN)/python benchmarks/tables.py docs/results.md
 
 clean: ## remove what the targets made, .venv and the model included
 	rm -rf .venv .models build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -15,7 +15,7 @@ from pathlib import Path
 from vllm_cascade.config import CascadeConfig, CascadeOptions
 from vllm_cascade.layout import Epoch, Layout, build_layout
 
-TARGET = Path(__file__).resolve().parent / "results" / "cascade.svg"
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "plots" / "cascade.svg"
 OPTIONS = {
     "cache_tokens": 256,
     "num_sub_caches": 4,

@@ -1,4 +1,4 @@
-"""Draws the plots of the committed result files: NAME.svg of NAME.csv, or of a study in it.
+"""Draws the committed result files: docs/plots/NAME.svg of NAME.csv, or of a study in it.
 
     pip install '.[plots]' && python benchmarks/plots.py
 
@@ -18,6 +18,7 @@ from typing import Any
 from vllm_cascade.evaluation.scoring import wilson
 
 RESULTS = Path(__file__).resolve().parent / "results"
+DRAWN = Path(__file__).resolve().parents[1] / "docs" / "plots"
 Row = dict[str, str]
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 RED, BLUE, GREEN, ORANGE, PINK, SKY, GREY = (
@@ -336,7 +337,7 @@ def draw(name: str, target: Path, results: Path = RESULTS) -> None:
 def main() -> int:
     for name in PLOTS:
         if rows_of(name):
-            target = RESULTS / f"{name}.svg"
+            target = DRAWN / f"{name}.svg"
             draw(name, target)
             print(f"wrote {target}")
     return 0

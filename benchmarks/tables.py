@@ -1,8 +1,9 @@
-"""Writes README's tables of result files, each between its markers, `<!-- NAME -->` and
-`<!-- /NAME -->`.
+"""Writes tables of result files, each between its markers, `<!-- NAME -->` and `<!-- /NAME -->`.
 
-    python benchmarks/tables.py README.md       writes the sections that are there (`make readme`)
-    python benchmarks/tables.py                 prints all tables
+The first command writes the sections that are there (`make readme`), the second prints all tables.
+
+    python benchmarks/tables.py docs/results.md
+    python benchmarks/tables.py
 """
 
 from __future__ import annotations
@@ -248,7 +249,7 @@ def section(name: str, results: Path = RESULTS) -> str:
         for column in ("gpu", "vllm", "torch", "commit")
     }
     source = (
-        f"[Rows](benchmarks/results/{file_of(name, results).name}): {said['gpu']}, vLLM "
+        f"[Rows](../benchmarks/results/{file_of(name, results).name}): {said['gpu']}, vLLM "
         f"{said['vllm']}, PyTorch {said['torch']}, commit {said['commit']}."
     )
     return "\n".join([*TABLES[name](rows), "", source, ""])

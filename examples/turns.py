@@ -5,7 +5,7 @@
         --enable-prompt-tokens-details --additional-config '{"cascade": {"cache_tokens": 2048}}'
     python examples/turns.py
 
-What is printed as cached was computed by an earlier request: see examples/serve.md.
+What is printed as cached was computed by an earlier request: see docs/serving.md.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+from vllm_cascade.arguments import positive, positive_int, tokens
 from vllm_cascade.config import PRESETS, CascadeOptions
 from vllm_cascade.evaluation.command import add_commands
 from vllm_cascade.inspection.command import add_command
@@ -22,8 +23,9 @@ def _whole_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-# Options that are not whole numbers -> how argparse reads them.
+# How argparse reads options; those that are not here are whole numbers.
 READERS: dict[str, dict[str, Any]] = {
+    "cache_tokens": {"type": tokens, "metavar": "TOKENS"},
     "policy": {"choices": tuple(PRESETS)},
     "num_sub_caches": {"type": _whole_or_auto, "metavar": "NUMBER|auto"},
     "score_weight": {"type": float},
@@ -97,12 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         reader = READERS.get(field.name, {"type": int})
         cascade.add_argument(_flag(field.name), dest=field.name, **reader)
     engine = plan.add_argument_group("engine", "As of vLLM.")
-    engine.add_argument("--max-model-len", type=_positive_int, metavar="TOKENS")
-    engine.add_argument("--block-size", type=_positive_int, metavar="TOKENS")
+    engine.add_argument("--max-model-len", type=tokens, metavar="TOKENS")
+    engine.add_argument("--block-size", type=positive_int, metavar="TOKENS")
     engine.add_argument("--dtype", default="auto")
-    engine.add_argument("--tensor-parallel-size", type=_positive_int, default=1, metavar="RANKS")
+    engine.add_argument("--tensor-parallel-size", type=positive_int, default=1, metavar="RANKS")
     plan.add_argument(
-        "--gpu-memory", type=_positive, metavar="GIB", help="memory for KV on each GPU"
+        "--gpu-memory", type=positive, metavar="GIB", help="memory for KV on each GPU"
     )
     plan.add_argument("--json", action="store_true", help="print a JSON object")
     plan.set_defaults(run=_plan)
@@ -113,17 +115,3 @@ def _parser() -> argparse.ArgumentParser:
 
 def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return value
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return value

@@ -55,7 +55,9 @@ class CascadeStatLogger(AggregateStatLoggerBase):
             REGISTRY.unregister(metric)
         CascadeStatLogger._registered = ()
         budget = _gauge("budget_tokens", "Budget of the sub-caches in tokens, sinks not counted")
-        reach = _gauge("reach_tokens", "Tokens the cache can span, from the newest to the oldest")
+        reach = _gauge(
+            "reach_tokens", "Tokens spanned, newest to oldest, where each sub-cache is just full"
+        )
         blocks = _gauge("max_blocks_per_request", "Most KV blocks a request holds in a layer")
         self._past_budget = _counter(
             "requests_past_budget",

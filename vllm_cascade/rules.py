@@ -161,7 +161,10 @@ class CascadeConfig:
 
     @property
     def reach(self) -> int:
-        """Context the cache can span, in tokens; older tokens are gone whatever they are."""
+        """Context that the cache spans where each sub-cache is just full, in tokens.
+
+        The current stride, and tokens that wait until a group is full, make it a little longer.
+        """
         return self.num_sink_tokens + spanned(*self._sizes, self.num_sub_caches)
 
     @property

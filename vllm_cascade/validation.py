@@ -151,8 +151,9 @@ def _gpu(vllm_config: Any) -> None:
 
     capability = current_platform.get_device_capability()
     if capability is None or tuple(capability) < MIN_CAPABILITY:
+        version = "unknown" if capability is None else ".".join(map(str, capability))
         raise UnsupportedError(
-            f"a GPU of compute capability {capability}",
+            f"a GPU of compute capability {version}",
             "its kernels are written for compute capability 8.0 (Ampere) and up",
         )
     head_size = vllm_config.model_config.get_head_size()

@@ -16,7 +16,7 @@ from vllm_cascade.layout import build_layout  # noqa: E402
 
 
 def test_the_committed_drawing_is_the_scripts() -> None:
-    committed = (ROOT / "benchmarks" / "results" / "cascade.svg").read_text(encoding="utf-8")
+    committed = (ROOT / "docs" / "plots" / "cascade.svg").read_text(encoding="utf-8")
     assert committed == drawing.drawing(), "run python benchmarks/drawing.py"
     ElementTree.fromstring(committed)
 

