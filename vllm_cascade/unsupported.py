@@ -42,10 +42,10 @@ def attention_scale(name: str) -> UnsupportedError:
     )
 
 
-def shared_kv(asked: str) -> UnsupportedError:
+def shared_kv(asked: str, instead: str = ELSEWHERE) -> UnsupportedError:
     """A layer reads the KV cache of another."""
     return UnsupportedError(
-        asked, "each layer keeps the tokens of its own choice, so none can use another's"
+        asked, "each layer keeps the tokens of its own choice, so none can use another's", instead
     )
 
 

@@ -260,7 +260,7 @@ def _attention(vllm_config: Any) -> None:
         if getattr(text, name, None):
             raise unsupported.shared_kv(f"a model with {name} = {getattr(text, name)}")
     if vllm_config.cache_config.kv_sharing_fast_prefill:
-        raise unsupported.shared_kv("--kv-sharing-fast-prefill")
+        raise unsupported.shared_kv("--kv-sharing-fast-prefill", "Leave the flag out")
 
 
 def _parallel(vllm_config: Any) -> None:
