@@ -17,8 +17,10 @@ def install() -> None:
     @functools.wraps(original)
     def load_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
         from vllm_cascade.rope import take_over
+        from vllm_cascade.selection import check_served
 
         model = original(self, vllm_config, model_config, prefix)
+        check_served(model, vllm_config)
         take_over(model)
         return model
 

@@ -52,6 +52,38 @@ def check_selection(backend: Any, selection: Any) -> None:
         raise UnsupportedError(f"this attention layer ({selection})", ", ".join(reasons))
 
 
+def check_served(model: Any, vllm_config: Any) -> None:
+    """Refuse a loaded model of which a layer attends in full, but not by CASCADE.
+
+    A model may hand a layer a backend of its own. Such a layer would keep a cache that grows, and
+    positions that CASCADE does not bound, without a word.
+
+    Args:
+        model: The loaded `torch.nn.Module`.
+        vllm_config: vLLM's complete configuration.
+
+    Raises:
+        UnsupportedError: Names the layer and its backend.
+    """
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    if not selects_cascade(vllm_config.attention_config):
+        return
+    for name, layer in model.named_modules():
+        if not isinstance(layer, AttentionLayerBase):
+            continue
+        backend = layer.get_attn_backend().get_name()
+        if _is_cascade(backend):
+            continue
+        if isinstance(layer.get_kv_cache_spec(vllm_config), FullAttentionSpec):
+            raise UnsupportedError(
+                f"this model's layer {name}",
+                f"it attends in full by {backend}, which the model names itself, so CASCADE would "
+                "not bound its memory",
+            )
+
+
 def layer_of(vllm_config: Any) -> Any:
     """The `AttentionSelectorConfig` of a layer, as far as the configuration alone shows it."""
     import vllm.envs as envs

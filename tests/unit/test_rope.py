@@ -1,5 +1,8 @@
 """The rotary embedding taken out of the model: which are taken, and that the table is all of it."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,9 +12,12 @@ pytest.importorskip("vllm")
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import rotary_embedding as vllm_rope
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_cascade.rope import Rope, Unrotated, take_over
 from vllm_cascade.rotation import RotationError, check_rotation
+from vllm_cascade.selection import check_served
+from vllm_cascade.unsupported import UnsupportedError
 
 HEAD_SIZE = 16
 POSITIONS = 64
@@ -299,6 +305,36 @@ def test_cascade_layers_hand_over_and_others_keep_theirs():
         assert block.attn.impl.rope.cos_sin_cache.data_ptr() == shared.cos_sin_cache.data_ptr()
     assert model[1].rotary_emb is shared
     assert not hasattr(model[1].attn.impl, "rope")
+
+
+class OwnAttention(FakeAttention):
+    """A layer whose backend the model named itself."""
+
+    def __init__(self, backend: str, spec: Any):
+        super().__init__(backend)
+        self.spec = spec
+
+    def get_attn_backend(self):
+        return self.attn_backend
+
+    def get_kv_cache_spec(self, vllm_config):
+        assert self.attn_backend.get_name() != "CASCADE", "its spec would say that it serves"
+        return self.spec
+
+
+def test_a_layer_that_attends_in_full_by_itself_is_refused():
+    shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
+    full, window = FullAttentionSpec(**shape), SlidingWindowSpec(**shape, sliding_window=8)
+
+    def check(*layers: tuple[str, Any], backend: str = "CASCADE") -> None:
+        chosen = SimpleNamespace(backend=SimpleNamespace(name=backend), backend_per_kind={})
+        model = nn.Sequential(*(OwnAttention(*layer) for layer in layers))
+        check_served(model, SimpleNamespace(attention_config=chosen))
+
+    check(("CASCADE", None), ("CPU_ATTN", window), ("ENCODER", None))
+    check(("CASCADE", None), ("CPU_ATTN", full), backend="CPU_ATTN")
+    with pytest.raises(UnsupportedError, match=r"layer 1.*in full by FLASH_ATTN_DIFFKV.*Serve it"):
+        check(("CASCADE", None), ("FLASH_ATTN_DIFFKV", full))
 
 
 def test_a_model_that_was_taken_over_still_compiles():
