@@ -15,6 +15,19 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(autouse=True)
+def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger tiles in the interpreter, where a program costs much and the size of its tiles little.
+
+    Only where prefill's preparation is not itself what is tested.
+    """
+    if not torch.cuda.is_available() and request.path.stem != "test_scored_prefill":
+        from vllm_cascade.kernels import prefill_workspace
+
+        monkeypatch.setattr(prefill_workspace, "OWN_TOKENS", 64)
+        monkeypatch.setattr(prefill_workspace, "PAGE_TOKENS", 64)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
