@@ -93,13 +93,13 @@ def validate(vllm_config: Any) -> None:
                 'Add --attention-backend CASCADE, or leave the key "cascade" out',
             )
         return
-    from vllm_cascade.backend import CascadeBackend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     check_kinds(vllm_config.attention_config)
     for check in (_device, _model, _windows, _rope, _attention, _parallel, _features):
         check(vllm_config)
     resolve_options(vllm_config, vllm_config.cache_config.block_size)
-    check_selection(CascadeBackend, layer_of(vllm_config))
+    check_selection(AttentionBackendEnum["CASCADE"].get_class(), layer_of(vllm_config))
     log_prefix_caching(vllm_config)
     log_blend(vllm_config)
 

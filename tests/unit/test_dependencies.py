@@ -1,4 +1,4 @@
-"""Dependencies point one way: plugin -> backend and manager -> layout -> config."""
+"""Dependencies point one way: from the commands down to structure and kernels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,23 @@ FOLDERS = {"vllm_cascade": "vllm_cascade", "kernels": "vllm_cascade.kernels"} | 
     "patches": "vllm_cascade.patches"
 }
 MODULES = {
-    f"{package}.{path.stem}".removesuffix(".__init__"): path
+    ".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
     for folder, package in FOLDERS.items()
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for path in sorted((ROOT / folder).rglob("*.py"))
 }
+# Rooms from the ground up, each with its modules: a room imports those below it.
+ROOMS = {
+    "structure": "rules refusal config layout accounting",
+    "kernels": "kernels",
+    "support": "validation hybrid selection unsupported rotation",
+    "kv_cache": "spec manager continuation",
+    "attention": "backend impl rope trace cpu_layer metadata gpu_layer gpu_metadata",
+    "plugin": "plugin metrics patches",
+    "commands": "plan arguments cli evaluation inspection",
+}
+FLOORS = {name: floor for floor, names in enumerate(ROOMS.values()) for name in names.split()}
 
 
 def imports_of(module: str) -> Iterator[str]:
@@ -43,8 +56,9 @@ def is_within(name: str, *packages: str) -> bool:
 
 
 def test_all_modules_are_looked_at() -> None:
-    for module in ("vllm_cascade.layout", "vllm_cascade.kernels", "vllm_cascade.patches.record"):
-        assert module in MODULES
+    for module in ("layout", "kernels", "patches.record", "evaluation.facts", "inspection"):
+        assert f"vllm_cascade.{module}" in MODULES
+    assert {name.split(".")[1] for name in MODULES if "." in name} == set(FLOORS)
     assert "torch" in {name.partition(".")[0] for name in imports_of("vllm_cascade.kernels.pages")}
 
 
@@ -77,9 +91,22 @@ def test_product_code_imports_no_test(module: str) -> None:
         assert not is_within(name, "tests", "reference", "e2e", "unit"), name
 
 
-@pytest.mark.parametrize(
-    "module", ["spec", "manager", "metadata", "impl", "backend", "rope", "trace"]
-)
-def test_the_backend_knows_neither_plugin_nor_patches(module: str) -> None:
-    for name in imports_of(f"vllm_cascade.{module}"):
-        assert not is_within(name, "vllm_cascade.plugin", "vllm_cascade.patches"), name
+@pytest.mark.parametrize("module", [name for name in MODULES if "." in name])
+def test_rooms_import_what_is_below_them(module: str) -> None:
+    floor = FLOORS[module.split(".")[1]]
+    for name in imports_of(module):
+        package, _, rest = name.partition(".")
+        if package == "vllm_cascade":
+            # What the package itself has (its version) is on no floor.
+            assert FLOORS.get(rest.partition(".")[0], 0) <= floor, name
+
+
+def test_kernels_are_imported_by_the_layers_alone() -> None:
+    """And by the patch that copies pages."""
+    above = {
+        module.split(".")[1]
+        for module in MODULES
+        if not is_within(module, "vllm_cascade.kernels")
+        and any(is_within(name, "vllm_cascade.kernels") for name in imports_of(module))
+    }
+    assert above <= {*ROOMS["attention"].split(), "patches"}
