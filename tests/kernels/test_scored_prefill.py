@@ -158,19 +158,22 @@ ROTATIONS = [
 ]
 
 
+# Some of the second's own tokens are in the mean and the third's one is, the first has no groups.
+OWN_IN_MEAN = ((37, 37), (60, 150), (1, 130), (32, 64))
 PREPARED = [Weights(1, 0, 0), Weights(0, 1, 1), Weights(0, 0, 1), Weights(0, 1, 0)]
 
 
 @pytest.mark.parametrize("weights", PREPARED[:2], ids=str)
 @pytest.mark.parametrize("head_size, rotary_dim, is_neox, dtype", ROTATIONS)
 def test_a_wave_is_prepared(head_size, rotary_dim, is_neox, dtype, weights, device):
-    check_prepared(Shape(head_size=head_size, dtype=dtype, block_size=32), rotary_dim, is_neox,
-                   weights, device)  # fmt: skip
+    shape = Shape(head_size=head_size, dtype=dtype, block_size=32, lengths=OWN_IN_MEAN)
+    check_prepared(shape, rotary_dim, is_neox, weights, device)
 
 
 @pytest.mark.parametrize("weights", PREPARED[2:], ids=str)
 def test_one_kind_of_vector_is_summed(weights, device):
-    check_prepared(Shape(6, 3, 64, dtype=torch.bfloat16), 64, True, weights, device)
+    shape = Shape(6, 3, 64, dtype=torch.bfloat16, lengths=OWN_IN_MEAN)
+    check_prepared(shape, 64, True, weights, device)
 
 
 def check_prepared(shape, rotary_dim, is_neox, weights, device):
