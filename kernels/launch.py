@@ -21,7 +21,9 @@ _thread = threading.local()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """As ``kernel[grid](*args, **meta)``, which the first launch of a variant is.
+    """Launch as ``kernel[grid](*args, **meta)`` would.
+
+    The first launch of a variant goes through Triton; later ones reuse the compiled kernel.
 
     Args:
         kernel: From `triton.jit`, at the top level of a module.

@@ -30,7 +30,7 @@ class Patch:
         removal: When it can be deleted.
         install: Makes the change; called at most once in a process.
         vllm: The vLLM versions it was written for.
-        later_signature: That of the target in the later ones of these, where it is another.
+        later_signature: Signature in newer supported versions, if it differs.
     """
 
     name: str

@@ -66,7 +66,7 @@ class Continuations:
 
     @property
     def num_unused(self) -> int:
-        """Free blocks without an end; copies of prompts are in them."""
+        """Free blocks, those of droppable copies of prompts included."""
         return self._pool.get_num_free_blocks() - self._num_blocks[False]
 
     def new_blocks(self, number: int) -> list[KVCacheBlock]:
@@ -207,8 +207,8 @@ class Continuations:
         if end.is_saved:
             self._saved[first] = end
         if end.is_prompt:
-            # With a hash, though nothing finds them by it, they are given out last again once they
-            # have been copied.
+            # The hash is a dummy: nothing finds the blocks by it. It makes the pool hand them out
+            # last.
             for block in end.blocks:
                 block.set_block_hash(make_block_hash_with_group_id(end.whole, self._group_id))
         self._pool.unpin_blocks(end.blocks, partial(self._forget, end))

@@ -28,7 +28,7 @@ from vllm_cascade.kernels.weights import Weights
 MAX_DECODE_ROWS = 64
 # FlashAttention-3, as vLLM ships it.
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
-# It takes so many sinks, in bfloat16; others, rounded, would not be those that decode reads.
+# FlashAttention-3 takes up to 64 sink logits, in bfloat16; a cast would disagree with decode.
 FLASH_MAX_SINKS = 64
 
 

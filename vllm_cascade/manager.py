@@ -15,7 +15,8 @@ from vllm_cascade.spec import CascadeSpec
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-# Of a prompt that may be a question of each request's own after a text that others have too.
+# The last tokens of a prompt, taken to be the request's own question. What stands before them may
+# be a text that other requests have too, and is worth a copy.
 QUESTION_TOKENS = 256
 
 
@@ -44,7 +45,8 @@ class CascadeManager(CircularBufferManager):
         self._taken: dict[str, int] = {}
         # Requests of whose prompt there is a copy.
         self._saved: set[str] = set()
-        # Not where other layers' caches would have to go on too; nobody asks then.
+        # Whether vLLM asks where requests can go on. False for models with other caches beside this
+        # one: their patch does not ask.
         self._is_asked = False
 
     def continued_by(self, request: Request, most: int) -> tuple[list[KVCacheBlock], int]:
@@ -150,7 +152,7 @@ class CascadeManager(CircularBufferManager):
         num_prompt = request.num_prompt_tokens
         # A copy costs as much whatever is in it: of little it would save too little.
         is_worth_it = self._is_asked and self._layout.config.cache_tokens <= 4 * num_held
-        # Before the first step after which only a question is left.
+        # This step leaves at most a question to compute: copy what is held before it runs.
         if is_worth_it and num_held < num_prompt < num_tokens + QUESTION_TOKENS:
             self._save(request, num_held)
 
@@ -174,7 +176,7 @@ class CascadeManager(CircularBufferManager):
         return super().pop_blocks_for_free(request_id)
 
     def _save(self, request: Request, num_tokens: int) -> None:
-        """Copy what a request holds, once, where nobody waits for the blocks and no end is lost."""
+        """Copy what a request holds: once a request, and into spare blocks only."""
         name = request.request_id
         blocks = self.req_to_blocks[name][: self._layout.need(num_tokens)]
         # Until the end of this step; each request may take another block meanwhile.
