@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # What is said, what is asked, and how the answer begins.
 TEMPLATES = (
@@ -126,29 +126,28 @@ def passkey(number: str) -> Fact:
     return Fact((line,), "What is the pass key?", "The pass key is")
 
 
-def chain(number: str, names: list[str], *, in_steps: bool) -> Fact:
-    """Assignments that hand `number` on from the first of `names` to the last one.
-
-    Args:
-        number: What the first one is assigned.
-        names: The variables.
-        in_steps: Whether the answer has to name the assignments.
-    """
+def chain(number: str, names: list[str]) -> Fact:
+    """Assignments that hand `number` on from the first of `names` to the last one."""
     sources = [number, *(f"VAR {name}" for name in names[:-1])]
     lines = (f"VAR {name} = {source}\n" for name, source in zip(names, sources, strict=True))
     last = f"VAR {names[-1]}"
-    if not in_steps:
-        return Fact(
-            tuple(lines),
-            f"What is the value of {last}? Follow the assignments.",
-            f"The value of {last} is",
-        )
     return Fact(
         tuple(lines),
-        f"What number is the value of {last}? Write the assignments from {last} back to the "
-        "number, a line each.",
+        f"What is the value of {last}? Follow the assignments.",
+        f"The value of {last} is",
+    )
+
+
+def steps(number: str, names: list[str]) -> Fact:
+    """A `chain` of which the answer has to name the assignments."""
+    last = f"VAR {names[-1]}"
+    return replace(
+        chain(number, names),
+        question=f"What number is the value of {last}? Write the assignments from {last} back to "
+        "the number, a line each.",
         # What follows are the steps: told how many there are, a model does not stop at one.
-        f"The {len(names)} assignments that lead back to the number are:\n{last} = VAR",
+        answer_start=f"The {len(names)} assignments that lead back to the number are:\n"
+        f"{last} = VAR",
     )
 
 

@@ -146,7 +146,7 @@ def _hidden_once(fact_of: Callable[[str, random.Random], Fact]):
 
 def _chain(builder, options, filler, length, depth, index, rng):
     number = builder.number(filler, rng)
-    fact = facts.chain(number, facts.variable_names(LINKS, rng), in_steps=False)
+    fact = facts.chain(number, facts.variable_names(LINKS, rng))
     tokens = builder.build(
         length,
         ASSIGNMENTS,
@@ -163,7 +163,7 @@ def _three_facts(builder, options, filler, length, depth, index, rng):
     asked = (
         facts.sentence(numbers[0], rng),
         facts.passkey(numbers[1]),
-        facts.chain(numbers[2], facts.variable_names(LINKS, rng), in_steps=True),
+        facts.steps(numbers[2], facts.variable_names(LINKS, rng)),
     )
     needles = [needle for fact in asked for needle in _in_order(fact, rng)]
     listed = " ".join(f"{place}. {fact.question}" for place, fact in enumerate(asked, start=1))
