@@ -26,6 +26,7 @@ RED, BLUE, GREEN, ORANGE, PINK, SKY, GREY = (
 )  # fmt: skip
 CACHES = {
     "full": ("full attention", RED),
+    "distinct_auto": ("distinct", PINK),
     "blend_auto": ("blend, 11 sub-caches", BLUE),
     "paper": ("paper, 4 sub-caches", GREEN),
     "window": ("window", GREY),

@@ -4,8 +4,7 @@
     python benchmarks/quality.py --gpu GPU --commit HASH --tasks FOLDER...
 
 The folders are those that the evaluation wrote to; NOTES.md has its commands. A cache may be spread
-over several. Its rows replace those that the file has of the cache and the task in that study;
-others stay. Answers are scored anew. Rows of the study "lengths" count the first 20 prompts of a
+over several. A cell's rows replace those that the file has of it in that study; others stay. Answers are scored anew. Rows of the study "lengths" count the first 20 prompts of a
 cell, so that all caches answered the same.
 """
 
@@ -131,10 +130,11 @@ def cells(rows: list[dict[str, str]]) -> Iterable[dict[str, Any]]:
 
 
 def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All rows, each study's caches together; new ones in the place of their cache's and task's."""
+    """All rows, each study's caches together; new ones in the place of those of their cell."""
 
-    def kind(row: dict[str, Any]) -> tuple[str, str, str]:
-        return row["study"], row["cache"], row["task"]
+    def kind(row: dict[str, Any]) -> tuple[str, ...]:
+        names = ("study", "cache", "task", "filler", "length")
+        return tuple(str(row[name]) for name in names)
 
     newer = {kind(row) for row in new}
     rows = [*(row for row in rows if kind(row) not in newer), *new]
@@ -142,7 +142,11 @@ def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[s
     tasks = list(TASKS)
     return sorted(
         rows,
-        key=lambda row: (caches.index((row["study"], row["cache"])), tasks.index(row["task"])),
+        key=lambda row: (
+            caches.index((row["study"], row["cache"])),
+            tasks.index(row["task"]),
+            int(row["length"]),
+        ),
     )
 
 

@@ -40,6 +40,8 @@ class Load:
         at_once: Requests that may be in flight; arrivals wait beyond.
         sample: Answers that are compared.
         compared_tokens: Most tokens compared of each.
+        all_compared: Whether requests past the budget are compared. In bfloat16 another batch
+            rounds keys otherwise, other tokens survive, and a random model answers otherwise.
     """
 
     budget: int
@@ -48,6 +50,7 @@ class Load:
     at_once: int
     sample: int
     compared_tokens: int
+    all_compared: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,9 +299,16 @@ class Clients:
         return answer
 
     def sample(self, preempted: Sequence[str]) -> list[Ask]:
-        """Requests to compare: some were preempted, some went on, some are past the budget."""
+        """Requests to compare: some were preempted, some went on, some are past the budget.
+
+        Only of those that may be compared.
+        """
         names = set(map(number_of, preempted))
-        asks = list(self.answers)
+        asks = [
+            ask
+            for ask in self.answers
+            if self.load.all_compared or ask.num_tokens + ask.output_tokens <= self.load.budget
+        ]
         self._source.shuffle(asks)
         part = self.load.sample // 3
         first = [ask for ask in asks if ask.number in names][:part]

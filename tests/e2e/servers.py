@@ -55,7 +55,7 @@ def serve(folder: Path, model: str, *flags: str) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        str(Path(sys.executable).parent / "vllm"),
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main"),
         "serve",
         model,
         "--attention-backend=CASCADE",

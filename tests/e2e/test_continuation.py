@@ -16,11 +16,20 @@ from e2e.support import KeptLog, cascade_manager_of, core_of, engine
 from e2e.tiny import CASCADE, prompt_without_ties, random_prompt, save_llama
 
 TRACED = CASCADE | {"trace_tokens": True}
+# No token twice, in answers either: which of two equal keys is kept is a matter of rounding.
 SAMPLING = SamplingParams(
-    temperature=0, max_tokens=20, ignore_eos=True, detokenize=False, logprobs=0
+    temperature=0,
+    max_tokens=20,
+    ignore_eos=True,
+    detokenize=False,
+    logprobs=0,
+    presence_penalty=2,
 )
+MODEL = {"vocab_size": 2048, "tie_word_embeddings": False}
 CHUNK = 256
-PROMPT, MORE = prompt_without_ties(700, seed=1), prompt_without_ties(90, seed=2)
+TEXT = prompt_without_ties(1060, seed=1, neighbours=1060, vocab_size=MODEL["vocab_size"])
+PROMPT, TURNS = TEXT[:700], [TEXT[start : start + 90] for start in range(700, 1060, 90)]
+MORE = TURNS[0]
 
 
 def start(model: str, policy: str = "distinct", **options: Any) -> Any:
@@ -38,7 +47,7 @@ def start(model: str, policy: str = "distinct", **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_llama(tmp_path_factory.mktemp("llama"))
+    return save_llama(tmp_path_factory.mktemp("llama"), **MODEL)
 
 
 @pytest.fixture(scope="module", params=["distinct", "blend"])
@@ -109,7 +118,7 @@ def test_turns_of_a_chat(llm: Any) -> None:
             assert output.num_cached_tokens in ((computed - 1, computed) if turn else (0,))
             outputs.append(output)
             prompts.append(chat)
-            chat = [*chat, *tokens_of(output), *MORE[turn:], *MORE[:turn]]
+            chat = [*chat, *tokens_of(output), *TURNS[turn]]
             check_pool(llm)
         expected = [afresh(llm, prompt)[0] for prompt in prompts]
     check_alike(outputs, expected)
@@ -154,7 +163,7 @@ def prime(llm: Any, prompt: list[int]) -> None:
 def test_many_go_on_from_a_prompt(llm: Any) -> None:
     """At once and later; each with further boundaries, which what was copied decides."""
     prime(llm, PROMPT)
-    prompts = [[*PROMPT, *MORE[first:], *MORE] for first in range(5)]
+    prompts = [[*PROMPT, *MORE[first:], *TURNS[1]] for first in range(5)]
     log = KeptLog(llm)
     with log.recording():
         outputs = run(llm, *prompts[:3])

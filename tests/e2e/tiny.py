@@ -91,7 +91,9 @@ def random_prompt(num_tokens: int, seed: int) -> list[int]:
     return torch.randint(2, 256, (num_tokens,), generator=generator).tolist()
 
 
-def prompt_without_ties(num_tokens: int, seed: int, neighbours: int = 64) -> list[int]:
+def prompt_without_ties(
+    num_tokens: int, seed: int, neighbours: int = 64, vocab_size: int = 256
+) -> list[int]:
     """Token ids of a prompt in which no token stands twice among so many neighbours.
 
     In the first layer equal tokens have equal keys. Which of two is kept is then settled by how
@@ -100,7 +102,7 @@ def prompt_without_ties(num_tokens: int, seed: int, neighbours: int = 64) -> lis
     generator = torch.Generator().manual_seed(seed)
     tokens: list[int] = []
     while len(tokens) < num_tokens:
-        token = int(torch.randint(2, 256, (), generator=generator))
+        token = int(torch.randint(2, vocab_size, (), generator=generator))
         if token not in tokens[-neighbours:]:
             tokens.append(token)
     return tokens

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from e2e.test_continuation import (
+    MODEL,
     check_stopped,
     forget,
     start,
@@ -34,7 +35,7 @@ __all__ = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_llama(tmp_path_factory.mktemp("llama"), head_dim=64)
+    return save_llama(tmp_path_factory.mktemp("llama"), head_dim=64, **MODEL)
 
 
 @pytest.fixture(scope="module", params=["distinct", "blend"])

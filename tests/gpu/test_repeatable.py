@@ -34,6 +34,8 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         max_num_batched_tokens=512,
         max_num_seqs=8,
         num_gpu_blocks_override=2000,
+        # Else a prompt that came before goes on from what its blocks held.
+        enable_prefix_caching=False,
         skip_tokenizer_init=True,
     ) as llm:
         yield llm
