@@ -4,8 +4,9 @@
     python benchmarks/quality.py --gpu GPU --commit HASH --tasks FOLDER...
 
 The folders are those that the evaluation wrote to; NOTES.md has its commands. A cache may be spread
-over several. A cell's rows replace those that the file has of it in that study; others stay. Answers are scored anew. Rows of the study "lengths" count the first 20 prompts of a
-cell, so that all caches answered the same.
+over several. A cell's rows replace those that the file has of it in that study; others stay.
+Answers are scored anew. Rows of the study "lengths" count the first 20 prompts of a cell, so that
+all caches answered the same.
 """
 
 from __future__ import annotations
