@@ -12,8 +12,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_cascade.config import CascadeConfig, CascadeOptions
-from vllm_cascade.layout import Epoch, Layout, build_layout
+from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.structure.layout import Epoch, Layout, build_layout
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "plots" / "cascade.svg"
 OPTIONS = {
@@ -86,8 +88,8 @@ def main() -> int:
 def configuration() -> CascadeConfig:
     """A small cascade, of which every block can be drawn."""
     options = CascadeOptions.parse(OPTIONS)
-    return options.resolve(
-        block_size=BLOCK_SIZE, max_model_len=NUM_TOKENS, position_limit=NUM_TOKENS
+    return resolve(
+        options, block_size=BLOCK_SIZE, max_model_len=NUM_TOKENS, position_limit=NUM_TOKENS
     )
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from gpu_records import RefusalError, predict
 
-from vllm_cascade.layout import build_layout
-from vllm_cascade.rules import CascadeConfig
+from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.structure.layout import build_layout
 
 # Steps after the first token that are not timed: the pipeline of an engine fills.
 SETTLING = 4

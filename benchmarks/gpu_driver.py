@@ -22,12 +22,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 from reference.attention import rope_table
 from reference.cascade import CascadeParameters
 from reference.cascade_attention import CascadeRun
-from vllm_cascade.config import CascadeConfig, CascadeOptions
-from vllm_cascade.gpu_layer import GpuLayer, Shape, make_workspace
-from vllm_cascade.gpu_metadata import GpuMetadata, Planner
+from vllm_cascade.attention.gpu_layer import GpuLayer, Shape, make_workspace
+from vllm_cascade.attention.gpu_step import GpuMetadata, Planner
+from vllm_cascade.attention.trace import kept_in
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.layout import build_layout
-from vllm_cascade.trace import kept_in
+from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
 THETA = 500_000.0
 BLOCK_SIZE = 16
@@ -42,8 +44,11 @@ def make_config(max_model_len: int, **options: Any) -> CascadeConfig:
         max_model_len: Most tokens of a request.
         options: Of the cascade.
     """
-    return CascadeOptions.parse(options).resolve(
-        block_size=BLOCK_SIZE, max_model_len=max_model_len, position_limit=1 << 20
+    return resolve(
+        CascadeOptions.parse(options),
+        block_size=BLOCK_SIZE,
+        max_model_len=max_model_len,
+        position_limit=1 << 20,
     )
 
 

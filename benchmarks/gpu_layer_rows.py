@@ -13,8 +13,8 @@ from gpu_driver import BLOCK_SIZE, Driver, Inputs, make_config
 from gpu_layer_bench import FLASH2, FLASH3, OURS, XFORMERS, Bench, Sizes
 from gpu_records import Counts, RefusalError, percentiles
 
-from vllm_cascade.gpu_metadata import GpuMetadata
-from vllm_cascade.kernels import compaction
+from vllm_cascade.attention.gpu_step import GpuMetadata
+from vllm_cascade.kernels.merge import groups as compaction
 
 Row = dict[str, Any]
 

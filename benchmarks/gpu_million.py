@@ -27,7 +27,7 @@ from typing import Any
 from gpu_records import RESULTS, RefusalError, conditions, write_rows
 from gpu_serving import LLAMA, TINY_LLAMA
 
-from vllm_cascade.plan import Plan, make_plan
+from vllm_cascade.commands.plan import Plan, make_plan
 
 OUTPUT = RESULTS / "gpu_million.csv"
 MIB = 1 << 20

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_cascade.layout import Layout
+from vllm_cascade.structure.layout import Layout
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

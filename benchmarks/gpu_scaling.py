@@ -34,7 +34,7 @@ from gpu_records import RESULTS, ROOT, RefusalError, conditions
 from gpu_scaling_engine import FEWEST, Engine, Grid, Sizes
 from gpu_serving import LLAMA, TINY_LLAMA, _end
 
-from vllm_cascade.plan import Plan, make_plan
+from vllm_cascade.commands.plan import Plan, make_plan
 
 OUTPUT = RESULTS / "gpu_scaling.csv"
 # Seconds of an engine's start and of a prompt's token on one GPU, of earlier runs of gpu_million.py

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpu_records import RefusalError, predict
 
-from vllm_cascade.plan import Plan
+from vllm_cascade.commands.plan import Plan
 
 # Fewest tokens of each request while all decode.
 FEWEST = 32
@@ -151,8 +151,8 @@ class Engine:
         """Compare what all ranks counted together with what the layout predicts."""
         import torch
 
-        from vllm_cascade.layout import build_layout
-        from vllm_cascade.rules import CascadeConfig
+        from vllm_cascade.structure.config import CascadeConfig
+        from vllm_cascade.structure.layout import build_layout
 
         layers, heads = (
             self.sizes.model[name] for name in ("num_hidden_layers", "num_key_value_heads")

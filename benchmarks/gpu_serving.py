@@ -183,8 +183,8 @@ def check_counters(probe: dict[str, Any], case: Case, has_gpu: bool) -> str:
     Raises:
         RefusalError: They differ, or are missing.
     """
-    from vllm_cascade.layout import build_layout
-    from vllm_cascade.rules import CascadeConfig
+    from vllm_cascade.structure.config import CascadeConfig
+    from vllm_cascade.structure.layout import build_layout
 
     if not probe["counters"]:
         if has_gpu:

@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_cascade.config import PRESETS, CascadeOptions
 from vllm_cascade.evaluation.report import PERPLEXITY, summarise
 from vllm_cascade.evaluation.results import KEY
 from vllm_cascade.evaluation.scoring import parts_right
 from vllm_cascade.evaluation.tasks import TASKS
+from vllm_cascade.structure.options import PRESETS, CascadeOptions
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "quality.csv"
 SMALL, LARGE = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-1.5B-Instruct"

@@ -138,7 +138,7 @@ def start(folder: Path, scale: Scale) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from vllm_cascade.plan import make_plan
+    from vllm_cascade.commands.plan import make_plan
 
     (folder / "config.json").write_text(json.dumps(scale.model))
     max_model_len = BUDGETS * scale.load.budget + scale.load.max_output_tokens

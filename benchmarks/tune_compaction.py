@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 import triton
 
-from vllm_cascade.kernels.compaction import (
+from vllm_cascade.kernels.merge.groups import (
     PROGRAMS_PER_SM,
     LaunchConfig,
     launch_config,

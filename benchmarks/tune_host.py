@@ -18,16 +18,14 @@ import torch
 import triton
 from gpu_driver import Driver, Inputs, make_config
 
-from vllm_cascade.gpu_layer import Shape
-from vllm_cascade.kernels import (
-    compaction,
-    decode_launch,
-    key_scores,
-    kv_write,
-    means,
-    prefill_attention,
-    prefill_workspace,
-)
+from vllm_cascade.attention.gpu_layer import Shape
+from vllm_cascade.kernels import kv_write
+from vllm_cascade.kernels.decode import launch_config as decode_launch
+from vllm_cascade.kernels.merge import groups as compaction
+from vllm_cascade.kernels.merge import means
+from vllm_cascade.kernels.prefill import attention as prefill_attention
+from vllm_cascade.kernels.prefill import scores as key_scores
+from vllm_cascade.kernels.prefill import workspace as prefill_workspace
 
 MODULES = (
     compaction,

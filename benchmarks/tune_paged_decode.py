@@ -113,7 +113,7 @@ class Case:
 
 def launches(case: Case, tiny: bool) -> Iterator[tuple[str, object, torch.dtype, bool]]:
     """Name, launch, dtype of the rotary table and whether to score, of every variant."""
-    from vllm_cascade.kernels.paged_decode import launch_config
+    from vllm_cascade.kernels.decode.attend import launch_config
 
     base = launch_config(case.num_rows, NUM_KV_HEADS, HEAD_SIZE, case.num_keys, 2, True)
     coarse = replace(base, by_place=True)
@@ -205,7 +205,7 @@ def flash_attention(case: Case) -> Callable[[], object] | None:
 
 def measure(num_rows: int, num_keys: int, tiny: bool) -> None:
     """Print a line per variant of one shape."""
-    from vllm_cascade.kernels import paged_decode
+    from vllm_cascade.kernels.decode import attend as paged_decode
 
     device, dtype = ("cpu", torch.float16) if tiny else ("cuda", torch.bfloat16)
     case = Case(num_rows, num_keys, dtype, device)

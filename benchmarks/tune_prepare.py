@@ -24,7 +24,8 @@ from gpu_driver import Driver, Inputs, make_config  # noqa: E402
 from gpu_layer_bench import FULL, SMALL, Bench  # noqa: E402
 from gpu_records import percentiles  # noqa: E402
 
-from vllm_cascade.kernels import compaction, prefill_workspace  # noqa: E402
+from vllm_cascade.kernels.merge import groups as compaction  # noqa: E402
+from vllm_cascade.kernels.prefill import workspace as prefill_workspace  # noqa: E402
 from vllm_cascade.kernels.weights import Weights  # noqa: E402
 
 # Tokens of a program, of a segment's own and of those in the pages, and warps.

@@ -20,8 +20,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from vllm_cascade.kernels import key_scores  # noqa: E402
 from vllm_cascade.kernels.pages import Pages  # noqa: E402
+from vllm_cascade.kernels.prefill import scores as key_scores  # noqa: E402
 from vllm_cascade.kernels.segments import Segments  # noqa: E402
 
 # Queries and keys of the one segment.

@@ -23,7 +23,7 @@ def main() -> int:
     if path is None:
         print(table())
         return 0
-    from vllm_cascade.patches.moves import report
+    from vllm_cascade.patches.compat.needs import report
 
     try:
         text, in_place = report(path, PATCHES)

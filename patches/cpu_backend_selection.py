@@ -20,7 +20,7 @@ def install() -> None:
     ) -> str:
         if selected_backend is None or selected_backend.name != "CASCADE":
             return original(cls, selected_backend, attn_selector_config, num_heads)
-        from vllm_cascade.selection import check_selection
+        from vllm_cascade.support.selection import check_selection
 
         check_selection(selected_backend.get_class(), attn_selector_config)
         return selected_backend.get_path()

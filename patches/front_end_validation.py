@@ -16,10 +16,10 @@ def install() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: Any, usage_context: Any = None, headless: bool = False) -> Any:
-        from vllm_cascade.hybrid import delegate_windows
         from vllm_cascade.patches.long_max_model_len import cascade_selected
-        from vllm_cascade.selection import selects_cascade
-        from vllm_cascade.validation import validate
+        from vllm_cascade.support.hybrid import delegate_windows
+        from vllm_cascade.support.selection import selects_cascade
+        from vllm_cascade.support.validate import validate
 
         token = cascade_selected.set(selects_cascade(self.attention_config, self.attention_backend))
         try:

@@ -16,8 +16,8 @@ def install() -> None:
 
     @functools.wraps(original)
     def load_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
-        from vllm_cascade.rope import take_over
-        from vllm_cascade.selection import check_served
+        from vllm_cascade.attention.rope import take_over
+        from vllm_cascade.support.selection import check_served
 
         model = original(self, vllm_config, model_config, prefix)
         check_served(model, vllm_config)

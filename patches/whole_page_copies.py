@@ -23,7 +23,7 @@ def install() -> None:
 
     @functools.wraps(original)
     def copy(kv_caches: Any, num_blocks: int, kv_cache_block_copies: Any) -> None:
-        from vllm_cascade.impl import CascadeImpl
+        from vllm_cascade.attention.impl import CascadeImpl
         from vllm_cascade.kernels.pages import copy_tails
 
         pages = CascadeImpl.pages_in(kv_caches)

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from reference.blocks import block_moves
-from vllm_cascade.config import CascadeConfig
 from vllm_cascade.inspection.kept import Kept
+from vllm_cascade.structure.config import CascadeConfig
 
 NUM_TOKENS = 187
 CONFIG = CascadeConfig(

@@ -14,10 +14,12 @@ import torch
 
 from reference.attention import rope_table, rotate, scored_attention
 from reference.cascade import Cascade, CascadeParameters, Values
-from vllm_cascade.config import CascadeConfig, CascadeOptions
+from vllm_cascade.attention.trace import kept_in
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.layout import build_layout
-from vllm_cascade.trace import kept_in
+from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
 KV_HEADS, SHARED, HEAD = 2, 3, 16
 THETA = 10_000.0
@@ -26,8 +28,8 @@ SMALL = {"cache_tokens": 256, "num_sub_caches": 4, "num_sink_tokens": 32, "strid
 
 def config_of(max_model_len: int, **options: object) -> CascadeConfig:
     given = {**SMALL, "trace_tokens": True, **options}
-    return CascadeOptions.parse(given).resolve(
-        block_size=16, max_model_len=max_model_len, position_limit=4096
+    return resolve(
+        CascadeOptions.parse(given), block_size=16, max_model_len=max_model_len, position_limit=4096
     )
 
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from vllm_cascade.arguments import positive, positive_int, tokens
-from vllm_cascade.config import PRESETS, CascadeOptions
+from vllm_cascade.commands.arguments import positive, positive_int, tokens
 from vllm_cascade.evaluation.command import add_commands
 from vllm_cascade.inspection.command import add_command
+from vllm_cascade.structure.options import PRESETS, CascadeOptions
 
 INVALID = 2  # as argparse exits for a bad command line
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(given: argparse.Namespace) -> int:
-    from vllm_cascade.plan import PlanError, make_plan
+    from vllm_cascade.commands.plan import PlanError, make_plan
 
     options = {f.name: getattr(given, f.name) for f in fields(CascadeOptions)}
     try:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from vllm_cascade import accounting
-from vllm_cascade.layout import build_layout
-from vllm_cascade.selection import selects_cascade
-from vllm_cascade.validation import resolve_options
+from vllm_cascade.structure import accounting
+from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.support.selection import selects_cascade
+from vllm_cascade.support.validate import resolve_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         SchedulerStats,
     )
 
-    from vllm_cascade.config import CascadeConfig
+    from vllm_cascade.structure.config import CascadeConfig
 
 Metric: TypeAlias = Gauge | Counter | Histogram
 

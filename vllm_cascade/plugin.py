@@ -8,7 +8,7 @@ from typing import Any
 # Of the entry point in pyproject.toml, by which VLLM_PLUGINS names it.
 PLUGIN_NAME = "cascade"
 BACKEND_NAME = "CASCADE"
-BACKEND_PATH = "vllm_cascade.backend.CascadeBackend"
+BACKEND_PATH = "vllm_cascade.attention.backend.CascadeBackend"
 
 
 def register() -> None:
@@ -86,8 +86,8 @@ def _register_cache() -> None:
     """Tell the scheduler which manager serves the layers' cache specification."""
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_cascade.manager import CascadeManager
-    from vllm_cascade.spec import CascadeSpec
+    from vllm_cascade.kv_cache.manager import CascadeManager
+    from vllm_cascade.kv_cache.spec import CascadeSpec
 
     # vLLM registers its own specifications only while the registry is empty.
     KVCacheSpecRegistry._ensure_registered()

@@ -125,8 +125,8 @@ class KeptLog:
     def recording(self) -> Iterator[KeptLog]:
         """Record while the block runs."""
         if self._on_gpu:
-            from vllm_cascade.gpu_layer import GpuLayer
-            from vllm_cascade.kernels import compaction
+            from vllm_cascade.attention.gpu_layer import GpuLayer
+            from vllm_cascade.kernels.merge import groups as compaction
 
             forward = GpuLayer.forward
 
@@ -136,7 +136,7 @@ class KeptLog:
                 metadata.recordings.clear()
                 forward(layer, *args)
         else:
-            from vllm_cascade.kernels import cpu_compaction as compaction
+            from vllm_cascade.kernels.cpu import merge as compaction
         original = compaction.merge_groups
 
         def merge_groups(pages: Any, merges: Any, *args: Any, **kwargs: Any) -> None:
@@ -159,8 +159,8 @@ class KeptLog:
         ]
 
     def _note(self, pages: Any, all_held: list[torch.Tensor]) -> None:
-        from vllm_cascade.layout import build_layout
-        from vllm_cascade.trace import kept_in
+        from vllm_cascade.attention.trace import kept_in
+        from vllm_cascade.structure.layout import build_layout
 
         layer = next(i for i, impl in enumerate(self._impls) if impl.pages is pages)
         owners = {

@@ -104,8 +104,8 @@ class HybridLog(KeptLog):
     """What CASCADE's layers alone held; they are one group here."""
 
     def __init__(self, llm: Any) -> None:
-        from vllm_cascade.impl import CascadeImpl
-        from vllm_cascade.manager import CascadeManager
+        from vllm_cascade.attention.impl import CascadeImpl
+        from vllm_cascade.kv_cache.manager import CascadeManager
 
         managers = core_of(llm).scheduler.kv_cache_manager.coordinator.single_type_managers
         (self._manager,) = (m for m in managers if isinstance(m, CascadeManager))

@@ -20,8 +20,8 @@ import pytest
 from e2e.servers import START_SECONDS, serve
 from e2e.support import model_folder
 from e2e.tiny import random_prompt
-from vllm_cascade.config import CascadeConfig
-from vllm_cascade.layout import build_layout
+from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.structure.layout import build_layout
 
 pytestmark = pytest.mark.model
 

@@ -222,7 +222,7 @@ def test_kept_tokens_needs_the_trace(model: str) -> None:
 
 
 def test_pool_with_room_for_k_budgets_runs_k(model: str) -> None:
-    from vllm_cascade.layout import build_layout
+    from vllm_cascade.structure.layout import build_layout
 
     with engine(TRACED, model, block_size=16, max_model_len=4096, skip_tokenizer_init=True) as llm:
         max_blocks = build_layout(KeptLog(llm).config).max_blocks

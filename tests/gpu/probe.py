@@ -40,8 +40,8 @@ def watched(*, forbid_sync: bool = False) -> Iterator[Steps]:
     Args:
         forbid_sync: Whether planning a step and a layer's forward pass may not wait for the device.
     """
-    from vllm_cascade.backend import CascadeMetadataBuilder
-    from vllm_cascade.gpu_layer import GpuLayer
+    from vllm_cascade.attention.backend import CascadeMetadataBuilder
+    from vllm_cascade.attention.gpu_layer import GpuLayer
 
     steps = Steps()
 
@@ -83,7 +83,7 @@ def compiled_anew() -> Iterator[list[str]]:
     """The cascade's kernels that are compiled while the block runs, as in a process that starts."""
     import triton
 
-    import vllm_cascade.gpu_layer  # noqa: F401
+    import vllm_cascade.attention.gpu_layer  # noqa: F401
     from vllm_cascade.kernels import launch
 
     for name, module in list(sys.modules.items()):

@@ -70,7 +70,7 @@ def test_decodes_and_a_prefill_at_gpu_memory_utilization_90_percent(tmp_path: Pa
 
 def check(llm: Any, steps: Steps) -> None:
     """Run all requests, the long one once every other decodes."""
-    from vllm_cascade.layout import build_layout
+    from vllm_cascade.structure.layout import build_layout
 
     core, config = llm.llm_engine, impls_of(llm)[0].config
     scheduler = core_of(llm).scheduler

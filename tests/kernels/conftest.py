@@ -22,7 +22,7 @@ def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     Only where prefill's preparation is not itself what is tested.
     """
     if not torch.cuda.is_available() and request.path.stem != "test_scored_prefill":
-        from vllm_cascade.kernels import prefill_workspace
+        from vllm_cascade.kernels.prefill import workspace as prefill_workspace
 
         monkeypatch.setattr(prefill_workspace, "OWN_TOKENS", 64)
         monkeypatch.setattr(prefill_workspace, "PAGE_TOKENS", 64)

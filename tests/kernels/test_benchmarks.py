@@ -26,8 +26,8 @@ from gpu_driver import Driver, Inputs, check_against_oracle, make_config
 from gpu_records import Counts, RefusalError, percentiles, predict
 
 from reference.cascade import Cascade, CascadeParameters
-from vllm_cascade.gpu_layer import Shape
-from vllm_cascade.layout import build_layout
+from vllm_cascade.attention.gpu_layer import Shape
+from vllm_cascade.structure.layout import build_layout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = Shape(4, 2, 16, torch.float32)
@@ -114,7 +114,7 @@ def test_layer_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> N
         weights = weights._replace(value=0.0)
         merge_groups(pages, merges, size, window, weights, *more, **named)
 
-    monkeypatch.setattr("vllm_cascade.kernels.compaction.merge_groups", without_values)
+    monkeypatch.setattr("vllm_cascade.kernels.merge.groups.merge_groups", without_values)
     with pytest.raises(RefusalError, match="windows kept other tokens"):
         check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
 

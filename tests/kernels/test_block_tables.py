@@ -11,7 +11,7 @@ import torch
 
 from layers import config_of
 from reference import block_tables as reference
-from vllm_cascade.layout import build_layout
+from vllm_cascade.structure.layout import build_layout
 
 OPTIONS = [
     {"policy": "paper"},
@@ -52,7 +52,7 @@ def compare(found, expected, segments) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o["policy"])
 def test_resolved_as_by_hand(device, options) -> None:
-    from vllm_cascade.gpu_metadata import cascade_table
+    from vllm_cascade.attention.gpu_step import cascade_table
     from vllm_cascade.kernels import block_tables
 
     config = config_of(900, **options)
@@ -93,7 +93,7 @@ def test_resolved_as_by_hand(device, options) -> None:
 
 
 def test_too_many_segments_are_refused(device) -> None:
-    from vllm_cascade.gpu_metadata import cascade_table
+    from vllm_cascade.attention.gpu_step import cascade_table
     from vllm_cascade.kernels import block_tables
 
     table = cascade_table(build_layout(config_of(300, policy="paper")), device)

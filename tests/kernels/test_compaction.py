@@ -10,7 +10,9 @@ import torch
 
 from reference import compaction as reference
 from reference.selection import rank
-from vllm_cascade.kernels import compaction, cpu_compaction, means
+from vllm_cascade.kernels.cpu import merge as cpu_compaction
+from vllm_cascade.kernels.merge import groups as compaction
+from vllm_cascade.kernels.merge import means
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
 from vllm_cascade.kernels.weights import Weights

@@ -15,8 +15,8 @@ import torch
 
 from layers import HEAD, KV_HEADS, POLICIES, SHARED, THETA, Pool, config_of, oracle, play
 from reference.attention import rope_table
-from vllm_cascade.config import CascadeConfig
 from vllm_cascade.kernels.launch import launch
+from vllm_cascade.structure.config import CascadeConfig
 
 MAX_TOKENS = 4096
 # Of each query head; below, among and above the logits of keys.
@@ -38,8 +38,8 @@ class Engine(Pool):
         sinks: torch.Tensor | None = None,
         follows: bool = False,
     ) -> None:
-        from vllm_cascade.gpu_layer import GpuLayer, Shape, make_workspace
-        from vllm_cascade.gpu_metadata import Planner
+        from vllm_cascade.attention.gpu_layer import GpuLayer, Shape, make_workspace
+        from vllm_cascade.attention.gpu_step import Planner
 
         super().__init__(config, num_requests, dtype, DEVICE)
         if sinks is not None:
@@ -164,7 +164,7 @@ def test_long_mixed_batches(
 
 
 def test_layers_share_a_workspace_as_long_as_one_of_them_lives() -> None:
-    from vllm_cascade.gpu_layer import Shape, shared_workspace
+    from vllm_cascade.attention.gpu_layer import Shape, shared_workspace
 
     config = config_of(500, policy="blend", selection_window=64)
     shape = Shape(KV_HEADS * SHARED, KV_HEADS, HEAD, torch.float32)

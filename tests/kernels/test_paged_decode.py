@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from reference import paged_decode as reference
-from vllm_cascade.kernels import decode_combine, paged_decode
-from vllm_cascade.kernels.decode_launch import Splits
+from vllm_cascade.kernels.decode import attend as paged_decode
+from vllm_cascade.kernels.decode import combine as decode_combine
+from vllm_cascade.kernels.decode.launch_config import Splits
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import DecodeRows
 

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_paper_protocol as protocol
 from gpu_records import Counts, RefusalError
 
-from vllm_cascade.config import PRESETS
-from vllm_cascade.layout import build_layout
+from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.structure.options import PRESETS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = replace(protocol.SMALL, tokens=(48, 230), sides=(("paper", 64),), hidden=32)

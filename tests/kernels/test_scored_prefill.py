@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from reference import scored_prefill as reference
-from vllm_cascade.config import CascadeOptions
-from vllm_cascade.kernels import compaction, key_scores, means, prefill_attention, prefill_workspace
+from vllm_cascade.kernels.merge import groups as compaction
+from vllm_cascade.kernels.merge import means
 from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.prefill import attention as prefill_attention
+from vllm_cascade.kernels.prefill import scores as key_scores
+from vllm_cascade.kernels.prefill import workspace as prefill_workspace
 from vllm_cascade.kernels.segments import KEY_PADDING, Merges, Segments
 from vllm_cascade.kernels.weights import Weights
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
 NAN = float("nan")
 # Triton's interpreter multiplies the bit patterns of bfloat16 operands as integers.
@@ -298,7 +303,8 @@ def test_attention(shape, has_sinks, device):
 )
 def test_flash_attention(shape, has_sinks):
     """Its log-sum-exps count the sinks, as the scores of keys need them."""
-    from vllm_cascade import gpu_layer, gpu_metadata
+    from vllm_cascade.attention import gpu_layer
+    from vllm_cascade.attention import gpu_step as gpu_metadata
 
     device = torch.device("cuda")
     case = make_case(shape, device)
@@ -311,7 +317,7 @@ def test_flash_attention(shape, has_sinks):
         shape.dtype,
         None if sinks is None else sinks.dtype,
     )
-    config = CascadeOptions().resolve(block_size=16, max_model_len=4096, position_limit=4096)
+    config = resolve(CascadeOptions(), block_size=16, max_model_len=4096, position_limit=4096)
     layer = gpu_layer.GpuLayer(config, heads, case.scale, None, None, True, None, sinks)
     if layer.flash is None:
         pytest.skip("needs FlashAttention-3")

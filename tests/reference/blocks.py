@@ -1,6 +1,7 @@
 """The cascade's moves for one head as plain lists of tokens: no rows, no tables, no pages.
 
-Slower and simpler than `vllm_cascade.layout`, which it judges: whole tokens move from list to list.
+Slower and simpler than `vllm_cascade.structure.layout`, which it judges: whole tokens move from
+list to list.
 """
 
 from __future__ import annotations

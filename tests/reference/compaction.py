@@ -1,4 +1,4 @@
-"""Reference of `kernels/compaction.py`: a row, a group and a KV head at a time."""
+"""Reference of `kernels/merge/groups.py`: a row, a group and a KV head at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference of `kernels/paged_decode.py`: a row and a KV head at a time, in any precision."""
+"""Reference of `kernels/decode/attend.py`: a row and a KV head at a time, in any precision."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from vllm_cascade.accounting import (
+from vllm_cascade.structure.accounting import (
     boundaries_run,
     computed_tokens,
     final_span,
@@ -15,8 +15,9 @@ from vllm_cascade.accounting import (
     startup_line,
     tokens_evicted,
 )
-from vllm_cascade.config import CascadeOptions
-from vllm_cascade.layout import build_layout
+from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
 CONFIGS = [
     {},
@@ -30,16 +31,19 @@ CONFIGS = [
 ]
 
 
-def resolve(options, max_model_len=6000, block_size=16):
-    return CascadeOptions.parse(options).resolve(
-        block_size=block_size, max_model_len=max_model_len, position_limit=4096
+def settle(options, max_model_len=6000, block_size=16):
+    return resolve(
+        CascadeOptions.parse(options),
+        block_size=block_size,
+        max_model_len=max_model_len,
+        position_limit=4096,
     )
 
 
 @pytest.mark.parametrize("options", CONFIGS, ids=str)
 @pytest.mark.parametrize("max_model_len", [6000, 1601, 64 + 1024, 100])
 def test_costs_are_those_of_the_layout(options, max_model_len):
-    config = resolve(options, max_model_len)
+    config = settle(options, max_model_len)
     layout = build_layout(config)
     ends = [epoch.end for epoch in layout.epochs[:-1]]
     for num_tokens in range(1, max_model_len + 1):
@@ -53,7 +57,7 @@ def test_costs_are_those_of_the_layout(options, max_model_len):
 
 
 def test_past_the_budget_starts_one_token_beyond_what_is_kept():
-    config = resolve({"num_sub_caches": 4, "cache_tokens": 256})
+    config = settle({"num_sub_caches": 4, "cache_tokens": 256})
     assert kept_whole(config) == 64 + 256
     assert not past_budget(config, 320)
     assert past_budget(config, 321)
@@ -62,14 +66,14 @@ def test_past_the_budget_starts_one_token_beyond_what_is_kept():
 
 
 def test_the_span_ends_at_the_reach():
-    config = resolve({"num_sub_caches": 4, "cache_tokens": 256, "newest_share": 0.0})
+    config = settle({"num_sub_caches": 4, "cache_tokens": 256, "newest_share": 0.0})
     assert config.reach == 64 + 64 * 15
     assert [final_span(config, n) for n in (1, 1024, 1025, 6000)] == [1, 1024, 1024, 1024]
 
 
 @pytest.mark.parametrize("max_model_len", [1, 64, 65, 500, 6000])
 def test_every_span_has_a_bucket(max_model_len):
-    config = resolve({"num_sub_caches": 4, "cache_tokens": 256}, max_model_len)
+    config = settle({"num_sub_caches": 4, "cache_tokens": 256}, max_model_len)
     buckets = span_buckets(config)
     assert buckets == sorted(set(buckets))
     assert buckets[-1] == min(max_model_len, config.reach)
@@ -82,7 +86,7 @@ def test_the_last_sampled_token_is_never_computed():
 
 
 def test_the_startup_line_is_one_line_with_all_bytes():
-    config = resolve({})
+    config = settle({})
     line = startup_line(config, max_blocks=7, page_size_bytes=1000, num_layers=3)
     assert "\n" not in line
     for words in (f"cache_tokens={config.cache_tokens}", "reach=", "7 blocks", "21000 bytes"):
@@ -90,5 +94,8 @@ def test_the_startup_line_is_one_line_with_all_bytes():
 
 
 def test_accounting_loads_without_torch_and_vllm():
-    code = "import sys; sys.modules.update(torch=None, vllm=None); import vllm_cascade.accounting"
+    code = (
+        "import sys; sys.modules.update(torch=None, vllm=None); "
+        "import vllm_cascade.structure.accounting"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from vllm_cascade.arguments import json_object, positive, positive_int, tokens
+from vllm_cascade.commands.arguments import json_object, positive, positive_int, tokens
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from config_rules import rules_hold, smallest_number
-from vllm_cascade.config import (
-    NO_EFFECT,
-    PRESETS,
-    WEIGHTS,
-    CascadeConfig,
-    CascadeOptions,
-    ConfigError,
-)
-from vllm_cascade.rules import Model
+from vllm_cascade.structure.config import CascadeConfig, ConfigError, Model
+from vllm_cascade.structure.options import NO_EFFECT, PRESETS, WEIGHTS, CascadeOptions
+from vllm_cascade.structure.resolve import resolve
+from vllm_cascade.structure.search import search
 
 quick = settings(
     max_examples=100,
@@ -36,21 +31,21 @@ quick = settings(
 SHORT = {"block_size": 16, "max_model_len": 8192, "position_limit": 8192}
 
 
-def resolve(options: dict[str, Any], **model: int) -> CascadeConfig:
+def settle(options: dict[str, Any], **model: int) -> CascadeConfig:
     """Parse and resolve, for an 8192-position model unless told otherwise."""
-    return CascadeOptions.parse(options).resolve(**{**SHORT, **model})
+    return resolve(CascadeOptions.parse(options), **{**SHORT, **model})
 
 
 def refusal(options: dict[str, Any], **model: int) -> ConfigError:
     """The error that `options` raise."""
     with pytest.raises(ConfigError) as caught:
-        resolve(options, **model)
+        settle(options, **model)
     return caught.value
 
 
 def amended(options: dict[str, Any], error: ConfigError) -> dict[str, Any]:
     """`options` with what the message of `error` offers."""
-    offer = re.search(r"Nearest: (\S+?)(?:;.*leave out (.+))?$", str(error))
+    offer = re.search(r"Nearest: ([^\s;]+)(?:; and leave out ([^;]+))?(?:; or|$)", str(error))
     assert offer, str(error)
     dropped = (offer[2] or "").split(", ")
     kept = {name: value for name, value in options.items() if name not in dropped}
@@ -98,7 +93,7 @@ def with_effect(options: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_defaults(model: dict[str, int], expected: dict[str, int]) -> None:
-    config = resolve({}, **model)
+    config = settle({}, **model)
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.reach >= config.max_model_len == model["max_model_len"]
     assert config.max_places <= model["position_limit"]
@@ -159,7 +154,7 @@ def test_defaults_are_the_largest_that_work(
 
     model = {"block_size": block, "max_model_len": longest, "position_limit": positions}
     try:
-        config = resolve({"policy": policy, **options}, **model)
+        config = settle({"policy": policy, **options}, **model)
     except ConfigError:
         assert best(floor) is best(0) is None
     else:
@@ -171,13 +166,13 @@ def test_defaults_are_the_largest_that_work(
 
 
 def test_a_group_larger_than_the_default_stride_sets_the_stride() -> None:
-    assert resolve({"selection_window": 2048}, position_limit=65_536).stride == 2048
+    assert settle({"selection_window": 2048}, position_limit=65_536).stride == 2048
 
 
 def test_auto_is_the_smallest_number_whose_reach_covers_the_longest_request() -> None:
     given = {"cache_tokens": 2048, "stride": 256}
-    config = resolve(given | {"num_sub_caches": "auto"}, max_model_len=32_768)
-    assert config == resolve(given, max_model_len=32_768)
+    config = settle(given | {"num_sub_caches": "auto"}, max_model_len=32_768)
+    assert config == settle(given, max_model_len=32_768)
     assert config.reach >= 32_768
     fewer = replace(config, num_sub_caches=config.num_sub_caches - 1)
     assert fewer.reach < 32_768
@@ -210,14 +205,14 @@ KNOBS = {
 @pytest.mark.parametrize("policy", [*KNOBS])
 def test_a_policy_presets_its_knobs_and_a_set_knob_wins(policy: str) -> None:
     expected = KNOBS[policy]
-    config = resolve({"policy": policy})
+    config = settle({"policy": policy})
     assert {name: getattr(config, name) for name in expected} == expected
     own: dict[str, float] = {
         "key_weight": 0.25, "value_weight": 3.0, "selection_window": 16, "newest_share": 0.5,
     }  # fmt: skip
     if policy != "distinct":
         own |= {"score_weight": 0.5, "score_power": 1.5}
-    config = resolve({"policy": policy, **own})
+    config = settle({"policy": policy, **own})
     assert {name: getattr(config, name) for name in own} == own
 
 
@@ -238,7 +233,7 @@ def test_every_option_reaches_the_configuration() -> None:
         "score_decay": 0.999,
         "trace_tokens": True,
     }
-    config = resolve(given)
+    config = settle(given)
     assert given.keys() == CascadeOptions.__dataclass_fields__.keys()
     assert {name: getattr(config, name) for name in given} == given
     assert isinstance(config.score_power, float)
@@ -254,7 +249,7 @@ def test_every_option_reaches_the_configuration() -> None:
 @pytest.mark.parametrize("policy", ["distinct", "blend", "paper"])
 def test_scores_are_needed_only_where_they_choose(policy: str) -> None:
     def of(options: dict[str, Any], longest: int) -> tuple[bool, bool]:
-        config = resolve({"policy": policy, **options}, max_model_len=longest)
+        config = settle({"policy": policy, **options}, max_model_len=longest)
         return config.chooses, config.needs_scores
 
     scored = policy != "distinct"
@@ -268,7 +263,7 @@ def test_scores_are_needed_only_where_they_choose(policy: str) -> None:
 
 
 def test_a_window_never_chooses() -> None:
-    config = resolve({"policy": "window"}, max_model_len=100_000)
+    config = settle({"policy": "window"}, max_model_len=100_000)
     assert (config.chooses, config.needs_scores) == (False, False)
 
 
@@ -289,7 +284,7 @@ def test_a_window_never_chooses() -> None:
     ids=str,
 )  # fmt: skip
 def test_a_summary_tells_what_decides(options: dict[str, Any], told: list[str]) -> None:
-    summary = resolve(options, max_model_len=100_000).summary()
+    summary = settle(options, max_model_len=100_000).summary()
     knobs = {*PRESETS["blend"]} - {"newest_share"}
     assert {name for name in knobs if f"{name}=" in summary} == set(told)
 
@@ -355,7 +350,7 @@ def test_a_broken_rule_names_field_value_and_a_value_that_works(
     error = refusal(options, **model)
     assert error.field in options
     assert f"{error.field!r} = {options[error.field]!r}" in str(error)
-    resolve(amended(options, error), **model)
+    settle(amended(options, error), **model)
 
 
 def test_each_limit_is_exact() -> None:
@@ -369,7 +364,7 @@ def test_each_limit_is_exact() -> None:
         "score_decay": math.exp(math.log(1e-3) / 512) + 1e-12,
     }
     places = 64 + 1024 + 512 + 3 * (64 - 16)
-    config = resolve(given_options, position_limit=places)
+    config = settle(given_options, position_limit=places)
     assert config.max_places == places
     for model, changes, field in [
         ({"position_limit": places - 1}, {}, "stride"),  # which forbids a smaller budget
@@ -405,16 +400,27 @@ def test_any_refusal_blames_what_was_set_and_offers_what_works(
     model = {"block_size": block, "max_model_len": longest, "position_limit": positions}
     options = with_effect(options)
     try:
-        resolve(options, **model)
+        settle(options, **model)
         return
     except ConfigError as caught:
         error = caught
     if error.field == "block_size":  # the defaults fail too: the model is to blame
         with pytest.raises(ConfigError):
-            resolve({"policy": options["policy"]}, **model)
+            settle({"policy": options["policy"]}, **model)
         return
     assert error.field in options
-    resolve(amended(options, error), **model)
+    settle(amended(options, error), **model)
+    if fitting := re.search(r"; or keep what was given .*--block-size (\d+)$", str(error)):
+        settle(options, **{**model, "block_size": int(fitting[1])})
+
+
+def test_options_for_smaller_blocks_may_be_kept() -> None:
+    error = refusal({"cache_tokens": 1024}, block_size=128, max_model_len=20_000)
+    assert str(error).endswith(
+        "Nearest: 1152; or keep what was given and start vLLM with --block-size 64"
+    )
+    settle({"cache_tokens": 1024}, block_size=64, max_model_len=20_000)
+    assert "block-size" not in str(refusal({"cache_tokens": 63}, block_size=16))
 
 
 # Values of every option that some policy takes, and that none takes.
@@ -464,7 +470,7 @@ def test_what_a_refusal_advises_is_not_refused(
 
     def error_of(given: dict[str, Any]) -> ConfigError | None:
         try:
-            resolve(given, **model)
+            settle(given, **model)
         except ConfigError as error:
             return error
         return None
@@ -514,7 +520,7 @@ def test_the_value_offered_is_the_nearest(field: str, value: int, number: int) -
 
     def works(candidate: int) -> bool:
         options = CascadeOptions.parse(given_options | {field: candidate})
-        return isinstance(options.search(Model(**model)), CascadeConfig)
+        return isinstance(search(options, Model(**model)), CascadeConfig)
 
     assume(not works(value))
     error = refusal(given_options, **model)
@@ -564,7 +570,7 @@ def test_a_model_that_no_options_fit_says_what_flag_would_help(
     offer = re.search(r"Start vLLM with --([a-z-]+) (\d+)$", str(error))
     assert offer, str(error)
     assert offer[1].replace("-", "_") == fix
-    resolve({}, **{**model, fix: int(offer[2])})
+    settle({}, **{**model, fix: int(offer[2])})
 
 
 def test_a_model_too_small_for_any_block_size_is_told_so() -> None:
@@ -675,7 +681,7 @@ def test_one_sub_cache_refuses_options_without_effect(policy: str, name: str) ->
 )
 def test_no_scores_refuse_what_makes_scores(options: dict[str, Any], name: str) -> None:
     value = VALUES[name][0]
-    assert resolve({**options, name: value}).needs_scores
+    assert settle({**options, name: value}).needs_scores
     error = refusal({**options, "score_weight": 0, name: value})
     assert error.field == name
     assert str(error).endswith(f"would have no effect: {WHY['unscored']}")
@@ -683,7 +689,7 @@ def test_no_scores_refuse_what_makes_scores(options: dict[str, Any], name: str) 
 
 def test_every_option_that_is_refused_somewhere_is_served_elsewhere() -> None:
     for name, (value, _) in VALUES.items():
-        resolve({"policy": "blend", name: value}, max_model_len=100_000)
+        settle({"policy": "blend", name: value}, max_model_len=100_000)
 
 
 def test_a_negative_weight_is_offered_what_decides() -> None:
@@ -693,8 +699,8 @@ def test_a_negative_weight_is_offered_what_decides() -> None:
         error = refusal({**options, "score_weight": -1})
         assert error.field == "score_weight"
         assert str(error).endswith("Give a value above 0, or leave it out")
-        resolve({**options, "score_weight": 0.5})
-        resolve(options)
+        settle({**options, "score_weight": 0.5})
+        settle(options)
 
 
 def test_one_sub_cache_is_not_offered_to_who_sets_what_it_ignores() -> None:
@@ -719,12 +725,12 @@ def test_something_has_to_decide(options: dict[str, Any], field: str | None) -> 
     weights = "key_weight, value_weight" if "policy" not in options else ", ".join(WEIGHTS)
     assert f"choose tokens by: {weights} are all 0" in str(error)
     assert str(error).endswith("Give one of them a value above 0")
-    resolve({**options, error.field: 0.5})
+    settle({**options, error.field: 0.5})
 
 
 @pytest.mark.parametrize("given", [{}, {"num_sub_caches": 1}, {"num_sub_caches": "auto"}])
 def test_the_window_policy_has_one_sub_cache(given: dict[str, Any]) -> None:
-    config = resolve({"policy": "window", **given}, max_model_len=10**6)
+    config = settle({"policy": "window", **given}, max_model_len=10**6)
     assert config.num_sub_caches == 1
     assert config.reach == config.num_sink_tokens + config.sub_cache_tokens[0]
 

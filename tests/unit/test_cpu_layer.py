@@ -8,10 +8,10 @@ import torch
 
 from layers import HEAD, KV_HEADS, POLICIES, SHARED, THETA, Pool, config_of, oracle, play
 from reference.attention import rope_table
-from vllm_cascade.config import CascadeConfig
-from vllm_cascade.cpu_layer import CpuLayer
-from vllm_cascade.kernels import cpu_attention
-from vllm_cascade.metadata import plan_step
+from vllm_cascade.attention.cpu_layer import CpuLayer
+from vllm_cascade.attention.cpu_step import plan_step
+from vllm_cascade.kernels.cpu import attention as cpu_attention
+from vllm_cascade.structure.config import CascadeConfig
 
 
 class Engine(Pool):

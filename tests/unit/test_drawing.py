@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import drawing  # noqa: E402
 
-from vllm_cascade.layout import build_layout  # noqa: E402
+from vllm_cascade.structure.layout import build_layout  # noqa: E402
 
 
 def test_the_committed_drawing_is_the_scripts() -> None:

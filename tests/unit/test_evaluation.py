@@ -15,7 +15,6 @@ from math import exp, isclose, log
 import pytest
 
 from vllm_cascade import cli
-from vllm_cascade.config import CascadeOptions
 from vllm_cascade.evaluation import EvaluationError, facts, report, runner, texts
 from vllm_cascade.evaluation.caches import parse_caches, parse_options, parse_sweep
 from vllm_cascade.evaluation.command import make_prompts as prompts_of_command
@@ -25,6 +24,8 @@ from vllm_cascade.evaluation.results import Results
 from vllm_cascade.evaluation.scoring import parts_right, position_buckets, wilson
 from vllm_cascade.evaluation.tasks import TASKS, TaskOptions, fillers_of, make_prompts
 from vllm_cascade.evaluation.texts import MODULES, Texts, load_texts, python_code, save_texts
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
 BOS, EOS = 0, 1
 FIVE_LETTERS = "abcdefghijklmno"
@@ -449,8 +450,11 @@ def run_of(label):
     (cache,) = parse_caches([label], {}, {})
     config = None
     if cache.cascade is not None:
-        config = CascadeOptions.parse(cache.cascade).resolve(
-            block_size=16, max_model_len=4000, position_limit=4096
+        config = resolve(
+            CascadeOptions.parse(cache.cascade),
+            block_size=16,
+            max_model_len=4000,
+            position_limit=4096,
         )
     return runner.Run(cache, {"max_model_len": 4000}, config)
 
@@ -581,17 +585,20 @@ def test_a_folder_of_another_command_is_refused(tmp_path):
 def resolved(monkeypatch):
     """A model of 4,096 positions in place of vLLM's configuration."""
 
-    def resolve(model, options):
+    def settle(model, options):
         config = None
         # Beyond the model's own limit vLLM has words of its own.
         assert "max_model_len" not in options or "attention_backend" in options
         if "attention_backend" in options:
-            config = CascadeOptions.parse(options["additional_config"]["cascade"]).resolve(
-                block_size=16, max_model_len=options["max_model_len"], position_limit=4096
+            config = resolve(
+                CascadeOptions.parse(options["additional_config"]["cascade"]),
+                block_size=16,
+                max_model_len=options["max_model_len"],
+                position_limit=4096,
             )
         return 4096, config
 
-    monkeypatch.setattr(runner, "resolve", resolve)
+    monkeypatch.setattr(runner, "resolve", settle)
 
 
 def plan(labels, prompts, engine_args=None, allow=False):

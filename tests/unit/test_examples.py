@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_cascade.config import CascadeOptions
 from vllm_cascade.evaluation.prompts import Prompt
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -64,8 +65,11 @@ def test_the_demo_shows_each_kind_of_cache_and_can_serve_them():
         if CACHES[cache] is None:
             assert "attention_backend" not in options
             continue
-        config = CascadeOptions.parse(options["additional_config"]["cascade"]).resolve(
-            block_size=options["block_size"], max_model_len=8192, position_limit=8192
+        config = resolve(
+            CascadeOptions.parse(options["additional_config"]["cascade"]),
+            block_size=options["block_size"],
+            max_model_len=8192,
+            position_limit=8192,
         )
         policies.append(config.policy)
         # Tokens are lost of every prompt.

@@ -20,7 +20,7 @@ from gpu_records import RefusalError
 from gpu_scaling import GRIDS, TINY
 from gpu_scaling_engine import Engine, Grid
 
-from vllm_cascade.plan import Plan
+from vllm_cascade.commands.plan import Plan
 
 
 @pytest.fixture(autouse=True)

@@ -7,11 +7,13 @@ import io
 import pytest
 
 from cascade_text import CONFIG, NUM_TOKENS, heads_of, kept_text, simulate
-from vllm_cascade import accounting, cli
+from vllm_cascade import cli
 from vllm_cascade.evaluation import EvaluationError, engine
 from vllm_cascade.inspection import command
 from vllm_cascade.inspection.kept import layers_of, pieces_of
-from vllm_cascade.layout import build_layout
+from vllm_cascade.structure import accounting
+from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.structure.resolve import resolve
 
 BEFORE_ANY_ENGINE = ["inspect", "no-such-model"]
 
@@ -171,14 +173,14 @@ def settled(monkeypatch):
         seen.update(options=options, config=config, prompt=prompt)
         raise EvaluationError("the engine starts")
 
-    def resolve(model, options):
+    def settle(model, options):
         cascade = command.CascadeOptions.parse(options["additional_config"]["cascade"])
         length = options["max_model_len"]
-        return 256, cascade.resolve(block_size=4, max_model_len=length, position_limit=256)
+        return 256, resolve(cascade, block_size=4, max_model_len=length, position_limit=256)
 
     monkeypatch.setattr(command, "_keep", keep)
     monkeypatch.setattr(command, "load_tokenizer", lambda model: Tokenizer())
-    monkeypatch.setattr(engine, "resolve", resolve)
+    monkeypatch.setattr(engine, "resolve", settle)
     return seen
 
 

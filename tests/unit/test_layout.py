@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from reference.blocks import Boundary, block_moves
 from reference.paper import token_by_token
-from vllm_cascade.config import CascadeConfig, CascadeOptions
-from vllm_cascade.layout import Layout, build_layout
-from vllm_cascade.rules import broken_rule
+from vllm_cascade.structure.config import CascadeConfig, broken_rule
+from vllm_cascade.structure.layout import Layout, build_layout
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
 quick = settings(
     max_examples=100,
@@ -441,7 +442,7 @@ def test_a_small_cascade_by_hand() -> None:
 
 
 def test_a_million_tokens_take_a_budget_of_blocks_and_a_few_megabytes_of_tables() -> None:
-    config = CascadeOptions().resolve(block_size=16, max_model_len=2**20, position_limit=131_072)
+    config = resolve(CascadeOptions(), block_size=16, max_model_len=2**20, position_limit=131_072)
     layout = build_layout(config)
     assert layout.max_blocks == layout.need(2**20) <= config.max_places // 16
     assert sum(epoch.table.nbytes for epoch in layout.epochs) < 6e6

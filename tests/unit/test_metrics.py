@@ -11,14 +11,19 @@ from prometheus_client import REGISTRY
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import FinishedRequestStats, IterationStats
 
-from vllm_cascade import accounting, metrics
-from vllm_cascade.config import CascadeOptions
-from vllm_cascade.layout import build_layout
+from vllm_cascade import metrics
 from vllm_cascade.metrics import CascadeStatLogger
+from vllm_cascade.structure import accounting
+from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
-CONFIG = CascadeOptions.parse(
-    {"cache_tokens": 256, "num_sub_caches": 4, "newest_share": 0.0}
-).resolve(block_size=16, max_model_len=6000, position_limit=4096)
+CONFIG = resolve(
+    CascadeOptions.parse({"cache_tokens": 256, "num_sub_caches": 4, "newest_share": 0.0}),
+    block_size=16,
+    max_model_len=6000,
+    position_limit=4096,
+)
 
 
 @pytest.fixture

@@ -260,7 +260,7 @@ def test_blocks_of_other_models_are_copied_as_ever(copy):
 
 
 def test_blocks_are_copied_with_their_tails_and_a_few_at_a_time(copy, monkeypatch):
-    from vllm_cascade.impl import CascadeImpl
+    from vllm_cascade.attention.impl import CascadeImpl
 
     storage = torch.arange(1.0, 1 + 10 * 20).view(10, 20)
     cache = storage[:9, :16].view(9, 1, 4, 4)

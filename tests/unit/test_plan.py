@@ -9,9 +9,11 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm_cascade import cli
-from vllm_cascade.config import CascadeConfig, CascadeOptions, ConfigError
-from vllm_cascade.layout import build_layout
-from vllm_cascade.plan import GIB, make_plan
+from vllm_cascade.commands.plan import GIB, make_plan
+from vllm_cascade.structure.config import CascadeConfig, ConfigError
+from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
 LAYERS, KV_HEADS, HEAD_SIZE = 3, 4, 32
 LLAMA = {
@@ -65,8 +67,8 @@ def test_bytes_are_those_of_the_engine(model, options, dtype, dtype_bytes, tail_
         tensor_parallel_size=ranks,
         kv_memory_gib=0.5,
     )
-    config = CascadeOptions.parse(options).resolve(
-        block_size=32, max_model_len=50_000, position_limit=4096
+    config = resolve(
+        CascadeOptions.parse(options), block_size=32, max_model_len=50_000, position_limit=4096
     )
     assert plan.config == config
     assert plan.max_blocks == build_layout(config).max_blocks
@@ -118,7 +120,7 @@ def test_windows_are_counted_as_vllm_groups_them(model):
 
 
 def test_layers_of_other_kinds_are_not_counted():
-    from vllm_cascade.plan import _num_layers
+    from vllm_cascade.commands.plan import _num_layers
 
     text = SimpleNamespace(layer_types=["full_attention", "linear_attention"] * 2)
     config = SimpleNamespace(hf_text_config=text, get_total_num_hidden_layers=lambda: 4)

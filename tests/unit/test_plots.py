@@ -19,8 +19,9 @@ import plots  # noqa: E402
 import quality  # noqa: E402
 import tables  # noqa: E402
 
-from vllm_cascade.config import CascadeOptions  # noqa: E402
 from vllm_cascade.evaluation.results import COLUMNS  # noqa: E402
+from vllm_cascade.structure.options import CascadeOptions  # noqa: E402
+from vllm_cascade.structure.resolve import resolve  # noqa: E402
 
 DRAWN = [name for name in plots.PLOTS if plots.rows_of(name)]
 LENGTHS = (4096, 65536, 1 << 20)
@@ -280,7 +281,7 @@ def options_of(**given: Any) -> dict[str, Any]:
     """A resolved configuration, as results have it."""
     parsed = CascadeOptions.parse({"cache_tokens": 2048, "stride": 512, **given})
     model = {"block_size": 16, "max_model_len": 32_100, "position_limit": 32_768}
-    return asdict(parsed.resolve(**model))
+    return asdict(resolve(parsed, **model))
 
 
 def test_a_cache_is_named_by_what_is_not_usual() -> None:

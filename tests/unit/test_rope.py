@@ -14,10 +14,10 @@ from vllm.model_executor.layers import rotary_embedding as vllm_rope
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_cascade.rope import Rope, Unrotated, take_over
-from vllm_cascade.rotation import RotationError, check_rotation
-from vllm_cascade.selection import check_served
-from vllm_cascade.unsupported import UnsupportedError
+from vllm_cascade.attention.rope import Rope, Unrotated, take_over
+from vllm_cascade.support.rotation import RotationError, check_rotation
+from vllm_cascade.support.selection import check_served
+from vllm_cascade.support.unsupported import UnsupportedError
 
 HEAD_SIZE = 16
 POSITIONS = 64

@@ -8,7 +8,7 @@ import torch
 
 from reference import paged_decode, scored_prefill
 from reference.attention import scored_attention
-from vllm_cascade.kernels import cpu_attention
+from vllm_cascade.kernels.cpu import attention as cpu_attention
 from vllm_cascade.kernels.pages import Pages
 
 KV_HEADS, SHARED, HEAD, BLOCK = 2, 3, 16, 16

@@ -12,12 +12,13 @@ pytest.importorskip("vllm")
 from transformers import LlamaConfig
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from vllm_cascade import plugin, validation
-from vllm_cascade.config import ConfigError
-from vllm_cascade.hybrid import delegate_windows
-from vllm_cascade.selection import check_selection, selects_cascade
-from vllm_cascade.unsupported import UnsupportedError
-from vllm_cascade.validation import (
+from vllm_cascade import plugin
+from vllm_cascade.structure.config import ConfigError
+from vllm_cascade.support import validate as validation
+from vllm_cascade.support.hybrid import delegate_windows
+from vllm_cascade.support.selection import check_selection, selects_cascade
+from vllm_cascade.support.unsupported import UnsupportedError
+from vllm_cascade.support.validate import (
     check_layer,
     log_prefix_caching,
     resolve_options,
@@ -317,14 +318,15 @@ def test_pages_stretched_to_those_of_other_layers_are_refused():
 
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from vllm_cascade.config import CascadeOptions
-    from vllm_cascade.spec import CascadeSpec
+    from vllm_cascade.kv_cache.spec import CascadeSpec
+    from vllm_cascade.structure.options import CascadeOptions
+    from vllm_cascade.structure.resolve import resolve
 
     full = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
 
     def spec_of(**options):
-        config = CascadeOptions.parse(options).resolve(
-            block_size=16, max_model_len=9000, position_limit=4096
+        config = resolve(
+            CascadeOptions.parse(options), block_size=16, max_model_len=9000, position_limit=4096
         )
         return CascadeSpec.of(full, config)
 
@@ -362,11 +364,12 @@ def test_pages_stretched_to_those_of_other_layers_are_refused():
 def test_a_page_is_vllms_own_unless_something_is_behind_it(options, longest, tail, dtype):
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from vllm_cascade.config import CascadeOptions
-    from vllm_cascade.spec import CascadeSpec
+    from vllm_cascade.kv_cache.spec import CascadeSpec
+    from vllm_cascade.structure.options import CascadeOptions
+    from vllm_cascade.structure.resolve import resolve
 
-    config = CascadeOptions.parse(options).resolve(
-        block_size=16, max_model_len=longest, position_limit=4096
+    config = resolve(
+        CascadeOptions.parse(options), block_size=16, max_model_len=longest, position_limit=4096
     )
     full = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=dtype)
     spec = CascadeSpec.of(full, config)
@@ -557,7 +560,7 @@ def test_a_layer_that_is_not_plain_is_refused(spoilt, words):
 
 
 def test_the_reasons_of_vllms_own_check_are_passed_on():
-    from vllm_cascade.backend import CascadeBackend
+    from vllm_cascade.attention.backend import CascadeBackend
 
     layer = AttentionSelectorConfig(64, torch.float32, "auto", 16)
     check_selection(CascadeBackend, layer)

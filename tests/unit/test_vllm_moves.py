@@ -14,17 +14,17 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm_cascade.patches import PATCHES
-from vllm_cascade.patches.hooks import OVERRIDES
-from vllm_cascade.patches.moves import Function, imports, needs, plugin_files, report
-from vllm_cascade.patches.source import Source
+from vllm_cascade.patches.compat.hooks import OVERRIDES
+from vllm_cascade.patches.compat.needs import Function, imports, needs, plugin_files, report
+from vllm_cascade.patches.compat.source import Source
 
 VLLM = Path(importlib.util.find_spec("vllm").origin).parent
 MANAGERS = "v1/core/single_type_kv_cache_manager.py"
 GUARDED = {
-    ("vllm_cascade/plan.py", "planning"),
-    ("vllm_cascade/plan.py", "get_kv_cache_config_builder"),
-    ("vllm_cascade/gpu_layer.py", "FA3_AVAILABLE"),
-    ("vllm_cascade/gpu_layer.py", "flash_attn_varlen_func"),
+    ("vllm_cascade/commands/plan.py", "planning"),
+    ("vllm_cascade/commands/plan.py", "get_kv_cache_config_builder"),
+    ("vllm_cascade/attention/gpu_layer.py", "FA3_AVAILABLE"),
+    ("vllm_cascade/attention/gpu_layer.py", "flash_attn_varlen_func"),
 }
 
 
@@ -92,7 +92,10 @@ def test_the_installed_vllm_has_all_that_the_plugin_builds_on() -> None:
             MANAGERS,
             "class CircularBufferManager",
             "class RingManager",
-            [f"vllm_cascade/manager.py: imports vllm.{MANAGERS[:-3].replace('/', '.')}", "gone"],
+            [
+                f"vllm_cascade/kv_cache/manager.py: imports vllm.{MANAGERS[:-3].replace('/', '.')}",
+                "gone",
+            ],
             id="a base class is removed",
         ),
         pytest.param(

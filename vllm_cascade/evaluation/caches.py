@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
-from vllm_cascade.config import NO_EFFECT, PRESETS, CascadeOptions, ConfigError
 from vllm_cascade.evaluation import EvaluationError
+from vllm_cascade.structure.config import ConfigError
+from vllm_cascade.structure.options import NO_EFFECT, PRESETS, CascadeOptions
 
 FULL = "full"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cascade import __version__
-from vllm_cascade.arguments import json_object, positive_int, tokens
-from vllm_cascade.config import PRESETS
+from vllm_cascade.commands.arguments import json_object, positive_int, tokens
 from vllm_cascade.evaluation import EvaluationError, caches, tasks, texts
 from vllm_cascade.evaluation.prompts import FILLERS, Prompt, PromptBuilder
+from vllm_cascade.structure.options import PRESETS
 
 INVALID, FAILED = 2, 1
 # What the results do not depend on.

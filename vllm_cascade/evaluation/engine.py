@@ -260,7 +260,7 @@ def resolve(model: str, options: dict[str, Any]) -> tuple[int, Any]:
         from vllm.engine.arg_utils import EngineArgs
 
         from vllm_cascade.plugin import register
-        from vllm_cascade.validation import position_limit, resolve_options
+        from vllm_cascade.support.validate import position_limit, resolve_options
 
         register()
         try:

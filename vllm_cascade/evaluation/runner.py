@@ -9,8 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_cascade import accounting
-from vllm_cascade.config import CascadeConfig
 from vllm_cascade.evaluation import EvaluationError
 from vllm_cascade.evaluation.caches import Cache
 from vllm_cascade.evaluation.engine import Completion, Engine, Request, resolve
@@ -18,6 +16,8 @@ from vllm_cascade.evaluation.prompts import Prompt
 from vllm_cascade.evaluation.results import Results
 from vllm_cascade.evaluation.scoring import parts_right, position_buckets
 from vllm_cascade.evaluation.tasks import TASKS
+from vllm_cascade.structure import accounting
+from vllm_cascade.structure.config import CascadeConfig
 
 MAX_NUM_SEQS = 64
 # Set by the evaluation itself.

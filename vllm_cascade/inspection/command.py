@@ -9,14 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_cascade import accounting
-from vllm_cascade.arguments import json_object, positive_int, tokens
-from vllm_cascade.config import CascadeConfig, CascadeOptions, ConfigError
+from vllm_cascade.commands.arguments import json_object, positive_int, tokens
 from vllm_cascade.evaluation import EvaluationError
 from vllm_cascade.evaluation.caches import Cache, parse_caches, parse_options
 from vllm_cascade.evaluation.command import FAILED, INVALID, load_tokenizer
 from vllm_cascade.inspection.kept import Kept, layers_of, pieces_of
 from vllm_cascade.inspection.page import page
+from vllm_cascade.structure import accounting
+from vllm_cascade.structure.config import CascadeConfig, ConfigError
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
 CACHE_TOKENS = "cache_tokens"
 
@@ -186,8 +188,11 @@ def _smaller_budget(
     budget = min(num_tokens, config.cache_tokens)
     while budget := budget // 2 // block * block:
         try:
-            found = CascadeOptions.parse({**cascade, CACHE_TOKENS: budget}).resolve(
-                block_size=block, max_model_len=config.max_model_len, position_limit=limit
+            found = resolve(
+                CascadeOptions.parse({**cascade, CACHE_TOKENS: budget}),
+                block_size=block,
+                max_model_len=config.max_model_len,
+                position_limit=limit,
             )
         except ConfigError:
             return None

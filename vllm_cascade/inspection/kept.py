@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_cascade.config import CascadeConfig
-from vllm_cascade.layout import build_layout
+from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.structure.layout import build_layout
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_TOKENS_OF_A_CHARACTER = 4  # bytes in UTF-8

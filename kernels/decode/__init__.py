@@ -1,0 +1,1 @@
+"""Triton kernels for steps of one token of each request."""

@@ -1,0 +1,356 @@
+"""One query of each of several requests attends to its paged keys and scores them, exactly.
+
+Two launches. The first splits each row's keys over programs, which leave a normalised partial
+output, its log-sum-exp and, where scores are kept, every logit. The second joins the splits and
+turns the logits into scores with the log-sum-exp of all keys, and of a sink if there is one. A row
+of a single split has its output after the first, unless there are scores or sinks. How
+many programs there are depends on the number of rows and on the bound of the scratch, never on
+lengths, so both can be captured in a CUDA graph; programs beyond a row's length return at once.
+
+Keys lie in the pages before RoPE. Turning a key at place ``base + o`` by its whole angle takes a
+row of the rotary table per key, as much traffic as the keys themselves. As rotations compose,
+``<R(place) q, R(base + o) k> = <R(place - base) q, R(o) k>``: a tile of keys is turned by the
+angles of its first places, which stay in registers, and the few queries by the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_cascade.kernels.decode.combine import combine, is_direct
+from vllm_cascade.kernels.decode.launch_config import (
+    MAX_BLOCK_SIZE,
+    Config,
+    Scratch,
+    Splits,
+    keys_per_split,
+    launch_config,
+    make_scratch,
+)
+from vllm_cascade.kernels.launch import launch, next_power_of_2
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.primitives import LOG2_E
+from vllm_cascade.kernels.segments import DecodeRows
+
+__all__ = ["Config", "Scratch", "decode", "launch_config", "make_scratch"]
+
+# What tl.dot asks of every dimension.
+MIN_DOT = 16
+
+
+@triton.jit
+def _split_kernel(
+    output_ptr,
+    partial_ptr,
+    lse_ptr,
+    logits_ptr,
+    query_ptr,
+    kv_ptr,
+    cos_ptr,
+    sin_ptr,
+    rows_ptr,
+    places_ptr,
+    block_table_ptr,
+    splits_ptr,
+    scale_log2,
+    num_positions,
+    output_stride_token,
+    output_stride_head,
+    query_stride_token,
+    query_stride_head,
+    kv_stride_block,
+    table_stride_row,
+    logits_stride_head,
+    max_splits,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    BY_PLACE: tl.constexpr,
+    SCORED: tl.constexpr,
+    DIRECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    # Splits last: all rows' first splits start before any that may be empty.
+    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    place = tl.load(places_ptr + row)
+    length = place + 1
+    split_keys = keys_per_split(length, places_ptr, splits_ptr, tl.num_programs(1), KEYS, ROWS)
+    start = split * split_keys
+    if start >= length:
+        return
+    stop = tl.minimum(start + split_keys, length)
+
+    offset = tl.arange(0, KEYS)
+    pair = tl.arange(0, PAIRS)
+    channel = tl.arange(0, CHANNELS)
+    group = tl.arange(0, HEADS)
+    # Channels of a pair.
+    first = pair if IS_NEOX else 2 * pair
+    second = pair + HALF if IS_NEOX else 2 * pair + 1
+    turned = pair < HALF
+
+    token = tl.load(rows_ptr + row).to(tl.int64)
+    # [HEADS, 1]
+    query_at = query_ptr + token * query_stride_token
+    query_at += ((kv_head * GROUP + group) * query_stride_head)[:, None]
+    in_group = (group < GROUP)[:, None]
+    # [HEADS, PAIRS]
+    asked = in_group & turned[None, :]
+    query_first = tl.load(query_at + first[None, :], mask=asked, other=0.0).to(tl.float32)
+    query_second = tl.load(query_at + second[None, :], mask=asked, other=0.0).to(tl.float32)
+    dtype = kv_ptr.dtype.element_ty
+    if HEAD_SIZE > 2 * HALF:
+        # [HEADS, REST] the channels that RoPE leaves alone
+        rest = 2 * HALF + tl.arange(0, REST)
+        is_rest = rest < HEAD_SIZE
+        query_rest = tl.load(query_at + rest[None, :], mask=in_group & is_rest[None, :], other=0.0)
+        query_rest = query_rest.to(dtype)
+
+    if BY_PLACE:
+        cos = tl.load(cos_ptr + place * HALF + pair, mask=turned, other=0.0).to(tl.float32)[None, :]
+        sin = tl.load(sin_ptr + place * HALF + pair, mask=turned, other=0.0).to(tl.float32)[None, :]
+        asked_first = (query_first * cos - query_second * sin).to(dtype)
+        asked_second = (query_second * cos + query_first * sin).to(dtype)
+    else:
+        # [PAIRS, KEYS]
+        table_at = offset[None, :] * HALF + pair[:, None]
+        within = (offset < num_positions)[None, :] & turned[:, None]
+        key_cos = tl.load(cos_ptr + table_at, mask=within, other=0.0).to(tl.float32)
+        key_sin = tl.load(sin_ptr + table_at, mask=within, other=0.0).to(tl.float32)
+
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    # Summed over keys at the end: a sum per tile would be an exchange between warps.
+    norms = tl.zeros([HEADS, KEYS], tl.float32)
+    acc = tl.zeros([HEADS, CHANNELS], tl.float32)
+    table_at_row = block_table_ptr + row * table_stride_row
+    logits_at = logits_ptr + (row * tl.num_programs(0) + kv_head) * GROUP * logits_stride_head
+    logits_at += (group * logits_stride_head)[:, None]
+
+    # Block ids are carried from tile to tile: were they loaded where they are used, the compiler
+    # would copy them asynchronously, and to wait for them is to wait for all keys on their way.
+    TILE_BLOCKS: tl.constexpr = (KEYS + BLOCK_SIZE - 1) // BLOCK_SIZE
+    tile_block = tl.arange(0, TILE_BLOCKS)
+    begin = start + tile_block * BLOCK_SIZE
+    blocks = tl.load(table_at_row + begin // BLOCK_SIZE, mask=begin < stop, other=0)
+    for base in range(start, stop, KEYS):
+        key_place = base + offset
+        valid = key_place < stop
+        block = tl.zeros([KEYS], tl.int32)
+        for i in tl.static_range(TILE_BLOCKS):
+            found = tl.sum(tl.where(tile_block == i, blocks, 0), axis=0)
+            block = tl.where(offset // BLOCK_SIZE == i, found, block)
+        begin = base + KEYS + tile_block * BLOCK_SIZE
+        blocks = tl.load(table_at_row + begin // BLOCK_SIZE, mask=begin < stop, other=0)
+        slot = kv_head * BLOCK_SIZE + key_place % BLOCK_SIZE
+        # [KEYS]
+        key_at = kv_ptr + block.to(tl.int64) * kv_stride_block + slot * (2 * HEAD_SIZE)
+        # [PAIRS, KEYS]
+        held = valid[None, :]
+        if PAIRS != HALF:
+            held = held & turned[:, None]
+        key_first = tl.load(key_at[None, :] + first[:, None], mask=held, other=0.0)
+        key_second = tl.load(key_at[None, :] + second[:, None], mask=held, other=0.0)
+        key_first = key_first.to(tl.float32)
+        key_second = key_second.to(tl.float32)
+        if BY_PLACE:
+            angle_at = key_place[None, :] * HALF + pair[:, None]
+            key_cos = tl.load(cos_ptr + angle_at, mask=held, other=0.0).to(tl.float32)
+            key_sin = tl.load(sin_ptr + angle_at, mask=held, other=0.0).to(tl.float32)
+        else:
+            angle_at = (place - base) * HALF + pair
+            cos = tl.load(cos_ptr + angle_at, mask=turned, other=0.0).to(tl.float32)[None, :]
+            sin = tl.load(sin_ptr + angle_at, mask=turned, other=0.0).to(tl.float32)[None, :]
+            asked_first = (query_first * cos - query_second * sin).to(dtype)
+            asked_second = (query_second * cos + query_first * sin).to(dtype)
+        turned_first = (key_first * key_cos - key_second * key_sin).to(dtype)
+        turned_second = (key_second * key_cos + key_first * key_sin).to(dtype)
+        # [HEADS, KEYS]
+        logits = tl.dot(asked_first, turned_first, input_precision=PRECISION)
+        logits = tl.dot(asked_second, turned_second, logits, input_precision=PRECISION)
+        if HEAD_SIZE > 2 * HALF:
+            held = valid[None, :] & is_rest[:, None]
+            key_rest = tl.load(key_at[None, :] + rest[:, None], mask=held, other=0.0)
+            logits = tl.dot(query_rest, key_rest, logits, input_precision=PRECISION)
+        logits *= scale_log2
+        if SCORED:
+            # Past the end too, in wide words: rows of logits have room for whole tiles.
+            tl.store(logits_at + key_place[None, :], logits, mask=in_group)
+        logits = tl.where(valid[None, :], logits, float("-inf"))
+
+        new_top = tl.maximum(top, tl.max(logits, axis=1))
+        faded = tl.exp2(top - new_top)
+        probs = tl.exp2(logits - new_top[:, None])
+        norms = norms * faded[:, None] + probs
+        # [KEYS, CHANNELS]
+        held = valid[:, None]
+        if CHANNELS != HEAD_SIZE:
+            held = held & (channel < HEAD_SIZE)[None, :]
+        value_at = key_at[:, None] + (HEAD_SIZE + channel)[None, :]
+        value = tl.load(value_at, mask=held, other=0.0)
+        acc = acc * faded[:, None]
+        acc = tl.dot(probs.to(dtype), value, acc, input_precision=PRECISION)
+        top = new_top
+
+    norm = tl.sum(norms, axis=1)
+    # [HEADS, CHANNELS]
+    attended = acc / norm[:, None]
+    written = in_group & (channel < HEAD_SIZE)[None, :]
+    if DIRECT and split_keys >= length:
+        # There is nothing to join.
+        output_at = output_ptr + token * output_stride_token
+        output_at += ((kv_head * GROUP + group) * output_stride_head)[:, None] + channel[None, :]
+        tl.store(output_at, attended.to(output_ptr.dtype.element_ty), mask=written)
+    else:
+        split_at = (row * tl.num_programs(0) + kv_head) * GROUP * max_splits + split
+        split_at += group * max_splits
+        tl.store(lse_ptr + split_at, top + tl.log2(norm), mask=group < GROUP)
+        partial_at = partial_ptr + split_at[:, None] * HEAD_SIZE + channel[None, :]
+        tl.store(partial_at, attended, mask=written)
+
+
+def decode(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    pages: Pages,
+    batch: DecodeRows,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    is_neox: bool,
+    scale: float,
+    power: float,
+    reduction: str,
+    scratch: Scratch,
+    scored: bool = True,
+    counter: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> None:
+    """Attend one query of each row to all it holds, and score the keys.
+
+    Args:
+        output: [num_tokens, num_heads, head_size]; the batch's rows are written.
+        query: [num_tokens, num_heads, head_size] before RoPE, channels dense.
+        pages: The layer's pages, the queries' own keys and values already written.
+        batch: Which rows and blocks. Rows at place -1 are neither read nor written.
+        cos: [num_positions, rotary_dim / 2]. In float32 rotations compose; a table in the model's
+            dtype is too coarse for that and is read at every key's place.
+        sin: As `cos`.
+        is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
+        scale: Factor on the logits.
+        power: Exponent on the probability in the score.
+        reduction: "max" or "mean" over the query heads of a KV head.
+        scratch: From `make_scratch`.
+        scored: Whether to update the scores.
+        counter: [1] int64, or None. Gains the number of keys of each row and KV head.
+        sinks: [num_heads] logits that only take part in the softmax's denominator, or None.
+        config: The launch; by default `launch_config`'s.
+
+    Raises:
+        ValueError: If a shape, stride or dtype does not fit.
+    """
+    _, num_kv_heads, block_size, channels = pages.kv.shape
+    _, num_heads, head_size = query.shape
+    max_rows, _, max_splits, _ = scratch.partial.shape
+    half = cos.shape[1]
+    if channels != 2 * head_size or num_heads % num_kv_heads or 2 * half > head_size:
+        raise ValueError(
+            f"{num_heads} query heads of {head_size} channels, {2 * half} of them rotary, do not "
+            f"fit pages of {list(pages.kv.shape)}"
+        )
+    if pages.kv.stride()[1:] != (block_size * channels, channels, 1):
+        raise ValueError("pages must be dense within a block")
+    if query.stride(2) != 1 or output.stride(2) != 1 or batch.block_table.stride(1) != 1:
+        raise ValueError("the last dimension of query, output and block table must be dense")
+    if not cos.is_contiguous() or not sin.is_contiguous():
+        raise ValueError("the rotary table must be contiguous")
+    if block_size > MAX_BLOCK_SIZE or block_size & (block_size - 1):
+        raise ValueError(f"block_size is a power of two up to {MAX_BLOCK_SIZE}, got {block_size}")
+    if reduction not in ("max", "mean"):
+        raise ValueError(f"reduction is 'max' or 'mean', got {reduction!r}")
+    if scratch.partial.shape[1] != num_heads or scratch.partial.shape[3] != head_size:
+        raise ValueError(f"scratch is for {list(scratch.partial.shape)}")
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"one sink for each of {num_heads} heads, got {list(sinks.shape)}")
+    if scored and (pages.score is None or scratch.logits.shape[2] < scratch.max_places):
+        raise ValueError("to keep scores, pages and scratch need room for them")
+    exact_table = cos.dtype == torch.float32
+    if config is not None and not config.by_place and not exact_table:
+        raise ValueError(f"composed rotations need a float32 table, got {cos.dtype}")
+    if config is not None and config.keys > MAX_BLOCK_SIZE:
+        raise ValueError(f"a tile has at most {MAX_BLOCK_SIZE} keys, got {config.keys}")
+
+    group = num_heads // num_kv_heads
+    for begin in range(0, len(batch.rows), max_rows):
+        part = slice(begin, begin + max_rows)
+        some = DecodeRows(*(getattr(batch, name)[part] for name in DecodeRows.__slots__))
+        chosen = config or launch_config(
+            len(some.rows),
+            num_kv_heads,
+            head_size,
+            scratch.max_places,
+            pages.kv.element_size(),
+            exact_table,
+        )
+        splits = scratch.splits
+        if config is not None:
+            choice = min(config.splits, max_splits), config.min_keys
+            splits = Splits.of([choice] * (max_rows + 1), query.device)
+        launch(
+            _split_kernel,
+            (num_kv_heads, len(some.rows), splits.most[len(some.rows)]),
+            output,
+            scratch.partial,
+            scratch.lse,
+            scratch.logits,
+            query,
+            pages.kv,
+            cos,
+            sin,
+            some.rows,
+            some.places,
+            some.block_table,
+            splits.table,
+            scale * LOG2_E,
+            cos.shape[0],
+            output.stride(0),
+            output.stride(1),
+            query.stride(0),
+            query.stride(1),
+            pages.kv.stride(0),
+            some.block_table.stride(0),
+            scratch.logits.stride(1),
+            max_splits,
+            GROUP=group,
+            HEAD_SIZE=head_size,
+            HALF=half,
+            BLOCK_SIZE=block_size,
+            HEADS=max(MIN_DOT, next_power_of_2(group)),
+            KEYS=chosen.keys,
+            PAIRS=max(MIN_DOT, next_power_of_2(half)),
+            REST=max(MIN_DOT, next_power_of_2(head_size - 2 * half)),
+            CHANNELS=next_power_of_2(head_size),
+            ROWS=next_power_of_2(max_rows),
+            IS_NEOX=is_neox,
+            BY_PLACE=chosen.by_place,
+            SCORED=scored,
+            DIRECT=is_direct(scored, sinks),
+            PRECISION="ieee" if pages.kv.dtype == torch.float32 else "tf32",
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+            maxnreg=chosen.max_registers,
+        )
+        combine(
+            output, pages, some, power, reduction, splits, scratch, scored, counter, sinks, chosen
+        )

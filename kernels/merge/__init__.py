@@ -1,0 +1,1 @@
+"""Triton kernels that choose which tokens stay, and move them."""

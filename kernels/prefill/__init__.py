@@ -1,0 +1,1 @@
+"""Triton kernels for steps of several tokens of a request."""

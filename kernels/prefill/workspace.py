@@ -1,0 +1,455 @@
+"""Prepares a wave of prefill in one launch: all that attention reads, and what pages keep.
+
+A segment's own queries, keys and values come from the activations: queries and keys go to the
+workspace rotated, keys and values to their pages as they are. What the segment finds in the pages
+is gathered into the workspace. Where a boundary follows, unit keys and unit values are added up on
+the way, for the mean that tokens are then compared with.
+
+The caller owns the workspace and keeps it. Its shapes, all of the model's dtype: query
+[num_queries, num_heads, head_size]; key and value, each [num_rows, num_kv_heads, head_size].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_cascade.kernels.launch import cdiv, launch, next_power_of_2
+from vllm_cascade.kernels.merge.means import add_units_of, is_in_mean
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.primitives import load_angles, rotate_tile
+from vllm_cascade.kernels.segments import KEY_PADDING, Segments
+from vllm_cascade.kernels.weights import Weights
+
+# Tokens of a program: of a segment's own, and of those in the pages.
+OWN_TOKENS = 16
+PAGE_TOKENS = 16
+NUM_WARPS = 2
+# Heads of a program, which share the angles of its tokens.
+QUERY_HEADS = 8
+KV_HEADS = 4
+
+
+@triton.jit
+def _take_own_queries(
+    out_ptr,
+    query_ptr,
+    cos_ptr,
+    sin_ptr,
+    packed,
+    row,
+    place,
+    valid,
+    first_head,
+    cos_stride,
+    query_stride_token,
+    query_stride_head,
+    out_stride_token,
+    out_stride_head,
+    NUM_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Pack and rotate some query heads of a segment's own tokens."""
+    line = place.to(tl.int64) * cos_stride
+    cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
+    for head in range(first_head, tl.minimum(first_head + HEADS, NUM_HEADS)):
+        rotate_tile(
+            out_ptr + packed * out_stride_token + head * out_stride_head,
+            query_ptr + row * query_stride_token + head * query_stride_head,
+            cos,
+            sin,
+            valid,
+            HEAD_SIZE,
+            ROTARY_DIM,
+            IS_NEOX,
+            BLOCK_D,
+        )
+
+
+@triton.jit
+def _take_own_keys(
+    key_out_ptr,
+    value_out_ptr,
+    kv_ptr,
+    token_ptr,
+    sums_at,
+    key_ptr,
+    value_ptr,
+    tokens_ptr,
+    table_at,
+    cos_ptr,
+    sin_ptr,
+    packed,
+    row,
+    place,
+    out_row,
+    valid,
+    summed,
+    first_head,
+    cos_stride,
+    out_stride_token,
+    out_stride_head,
+    kv_stride_block,
+    token_stride_block,
+    key_stride_token,
+    key_stride_head,
+    value_stride_token,
+    value_stride_head,
+    NUM_KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SUM_KEYS: tl.constexpr,
+    SUM_VALUES: tl.constexpr,
+):
+    """Bring some KV heads of a segment's own tokens to the workspace and to their pages."""
+    channel = tl.arange(0, BLOCK_V)
+    held = valid[:, None] & (channel < HEAD_SIZE)[None, :]
+    in_mean = is_in_mean(place)
+    counted = held & in_mean[:, None]
+    summed = summed & (tl.max((valid & in_mean).to(tl.int32), 0) > 0)
+    line = place.to(tl.int64) * cos_stride
+    # They serve all heads.
+    cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
+    block = tl.load(table_at + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+    for head in range(first_head, tl.minimum(first_head + HEADS, NUM_KV_HEADS)):
+        slot = head * BLOCK_SIZE + place % BLOCK_SIZE
+        page = kv_ptr + block * kv_stride_block + slot * (2 * HEAD_SIZE)
+        source = key_ptr + row * key_stride_token + head * key_stride_head
+        target = out_row.to(tl.int64) * out_stride_token + head * out_stride_head
+        rotate_tile(
+            key_out_ptr + target,
+            source,
+            cos,
+            sin,
+            valid,
+            HEAD_SIZE,
+            ROTARY_DIM,
+            IS_NEOX,
+            BLOCK_D,
+            page,
+        )
+        # [rows, BLOCK_V]
+        value_at = value_ptr + row * value_stride_token + head * value_stride_head
+        value = tl.load(value_at[:, None] + channel[None, :], mask=held, other=0.0)
+        tl.store(page[:, None] + HEAD_SIZE + channel[None, :], value, mask=held)
+        tl.store((value_out_ptr + target)[:, None] + channel[None, :], value, mask=held)
+        if token_ptr is not None:
+            token = tl.load(tokens_ptr + packed, mask=valid, other=0)
+            tl.store(token_ptr + block * token_stride_block + slot, token, mask=valid)
+        if (SUM_KEYS or SUM_VALUES) and summed:
+            key = tl.load(source[:, None] + channel[None, :], mask=counted, other=0.0)
+            value = tl.where(counted, value, tl.zeros_like(value))
+            sum_at = sums_at + head * (2 * HEAD_SIZE)
+            add_units_of(sum_at, key, value, BLOCK_V, HEAD_SIZE, SUM_KEYS, SUM_VALUES)
+
+
+@triton.jit
+def _take_held(
+    key_out_ptr,
+    value_out_ptr,
+    kv_ptr,
+    sums_at,
+    table_at,
+    cos_ptr,
+    sin_ptr,
+    place,
+    out_row,
+    valid,
+    written,
+    summed,
+    first_head,
+    cos_stride,
+    out_stride_token,
+    out_stride_head,
+    kv_stride_block,
+    NUM_KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SUM_KEYS: tl.constexpr,
+    SUM_VALUES: tl.constexpr,
+):
+    """Bring some KV heads of tokens in the pages to the workspace; zeros where there are none."""
+    channel = tl.arange(0, BLOCK_V)
+    in_head = (channel < HEAD_SIZE)[None, :]
+    held = valid[:, None] & in_head
+    in_mean = is_in_mean(place)
+    counted = held & in_mean[:, None]
+    summed = summed & (tl.max((valid & in_mean).to(tl.int32), 0) > 0)
+    line = place.to(tl.int64) * cos_stride
+    cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
+    block = tl.load(table_at + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+    for head in range(first_head, tl.minimum(first_head + HEADS, NUM_KV_HEADS)):
+        slot = head * BLOCK_SIZE + place % BLOCK_SIZE
+        source = kv_ptr + block * kv_stride_block + slot * (2 * HEAD_SIZE)
+        target = out_row.to(tl.int64) * out_stride_token + head * out_stride_head
+        rotate_tile(
+            key_out_ptr + target,
+            source,
+            cos,
+            sin,
+            valid,
+            HEAD_SIZE,
+            ROTARY_DIM,
+            IS_NEOX,
+            BLOCK_D,
+        )
+        # [rows, BLOCK_V]
+        value = tl.load(source[:, None] + HEAD_SIZE + channel[None, :], mask=held, other=0.0)
+        target_at = (value_out_ptr + target)[:, None] + channel[None, :]
+        tl.store(target_at, value, mask=written[:, None] & in_head)
+        if (SUM_KEYS or SUM_VALUES) and summed:
+            key = tl.load(source[:, None] + channel[None, :], mask=counted, other=0.0)
+            value = tl.where(counted, value, tl.zeros_like(value))
+            sum_at = sums_at + head * (2 * HEAD_SIZE)
+            add_units_of(sum_at, key, value, BLOCK_V, HEAD_SIZE, SUM_KEYS, SUM_VALUES)
+
+
+@triton.jit(
+    do_not_specialize=["own_tiles"],
+    do_not_specialize_on_alignment=[
+        "rows_ptr",
+        "tokens_ptr",
+        "query_spans_ptr",
+        "key_spans_ptr",
+        "block_table_ptr",
+        "num_groups_ptr",
+    ],
+)
+def _prepare_kernel(
+    query_out_ptr,
+    key_out_ptr,
+    value_out_ptr,
+    kv_ptr,
+    token_ptr,
+    sums_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    rows_ptr,
+    tokens_ptr,
+    query_spans_ptr,
+    key_spans_ptr,
+    block_table_ptr,
+    num_groups_ptr,
+    cos_ptr,
+    sin_ptr,
+    own_tiles,
+    query_out_stride_token,
+    query_out_stride_head,
+    out_stride_token,
+    out_stride_head,
+    kv_stride_block,
+    token_stride_block,
+    query_stride_token,
+    query_stride_head,
+    key_stride_token,
+    key_stride_head,
+    value_stride_token,
+    value_stride_head,
+    table_stride,
+    cos_stride,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+    OWN_T: tl.constexpr,
+    PAGE_T: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PADDING: tl.constexpr,
+    SUM_KEYS: tl.constexpr,
+    SUM_VALUES: tl.constexpr,
+):
+    QUERY_PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    KV_PARTS: tl.constexpr = (NUM_KV_HEADS + KV_HEADS - 1) // KV_HEADS
+    OWN_PARTS: tl.constexpr = QUERY_PARTS + KV_PARTS
+    segment = tl.program_id(1)
+    query_start = tl.load(query_spans_ptr + 2 * segment)
+    num_own = tl.load(query_spans_ptr + 2 * segment + 1) - query_start
+    key_start = tl.load(key_spans_ptr + 2 * segment)
+    num_keys = tl.load(key_spans_ptr + 2 * segment + 1) - key_start
+    prefix = num_keys - num_own
+    table_at = block_table_ptr + segment.to(tl.int64) * table_stride
+    sums_at = sums_ptr + segment.to(tl.int64) * (NUM_KV_HEADS * 2 * HEAD_SIZE)
+    summed = tl.load(num_groups_ptr + segment) > 0
+
+    if tl.program_id(0) < own_tiles * OWN_PARTS:
+        part = tl.program_id(0) % OWN_PARTS
+        first_own = tl.program_id(0) // OWN_PARTS * OWN_T
+        # [OWN_T] the segment's own tokens
+        index = first_own + tl.arange(0, OWN_T)
+        is_own = index < num_own
+        packed = (query_start + index).to(tl.int64)
+        row = tl.load(rows_ptr + packed, mask=is_own, other=0).to(tl.int64)
+        if first_own >= num_own:
+            pass
+        elif part < QUERY_PARTS:
+            _take_own_queries(
+                query_out_ptr, query_ptr, cos_ptr, sin_ptr,
+                packed, row, prefix + index, is_own, part * HEADS, cos_stride,
+                query_stride_token, query_stride_head,
+                query_out_stride_token, query_out_stride_head,
+                NUM_HEADS, HEADS, HEAD_SIZE, ROTARY_DIM, IS_NEOX, BLOCK_D,
+            )  # fmt: skip
+        else:
+            _take_own_keys(
+                key_out_ptr, value_out_ptr, kv_ptr, token_ptr, sums_at,
+                key_ptr, value_ptr, tokens_ptr, table_at, cos_ptr, sin_ptr,
+                packed, row, prefix + index, key_start + prefix + index, is_own, summed,
+                (part - QUERY_PARTS) * KV_HEADS,
+                cos_stride, out_stride_token, out_stride_head, kv_stride_block, token_stride_block,
+                key_stride_token, key_stride_head, value_stride_token, value_stride_head,
+                NUM_KV_HEADS, KV_HEADS, BLOCK_SIZE, HEAD_SIZE, ROTARY_DIM, IS_NEOX,
+                BLOCK_D, BLOCK_V, SUM_KEYS, SUM_VALUES,
+            )  # fmt: skip
+    else:
+        program = tl.program_id(0) - own_tiles * OWN_PARTS
+        prefix_tiles = tl.cdiv(prefix, PAGE_T)
+        tile = program // KV_PARTS
+        # [PAGE_T] places in the pages; behind the last tile of them, rows past the segment's end
+        past = num_keys + (tile - prefix_tiles) * PAGE_T
+        place = tl.where(tile < prefix_tiles, tile * PAGE_T, past) + tl.arange(0, PAGE_T)
+        valid = place < prefix
+        written = valid | ((place >= num_keys) & (place < num_keys + PADDING))
+        if tile < prefix_tiles + (PADDING + PAGE_T - 1) // PAGE_T:
+            _take_held(
+                key_out_ptr, value_out_ptr, kv_ptr, sums_at, table_at, cos_ptr, sin_ptr,
+                place, key_start + place, valid, written, summed,
+                program % KV_PARTS * KV_HEADS,
+                cos_stride, out_stride_token, out_stride_head, kv_stride_block,
+                NUM_KV_HEADS, KV_HEADS, BLOCK_SIZE, HEAD_SIZE, ROTARY_DIM, IS_NEOX,
+                BLOCK_D, BLOCK_V, SUM_KEYS, SUM_VALUES,
+            )  # fmt: skip
+
+
+def prepare(
+    pages: Pages,
+    segments: Segments,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    is_neox: bool,
+    query_out: torch.Tensor,
+    key_out: torch.Tensor,
+    value_out: torch.Tensor,
+    weights: Weights,
+    sums: torch.Tensor,
+) -> None:
+    """Write a wave's keys and values into their pages, and all that attention reads.
+
+    Args:
+        pages: The layer's pages; the segments' own keys (before RoPE) and values are written.
+        segments: Which blocks; row ``key_spans[s, 0] + j`` of the workspace is place j of s.
+        query: [num_tokens, num_heads, head_size] before RoPE; channels dense.
+        key: [num_tokens, num_kv_heads, head_size] before RoPE; channels dense.
+        value: As `key`.
+        rows: [num_queries] int32 row of each packed query in `query`, `key` and `value`.
+        tokens: [num_queries] int32 index of each token in its request; read if traced.
+        cos: [num_positions, rotary_dim / 2] in any floating dtype; channels dense.
+        sin: As `cos`.
+        is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
+        query_out: [>= num_queries, num_heads, head_size] in the dtype of `query`; its first rows
+            are written, packed, rotated in float32 and rounded once.
+        key_out: [>= num_rows, num_kv_heads, head_size] in the pages' dtype; rotated likewise.
+            Padding is left.
+        value_out: As `key_out`; padding becomes zero.
+        weights: What is ranked at a boundary; the units of what weighs nothing are not summed.
+        sums: From `means.make_sums`; row s gains the units of segment s's mean, if groups of it
+            merge.
+    """
+    _, num_heads, head_size = query.shape
+    _, num_kv_heads, block_size, channels = pages.kv.shape
+    num_segments = len(segments.num_groups)
+    assert channels == 2 * head_size and key.shape[1:] == value.shape[1:]
+    assert key.shape[1:] == key_out.shape[1:] == value_out.shape[1:] == (num_kv_heads, head_size)
+    assert query_out.shape[0] >= segments.num_queries and query_out.shape[1:] == query.shape[1:]
+    assert key_out.shape[0] >= segments.num_rows and value_out.shape[0] >= segments.num_rows
+    assert query_out.dtype == query.dtype and key_out.dtype == value_out.dtype == pages.kv.dtype
+    assert query.stride(2) == key.stride(2) == value.stride(2) == query_out.stride(2) == 1
+    assert key_out.stride(2) == 1 and key_out.stride() == value_out.stride()
+    assert pages.kv.stride()[1:] == (block_size * channels, channels, 1)
+    assert cos.stride() == sin.stride() and cos.stride(1) == 1
+    if num_segments == 0 or segments.num_queries == 0:
+        return
+    assert len(sums) >= num_segments or not (weights.key or weights.value)
+    heads, kv_heads = min(num_heads, QUERY_HEADS), min(num_kv_heads, KV_HEADS)
+    kv_parts = cdiv(num_kv_heads, kv_heads)
+    own_tiles = cdiv(segments.max_query_len, OWN_TOKENS)
+    page_tiles = cdiv(segments.max_prefix_len, PAGE_TOKENS) + cdiv(KEY_PADDING, PAGE_TOKENS)
+    num_programs = own_tiles * (cdiv(num_heads, heads) + kv_parts) + page_tiles * kv_parts
+    rotary_dim = 2 * cos.shape[1]
+    launch(
+        _prepare_kernel,
+        (num_programs, num_segments),
+        query_out,
+        key_out,
+        value_out,
+        pages.kv,
+        pages.token,
+        sums,
+        query,
+        key,
+        value,
+        rows,
+        tokens,
+        segments.query_spans,
+        segments.key_spans,
+        segments.block_table,
+        segments.num_groups,
+        cos,
+        sin,
+        own_tiles,
+        query_out.stride(0),
+        query_out.stride(1),
+        key_out.stride(0),
+        key_out.stride(1),
+        pages.kv.stride(0),
+        0 if pages.token is None else pages.token.stride(0),
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        segments.block_table.stride(0),
+        cos.stride(0),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        BLOCK_SIZE=block_size,
+        HEAD_SIZE=head_size,
+        ROTARY_DIM=rotary_dim,
+        IS_NEOX=is_neox,
+        OWN_T=OWN_TOKENS,
+        PAGE_T=PAGE_TOKENS,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        BLOCK_D=next_power_of_2(max(rotary_dim // 2, cdiv(head_size - rotary_dim, 2))),
+        BLOCK_V=next_power_of_2(head_size),
+        PADDING=KEY_PADDING,
+        SUM_KEYS=weights.key > 0,
+        SUM_VALUES=weights.value > 0,
+        num_warps=NUM_WARPS,
+    )

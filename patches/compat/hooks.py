@@ -1,0 +1,223 @@
+"""What the plugin relies on in vLLM beside what its patches replace and its modules import.
+
+Names that a module imports from vLLM, and attributes it looks up on them, are read from the
+plugin's own source (`moves.py`) and are not repeated here.
+"""
+
+from __future__ import annotations
+
+# Class of the plugin -> members of vLLM's base class that it replaces. Of a function the
+# parameters have to fit too.
+OVERRIDES: dict[str, tuple[str, ...]] = {
+    "vllm_cascade/attention/backend.py:CascadeBackend": (
+        "forward_includes_kv_cache_update",
+        "supported_dtypes",
+        "supported_kv_cache_dtypes",
+        "get_name",
+        "get_impl_cls",
+        "get_builder_cls",
+        "get_supported_kernel_block_sizes",
+        "supported_kv_cache_layouts",
+        "supports_sink",
+        "supports_kv_connector",
+        "customize_spec",
+    ),
+    "vllm_cascade/attention/backend.py:CascadeMetadataBuilder": (
+        "_cudagraph_support",
+        "__init__",
+        "build",
+    ),
+    "vllm_cascade/attention/impl.py:CascadeImpl": ("__init__", "forward"),
+    "vllm_cascade/kv_cache/manager.py:CascadeManager": (
+        "__init__",
+        "get_num_blocks_to_allocate",
+        "allocate_new_blocks",
+        "allocate_external_computed_blocks",
+        "add_local_computed_blocks",
+        "cache_blocks",
+        "take_pending_cow_copies",
+        "free",
+        "pop_blocks_for_free",
+    ),
+    "vllm_cascade/metrics.py:CascadeStatLogger": ("__init__", "record", "log_engine_initialized"),
+    "vllm_cascade/kv_cache/spec.py:CascadeSpec": (
+        "__post_init__",
+        "prefix_cacheable",
+        "uses_slot_mapping",
+        "block_table_token_alignment",
+        "max_memory_usage_bytes",
+        "max_num_blocks_per_req",
+        "is_uniform_with_collection",
+    ),
+}
+
+# File of the plugin -> what vLLM hands it: class -> its members.
+MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "vllm_cascade/attention/backend.py": {
+        "vllm.v1.attention.backend.CommonAttentionMetadata": (
+            "num_reqs",
+            "query_start_loc",
+            "query_start_loc_cpu",
+            "seq_lens",
+            "seq_lens_cpu_upper_bound",
+            "block_table_tensor",
+        ),
+        "vllm.config.CompilationConfig": ("static_forward_context",),
+        "vllm.config.SchedulerConfig": ("max_num_seqs", "max_num_batched_tokens"),
+        "vllm.model_executor.layers.attention.Attention": ("impl",),
+    },
+    "vllm_cascade/kv_cache/manager.py": {
+        "vllm.v1.core.single_type_kv_cache_manager.CircularBufferManager": (
+            "block_pool",
+            "block_size",
+            "req_to_blocks",
+            "kv_cache_group_id",
+            "_pending_cow_copies",
+        ),
+        "vllm.v1.core.block_pool.BlockPool": ("free_blocks", "get_num_free_blocks"),
+        "vllm.v1.request.Request": ("request_id", "is_finished"),
+    },
+    "vllm_cascade/kv_cache/continuation.py": {
+        "vllm.v1.request.Request": (
+            "all_token_ids",
+            "block_hashes",
+            "mm_features",
+            "num_computed_tokens",
+            "num_prompt_tokens",
+            "num_tokens",
+            "prompt_embeds",
+        ),
+        "vllm.v1.core.kv_cache_utils.KVCacheBlock": ("ref_cnt", "set_block_hash", "reset_hash"),
+    },
+    "patches/continued_requests.py": {
+        "vllm.v1.core.kv_cache_manager.KVCacheManager": (
+            "coordinator",
+            "create_kv_cache_blocks",
+            "prefix_cache_lookup_enabled",
+        ),
+        "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("single_type_managers",),
+    },
+    "vllm_cascade/kv_cache/spec.py": {
+        "vllm.v1.kv_cache_interface.AttentionSpec": (
+            "block_size",
+            "num_kv_heads",
+            "head_size",
+            "head_size_v",
+            "dtype",
+            "page_size_padded",
+            "page_size_bytes",
+            "unpadded_page_size_bytes",
+            "dcp_sharded",
+        ),
+        "vllm.config.VllmConfig": ("use_v2_model_runner",),
+    },
+    "vllm_cascade/attention/rope.py": {
+        "vllm.model_executor.layers.attention.Attention": ("attn_backend", "layer_name"),
+        "vllm.model_executor.layers.rotary_embedding.RotaryEmbedding": (
+            "cos_sin_cache",
+            "is_neox_style",
+            "rotary_dim",
+            "_compute_cos_sin_cache",
+        ),
+    },
+    "vllm_cascade/metrics.py": {
+        "vllm.v1.metrics.stats.IterationStats": ("finished_requests",),
+        "vllm.v1.metrics.stats.FinishedRequestStats": (
+            "num_prompt_tokens",
+            "num_generation_tokens",
+            "num_cached_tokens",
+        ),
+    },
+    "vllm_cascade/support/selection.py": {
+        "vllm.config.AttentionConfig": ("backend", "backend_per_kind", "use_non_causal"),
+        "vllm.v1.attention.selector.AttentionSelectorConfig": (
+            "head_size",
+            "dtype",
+            "kv_cache_dtype",
+            "block_size",
+            "use_mm_prefix",
+            "use_non_causal",
+            "use_batch_invariant",
+            "use_rswa",
+        ),
+        "vllm.v1.attention.backend.AttentionBackend": ("validate_configuration",),
+    },
+    "vllm_cascade/support/validate.py": {
+        "vllm.config.VllmConfig": (
+            "additional_config",
+            "attention_config",
+            "cache_config",
+            "device_config",
+            "kv_transfer_config",
+            "model_config",
+            "parallel_config",
+            "speculative_config",
+        ),
+        "vllm.config.ModelConfig": (
+            "attention_chunk_size",
+            "attn_type",
+            "disable_sliding_window",
+            "dtype",
+            "get_head_size",
+            "get_num_kv_heads",
+            "get_num_layers",
+            "get_sliding_window",
+            "get_total_num_hidden_layers",
+            "get_total_num_kv_heads",
+            "hf_text_config",
+            "is_mm_prefix_lm",
+            "max_model_len",
+            "model_arch_config",
+            "original_max_model_len",
+            "rswa_window",
+            "runner_type",
+            "served_model_name",
+            "use_mla",
+            "uses_alibi",
+            "uses_mrope",
+            "using_transformers_backend",
+            "verify_with_parallel_config",
+        ),
+        "vllm.config.CacheConfig": (
+            "block_size",
+            "cache_dtype",
+            "enable_prefix_caching",
+            "kv_sharing_fast_prefill",
+        ),
+        "vllm.config.ParallelConfig": (
+            "decode_context_parallel_size",
+            "prefill_context_parallel_size",
+            "tensor_parallel_size",
+        ),
+    },
+    "patches/front_end_validation.py": {
+        "vllm.engine.arg_utils.EngineArgs": ("attention_backend", "attention_config"),
+    },
+}
+
+# File of the plugin -> function of vLLM's that it calls or that calls it -> parameters, or
+# constant -> value.
+EXACTLY: dict[str, dict[str, str]] = {
+    "vllm_cascade/kv_cache/manager.py": {
+        "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "(self, num_blocks)",
+    },
+    "vllm_cascade/kv_cache/continuation.py": {
+        "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "(self, num_blocks)",
+        "vllm.v1.core.block_pool.BlockPool.touch": "(self, blocks)",
+        "vllm.v1.core.block_pool.BlockPool.unpin_blocks": "(self, blocks, on_reuse)",
+    },
+    "vllm_cascade/plugin.py": {
+        "vllm.v1.attention.backends.registry.register_backend": (
+            "(backend, class_path=None, is_mamba=False)"
+        ),
+        "vllm.v1.kv_cache_spec_registry.KVCacheSpecRegistry.register": (
+            "(kvcache_spec_cls, manager_class=None, uniform_type_base_spec=None)"
+        ),
+        "vllm.v1.worker.utils.customize_attention_spec": "(backend, spec)",
+    },
+    "pyproject.toml": {
+        "vllm.plugins.DEFAULT_PLUGINS_GROUP": "'vllm.general_plugins'",
+        "vllm.plugins.PLATFORM_PLUGINS_GROUP": "'vllm.platform_plugins'",
+        "vllm.plugins.STAT_LOGGER_PLUGINS_GROUP": "'vllm.stat_logger_plugins'",
+    },
+}

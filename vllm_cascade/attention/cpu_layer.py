@@ -1,0 +1,76 @@
+"""One cascade layer's forward pass on a CPU: write, attend, score and merge, wave by wave."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_cascade.attention.cpu_step import CascadeMetadata
+from vllm_cascade.kernels.cpu import attention as cpu_attention
+from vllm_cascade.kernels.cpu import merge as cpu_compaction
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.weights import Weights
+from vllm_cascade.structure.config import CascadeConfig
+
+
+class CpuLayer:
+    """Attends the batches of one layer.
+
+    Args:
+        config: The cascade.
+        scale: Factor on the logits.
+        cos: [num_positions, rotary_dim / 2] float32.
+        sin: As `cos`.
+        is_neox: Which channels are paired.
+        sinks: [num_heads] learned logits that join the softmax's denominator, or None.
+    """
+
+    def __init__(
+        self,
+        config: CascadeConfig,
+        scale: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        is_neox: bool,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        self.config = config
+        self.scale = scale
+        self.sinks = sinks
+        self.rotary = cpu_attention.Rotary(cos, sin, is_neox)
+        self.weights = Weights(config.score_weight, config.key_weight, config.value_weight)
+        self.scoring = None
+        if config.needs_scores:
+            self.scoring = cpu_attention.Scoring(config.score_power, config.score_reduction)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: Pages,
+        metadata: CascadeMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend one step's batch.
+
+        Args:
+            query: [num_tokens, num_heads, head_size] before RoPE.
+            key: [num_tokens, num_kv_heads, head_size] before RoPE.
+            value: [num_tokens, num_kv_heads, head_size_v].
+            pages: The layer's pages.
+            metadata: The step.
+            output: [num_tokens, num_heads, head_size_v], the batch's rows are written.
+        """
+        config, rotary, scale, scoring = self.config, self.rotary, self.scale, self.scoring
+        # Each time, for the weights may be loaded again.
+        sinks = None if self.sinks is None else self.sinks.float()
+        for wave in metadata.waves:
+            pages.write(key[wave.rows], value[wave.rows], wave.block_ids, wave.offsets, wave.tokens)
+            for segment in wave.prefills:
+                cpu_attention.prefill(output, query, pages, segment, rotary, scale, scoring, sinks)
+            for batch in wave.decodes:
+                cpu_attention.decode(output, query, pages, batch, rotary, scale, scoring, sinks)
+            if wave.merge is not None:
+                cpu_compaction.merge_groups(
+                    pages, wave.merge, key.shape[2], config.selection_window, self.weights
+                )

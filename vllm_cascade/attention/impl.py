@@ -1,0 +1,167 @@
+"""One cascade layer's forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakSet
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_cascade.attention.cpu_layer import CpuLayer
+from vllm_cascade.attention.cpu_step import CascadeMetadata
+from vllm_cascade.attention.rope import Rope
+from vllm_cascade.attention.trace import Seen
+from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.support.validate import check_layer, resolve_options
+
+if TYPE_CHECKING:
+    from vllm_cascade.attention.gpu_layer import GpuLayer
+    from vllm_cascade.attention.gpu_step import GpuMetadata
+
+
+class CascadeImpl(AttentionImpl[Any]):
+    """Writes, attends and merges, and scores where scores are kept, wave by wave.
+
+    Keys arrive and are kept before RoPE: the loader hands each layer its rotary embedding
+    (`bind_rope`) and takes it out of the model.
+    """
+
+    # vLLM makes the KV cache specs after the layers, without a current configuration.
+    _vllm_config: ClassVar[VllmConfig]
+    _alive: ClassVar[WeakSet[CascadeImpl]] = WeakSet()
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **extra: Any,
+    ) -> None:
+        check_layer(
+            alibi_slopes=alibi_slopes,
+            sliding_window=sliding_window,
+            kv_cache_dtype=kv_cache_dtype,
+            logits_soft_cap=logits_soft_cap,
+            attn_type=attn_type,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+        )
+        CascadeImpl._vllm_config = get_current_vllm_config()
+        CascadeImpl._alive.add(self)
+        self.config = self.resolve_config(self._vllm_config.cache_config.block_size)
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.num_kv_heads = num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sinks = sinks
+        # Made once the layer's rotary embedding is known.
+        self.worker: CpuLayer | GpuLayer | None = None
+        self.pages: Pages | None = None
+        self.seen: Seen | None = None
+
+    @classmethod
+    def resolve_config(cls, block_size: int) -> CascadeConfig:
+        """The configuration of the model loaded last, for blocks of `block_size` tokens."""
+        return resolve_options(cls._vllm_config, block_size)
+
+    @property
+    def num_positions(self) -> int:
+        """Logical places that are ever rotated at."""
+        return min(self.config.max_places, self.config.max_model_len)
+
+    def bind_rope(self, rope: Rope) -> None:
+        """Take over the rotary embedding that the model applied before this layer.
+
+        Args:
+            rope: Its table, at least `num_positions` long.
+        """
+        cos, sin = rope.tables
+        if cos.device.type == "cpu":
+            self.worker = CpuLayer(
+                self.config, self.scale, cos, sin, rope.is_neox_style, self.sinks
+            )
+            return
+        from vllm_cascade.attention.gpu_layer import GpuLayer, Shape, shared_workspace
+
+        vllm_config = self._vllm_config
+        shape = Shape(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            vllm_config.model_config.dtype,
+            None if self.sinks is None else self.sinks.dtype,
+        )
+        scheduler = vllm_config.scheduler_config
+        workspace = shared_workspace(
+            self.config,
+            shape,
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+            cos.device,
+        )
+        self.worker = GpuLayer(
+            self.config, shape, self.scale, cos, sin, rope.is_neox_style, workspace, self.sinks
+        )
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CascadeMetadata | GpuMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend a batch.
+
+        Args:
+            layer: The attention layer.
+            query: [num_tokens, num_heads, head_size] before RoPE.
+            key: [num_tokens, num_kv_heads, head_size] before RoPE.
+            value: [num_tokens, num_kv_heads, head_size_v].
+            kv_cache: [num_blocks, num_kv_heads, block_size, head_size + head_size_v].
+            attn_metadata: The step, for the layer's device; None in a profiling run.
+            output: [num_tokens, num_heads, head_size_v], written in place.
+            output_scale: Not supported.
+            output_block_scale: Not supported.
+
+        Returns:
+            `output`.
+        """
+        if attn_metadata is None or kv_cache.numel() == 0:
+            return output.zero_()
+        assert self.worker is not None
+        pages = self._pages_of(kv_cache)
+        self.worker.forward(query, key, value, pages, attn_metadata, output)
+        return output
+
+    @classmethod
+    def pages_in(cls, kv_caches: Iterable[torch.Tensor]) -> list[Pages]:
+        """The pages of CASCADE layers that have served a request.
+
+        Args:
+            kv_caches: As `kv_cache` of `forward`, one for each of a model's layers.
+        """
+        addresses = {kv_cache.data_ptr() for kv_cache in kv_caches}
+        pages = [impl.pages for impl in cls._alive if impl.pages]
+        return [each for each in pages if each.kv.data_ptr() in addresses]
+
+    def _pages_of(self, kv_cache: torch.Tensor) -> Pages:
+        if self.pages is None or self.pages.kv.data_ptr() != kv_cache.data_ptr():
+            self.pages = Pages.view(kv_cache, self.config.needs_scores, self.config.trace_tokens)
+        return self.pages

@@ -1,0 +1,1 @@
+"""What `vllm-cascade` does beside evaluation and inspection."""

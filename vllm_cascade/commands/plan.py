@@ -1,0 +1,336 @@
+"""What serving a model with CASCADE would take, worked out without loading its weights.
+
+The numbers come from the objects that an engine builds: vLLM's configuration, checked as for a
+server, and the cache specification of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vllm_cascade.structure.accounting import startup_line
+from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.structure.options import NO_EFFECT, SCORE_KNOBS, CascadeOptions
+
+GIB = 1 << 30
+
+
+class PlanError(ValueError):
+    """A model or a configuration that cannot be served; the message says what would be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The memory of a request in a valid configuration; all bytes are those of one rank.
+
+    Args:
+        model: The model as it was named.
+        config: The resolved configuration.
+        dtype: Of the model and its KV cache.
+        position_limit: Positions the model itself was made for.
+        tensor_parallel_size: Ranks that share each layer's KV heads.
+        num_layers: CASCADE layers.
+        max_blocks: R, the most blocks a request holds in a layer.
+        page_size_bytes: Bytes of a block in a layer, with scores and trace where they are kept.
+        layer_bytes: Bytes of the longest request in a layer.
+        full_attention_layer_bytes: The same with full attention.
+        num_window_layers: Sliding-window layers, which are vLLM's own.
+        window_bytes: Bytes of the longest request in all of those, and of what vLLM pads where it
+            groups unequal numbers of layers.
+        full_attention_window_bytes: The same where the other layers have full attention.
+        kv_memory_bytes: Memory for KV on each GPU, or None.
+    """
+
+    model: str
+    config: CascadeConfig
+    dtype: str
+    position_limit: int
+    tensor_parallel_size: int
+    num_layers: int
+    max_blocks: int
+    page_size_bytes: int
+    layer_bytes: int
+    full_attention_layer_bytes: int
+    num_window_layers: int
+    window_bytes: int
+    full_attention_window_bytes: int
+    kv_memory_bytes: int | None
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes of the longest request in all layers."""
+        return self.layer_bytes * self.num_layers + self.window_bytes
+
+    @property
+    def full_attention_bytes(self) -> int:
+        """Bytes of the longest request in all layers, with full attention."""
+        own = self.full_attention_layer_bytes * self.num_layers
+        return own + self.full_attention_window_bytes
+
+    @property
+    def concurrency(self) -> int | None:
+        """Longest requests that the memory for KV holds at once."""
+        return None if self.kv_memory_bytes is None else self.kv_memory_bytes // self.request_bytes
+
+    @property
+    def full_attention_concurrency(self) -> int | None:
+        """The same with full attention."""
+        if self.kv_memory_bytes is None:
+            return None
+        return self.kv_memory_bytes // self.full_attention_bytes
+
+    @property
+    def startup_line(self) -> str:
+        """The line that the engine logs as it starts."""
+        return startup_line(self.config, self.max_blocks, self.page_size_bytes, self.num_layers)
+
+    @property
+    def _included(self) -> str:
+        """What a page holds besides keys and values, in words."""
+        kept = ["scores"] * self.config.needs_scores + ["trace"] * self.config.trace_tokens
+        return f", {' and '.join(kept)} included" if kept else ""
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers, by name."""
+        names = (
+            "request_bytes",
+            "full_attention_bytes",
+            "concurrency",
+            "full_attention_concurrency",
+            "startup_line",
+        )
+        derived = {name: getattr(self, name) for name in names}
+        return {"valid": True, **asdict(self), "reach": self.config.reach, **derived}
+
+    def as_text(self) -> str:
+        """All numbers, for a reader."""
+        config, ranks = self.config, self.tensor_parallel_size
+        each = f" on each of {ranks} ranks" if ranks > 1 else ""
+        windows = ""
+        if self.num_window_layers:
+            windows = (
+                f" and {self.num_window_layers} sliding-window layers, "
+                f"{self.window_bytes:,} bytes of it theirs"
+            )
+        limit = f"the model's own limit is {self.position_limit:,} tokens"
+        settled = " ".join(f"{name}={value}" for name, value in effective(config).items())
+        rows = [
+            ("valid", f"yes, for {self.model} in {self.dtype}; {limit}"),
+            ("configuration", settled),
+            ("log line", self.startup_line),
+            ("reach", f"{config.reach:,} tokens, of requests of up to {config.max_model_len:,}"),
+            (
+                "a request holds",
+                f"at most R = {self.max_blocks:,} blocks of {config.block_size} tokens in a layer",
+            ),
+            (
+                "memory",
+                f"{self.layer_bytes:,} bytes in a layer{each}, {_size(self.request_bytes)} in all "
+                f"{self.num_layers}{windows}{self._included}",
+            ),
+            ("full attention", f"{_size(self.full_attention_bytes)} at the same max_model_len"),
+        ]
+        if self.kv_memory_bytes is not None:
+            rows.append(
+                (
+                    "concurrency",
+                    f"{self.concurrency:,} requests of {config.max_model_len:,} tokens in "
+                    f"{self.kv_memory_bytes / GIB:g} GiB for KV{each}; full attention: "
+                    f"{self.full_attention_concurrency:,}",
+                )
+            )
+        return "\n".join(f"{name:<16} {value}" for name, value in rows)
+
+
+def effective(config: CascadeConfig) -> dict[str, Any]:
+    """The options of a configuration, but for those that change nothing under it."""
+    without = set(NO_EFFECT[config.policy])
+    if config.num_sub_caches == 1:
+        without |= set(NO_EFFECT["window"])
+    elif not config.score_weight:
+        without |= set(SCORE_KNOBS)
+    # What it came to is to be seen, whoever chose it.
+    without.discard("num_sub_caches")
+    return {name: value for name, value in asdict(config).items() if name not in without}
+
+
+def make_plan(
+    model: str,
+    cascade: Mapping[str, Any],
+    *,
+    max_model_len: int | None = None,
+    block_size: int | None = None,
+    dtype: str = "auto",
+    tensor_parallel_size: int = 1,
+    kv_memory_gib: float | None = None,
+) -> Plan:
+    """Settle a configuration as a server would, and count what a request takes.
+
+    Args:
+        model: Folder with the model's config.json, or a name in the cache of Hugging Face.
+        cascade: The cascade's options, as in ``additional_config``.
+        max_model_len: Most tokens a request may have; the model's own limit unless given.
+        block_size: Tokens in a KV block; vLLM's choice for this device unless given.
+        dtype: As vLLM's ``--dtype``.
+        tensor_parallel_size: Ranks that share each layer's KV heads; need not be there.
+        kv_memory_gib: Memory for KV on each GPU, in GiB.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: With the reason, and the nearest valid value where there is one.
+    """
+    _check_folder(model)
+    try:
+        CascadeOptions.parse(cascade)
+        vllm_config = _vllm_config(
+            model, cascade, max_model_len, block_size, dtype, tensor_parallel_size
+        )
+    except OSError as error:
+        raise PlanError(f"cannot read the configuration of {model}: {error}") from error
+    except Exception as error:  # a config.json may be wrong in any way
+        raise PlanError(_said(error)) from error
+    return _count(model, vllm_config, kv_memory_gib)
+
+
+def _check_folder(model: str) -> None:
+    path = Path(model).expanduser()
+    is_name = model.count("/") <= 1 and not model.startswith((".", "/", "~"))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise PlanError(f"{model} has no config.json. Give the folder of a Hugging Face model")
+    if not path.is_dir() and not is_name:
+        raise PlanError(f"{model} is no folder. Give the folder of a Hugging Face model")
+
+
+def _vllm_config(
+    model: str,
+    cascade: Mapping[str, Any],
+    max_model_len: int | None,
+    block_size: int | None,
+    dtype: str,
+    tensor_parallel_size: int,
+) -> Any:
+    """vLLM's configuration, checked for CASCADE; no engine starts."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_cascade.plugin import register
+    from vllm_cascade.support.validate import validate
+
+    register()
+    vllm_config = EngineArgs(
+        model=model,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        dtype=dtype,  # type: ignore[arg-type]
+        attention_backend="CASCADE",
+        enable_prefix_caching=False,  # no bytes depend on it, and a server has its own say on it
+        additional_config={"cascade": dict(cascade)},
+    ).create_engine_config()
+    # Afterwards, for vLLM asks whether this machine has so many devices.
+    vllm_config.parallel_config.tensor_parallel_size = tensor_parallel_size
+    vllm_config.model_config.verify_with_parallel_config(vllm_config.parallel_config)
+    validate(vllm_config)
+    return vllm_config
+
+
+def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    from vllm_cascade.kv_cache.spec import CascadeSpec
+    from vllm_cascade.support.hybrid import SLIDING, is_hybrid
+    from vllm_cascade.support.validate import position_limit, resolve_options
+
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    block_size = vllm_config.cache_config.block_size
+    config = resolve_options(vllm_config, block_size)
+    shape = {
+        "block_size": block_size,
+        "num_kv_heads": model_config.get_num_kv_heads(parallel),
+        "head_size": model_config.get_head_size(),
+        "dtype": model_config.dtype,
+    }
+    full = FullAttentionSpec(**shape)
+    spec = CascadeSpec.of(full, config)
+    num_layers, kinds = _num_layers(model_config, parallel), []
+    if is_hybrid(model_config):
+        kinds = model_config.hf_text_config.layer_types
+    window = None
+    if kinds:
+        window = SlidingWindowSpec(**shape, sliding_window=model_config.get_sliding_window())
+    return Plan(
+        model=model,
+        config=config,
+        dtype=str(model_config.dtype).removeprefix("torch."),
+        position_limit=position_limit(model_config),
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        num_layers=num_layers,
+        max_blocks=build_layout(config).max_blocks,
+        page_size_bytes=spec.page_size_bytes,
+        layer_bytes=spec.max_memory_usage_bytes(vllm_config),
+        full_attention_layer_bytes=full.max_memory_usage_bytes(vllm_config),
+        num_window_layers=kinds.count(SLIDING),
+        window_bytes=_beside(vllm_config, spec, window, kinds),
+        full_attention_window_bytes=_beside(vllm_config, full, window, kinds),
+        kv_memory_bytes=None if kv_memory_gib is None else int(kv_memory_gib * GIB),
+    )
+
+
+def _beside(vllm_config: Any, spec: Any, window: Any, kinds: list[str]) -> int:
+    """Bytes of the longest request beside those in its own pages of layers of `spec`.
+
+    Args:
+        vllm_config: vLLM's complete configuration.
+        spec: Of each full-attention layer.
+        window: Of each sliding-window layer.
+        kinds: The kinds of the model's layers, in order; empty where all are alike.
+    """
+    from vllm_cascade.support.hybrid import FULL
+
+    if not kinds:
+        return 0
+    builder: tuple[Any, ...]
+    try:  # vLLM 0.33
+        from vllm.v1.core import kv_cache_planning as planning
+        from vllm.v1.core.kv_cache_config_builder import get_kv_cache_config_builder
+
+        builder = (get_kv_cache_config_builder(vllm_config),)
+    except ImportError:
+        from vllm.v1.core import kv_cache_utils as planning
+
+        builder = ()
+    # An engine settles it when it knows all backends; here no bytes depend on it.
+    vllm_config.cache_config.kv_cache_layout = "LBHNC"
+    specs = {f"layers.{i}": spec if kind == FULL else window for i, kind in enumerate(kinds)}
+    groups = planning.get_kv_cache_groups(vllm_config, specs)
+    total = planning._max_memory_usage_bytes_from_groups(*builder, vllm_config, groups)
+    return int(total - kinds.count(FULL) * spec.max_memory_usage_bytes(vllm_config))
+
+
+def _num_layers(model_config: Any, parallel_config: Any) -> int:
+    """Layers that attend in full; those of other kinds are not CASCADE's."""
+    kinds = getattr(model_config.hf_text_config, "layer_types", None)
+    if kinds and len(kinds) == model_config.get_total_num_hidden_layers():
+        return int(kinds.count("full_attention"))
+    return int(model_config.get_num_layers(parallel_config))
+
+
+def _said(error: Exception) -> str:
+    """The error's message; what pydantic wraps is taken out of its several lines."""
+    if isinstance(error, ValidationError):
+        said = []
+        for part in error.errors():
+            given = "" if part["type"] == "value_error" else f"{part['input']!r}: "
+            said.append(given + part["msg"].removeprefix("Value error, "))
+        return "; ".join(said)
+    return str(error) or type(error).__name__
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes:,} bytes ({num_bytes / GIB:.3g} GiB)"

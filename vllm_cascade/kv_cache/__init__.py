@@ -1,0 +1,1 @@
+"""The scheduler's side: how many blocks a request holds, and what goes on from what."""

@@ -1,0 +1,226 @@
+"""Where every token of a request lives: the cascade's structure in whole numbers.
+
+Structure depends on how many tokens a request has computed and on nothing else, so one `Layout`
+serves every request, layer and rank. It imports neither torch nor vLLM.
+
+A request owns a *row* of at most `max_blocks` blocks, and blocks are recycled inside the row. Its
+life is a sequence of *epochs*, in each of which nothing moves: epoch 0 lasts until the cache is
+first overfull, every later epoch is one stride long. At the end of an epoch (a *boundary*) whole
+groups of the oldest blocks leave each overfull sub-cache; a group's survivors are written into
+the first half of its own blocks, which become the newest of the next sub-cache; the other half
+is free for the next stride.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_cascade.structure.config import CascadeConfig
+
+Entries = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """A stretch of tokens during which nothing moves, and what moves at its end.
+
+    Args:
+        start: First token, counted in the request.
+        end: One past the last token; the boundary runs once token ``end - 1`` is computed.
+        prefix_tokens: Tokens held from earlier epochs; they take places 0 .. prefix_tokens - 1.
+        table: Row entry at each place, in blocks: earlier tokens' blocks, then the epoch's own.
+        groups: [num_groups, blocks_per_group] row entries of the groups that merge at the end,
+            each oldest first. Survivors fill the first half of a group's entries.
+        sub_caches: Tokens held from earlier epochs in sub-cache 0 .. N-1; the epoch's own tokens
+            join sub-cache 0.
+    """
+
+    start: int
+    end: int
+    prefix_tokens: int
+    table: Entries
+    groups: Entries
+    sub_caches: tuple[int, ...]
+
+    def place(self, token: int) -> int:
+        """Logical place (and rotary position) of one of this epoch's own tokens."""
+        return self.prefix_tokens + token - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens of one request inside one epoch: the unit of a wave.
+
+    Args:
+        epoch: Index into `Layout.epochs`.
+        start: First token.
+        end: One past the last token.
+        merges: Whether the boundary at `end` moves or frees blocks.
+    """
+
+    epoch: int
+    start: int
+    end: int
+    merges: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The cascade's structure for requests of up to ``config.max_model_len`` tokens.
+
+    Args:
+        config: The configuration it was built from.
+        epochs: All epochs, in order.
+        max_blocks: R, the most blocks a request ever holds.
+    """
+
+    config: CascadeConfig
+    epochs: tuple[Epoch, ...]
+    max_blocks: int
+
+    def need(self, num_tokens: int) -> int:
+        """Blocks a request holds once `num_tokens` tokens are computed."""
+        return min(-(-num_tokens // self.config.block_size), self.max_blocks)
+
+    def epoch_of(self, token: int) -> int:
+        """Index of the epoch that computes `token`."""
+        after_first = (token - self.epochs[0].end) // self.config.stride + 1
+        return min(max(0, after_first), len(self.epochs) - 1)
+
+    def boundaries_before(self, num_tokens: int) -> int:
+        """Grid points passed (filling included) once `num_tokens` tokens are computed."""
+        return max(0, (num_tokens - self.config.num_sink_tokens) // self.config.stride)
+
+    def held(self, num_tokens: int) -> tuple[Entries, int]:
+        """What a request holds once `num_tokens` tokens are computed and a boundary there has run.
+
+        Args:
+            num_tokens: Tokens computed, at least 1.
+
+        Returns:
+            The row entries in logical order, and how many places of them are filled.
+        """
+        epoch = self.epochs[self.epoch_of(num_tokens)]
+        places = epoch.place(num_tokens)
+        return epoch.table[: -(-places // self.config.block_size)], places
+
+    def parts(self, num_tokens: int) -> dict[str, int]:
+        """The parts of what `held` gives, oldest first.
+
+        Args:
+            num_tokens: Tokens computed, at least 1.
+
+        Returns:
+            "sinks", "sub-cache N-1" .. "sub-cache 0" to the places each takes; all but the sinks
+            are sub-cache 0's until the first boundary.
+        """
+        epoch = self.epochs[self.epoch_of(num_tokens)]
+        places = epoch.place(num_tokens)
+        older = epoch.sub_caches[1:]
+        parts = {"sinks": min(self.config.num_sink_tokens, places)}
+        parts |= {f"sub-cache {i}": older[i - 1] for i in range(len(older), 0, -1)}
+        return parts | {"sub-cache 0": places - sum(parts.values())}
+
+    def segments(self, start: int, end: int) -> list[Segment]:
+        """Cut the tokens ``start .. end - 1`` of a request where epochs end.
+
+        Args:
+            start: First token, the number of tokens computed so far.
+            end: One past the last token.
+
+        Returns:
+            One segment per epoch touched, in order.
+
+        Raises:
+            ValueError: The range is empty or leaves the longest request.
+        """
+        if not 0 <= start < end <= self.config.max_model_len:
+            raise ValueError(
+                f"tokens {start} .. {end} are not within a request of up to "
+                f"{self.config.max_model_len} tokens"
+            )
+        found = []
+        while start < end:
+            index = self.epoch_of(start)
+            stop = min(end, self.epochs[index].end)
+            merges = stop == self.epochs[index].end and index + 1 < len(self.epochs)
+            found.append(Segment(index, start, stop, merges))
+            start = stop
+        return found
+
+
+@lru_cache(maxsize=8)
+def build_layout(config: CascadeConfig) -> Layout:
+    """Lay out every epoch of a request of ``config.max_model_len`` tokens.
+
+    Args:
+        config: A valid configuration.
+
+    Returns:
+        The layout.
+    """
+    block, stride = config.block_size, config.stride
+    sizes = [size // block for size in config.sub_cache_tokens]
+    sinks = list(range(config.num_sink_tokens // block))
+    filling = sum(config.sub_cache_tokens) // stride
+    end = min(config.num_sink_tokens + (filling + 1) * stride, config.max_model_len)
+    table = list(range(-(-end // block)))
+    sub_caches = (0,) * len(sizes)
+    first = Epoch(0, end, 0, _array(table), _no_groups(config), sub_caches)
+    if end == config.max_model_len:
+        return Layout(config, (first,), len(table))
+
+    # Oldest first in each sub-cache; sub-cache 0 takes what the full ones leave.
+    rest, caches = table[len(sinks) :], list[list[int]]()
+    for size in reversed(sizes[1:]):
+        caches.insert(0, rest[:size])
+        rest = rest[size:]
+    caches.insert(0, rest)
+    epochs, used = [], len(table)
+    epoch_table, start, prefix = _array(table), 0, 0
+    while True:
+        last = end == config.max_model_len
+        groups = _no_groups(config) if last else _array(_move(caches, sizes, config))
+        groups = groups.reshape(-1, config.group_tokens // block)
+        epochs.append(Epoch(start, end, prefix * block, epoch_table, groups, sub_caches))
+        if last:
+            return Layout(config, tuple(epochs), used)
+        sub_caches = tuple(len(cache) * block for cache in caches)
+        kept = sinks + [entry for cache in reversed(caches) for entry in cache]
+        start, end, prefix = end, min(end + stride, config.max_model_len), len(kept)
+        # The lowest free entries: so no entry beyond the most blocks ever held is named.
+        fresh = -(-(end - start) // block)
+        free = np.setdiff1d(np.arange(len(kept) + fresh, dtype=np.int32), _array(kept))[:fresh]
+        caches[0] += free.tolist()
+        epoch_table = np.concatenate([_array(kept), free])
+        used = max(used, len(epoch_table))
+
+
+def _move(caches: list[list[int]], sizes: list[int], config: CascadeConfig) -> list[list[int]]:
+    """Run one boundary: edit `caches` in place, return the row entries of each group that merges.
+
+    A group that passed through two sub-caches at once would have to merge twice; `stride` being
+    at most two of the older sub-caches rules that out.
+    """
+    blocks = config.group_tokens // config.block_size
+    groups = []
+    for older, cache, size in zip(caches[1:], caches, sizes, strict=False):
+        while len(cache) >= size + blocks:
+            leaving = cache[:blocks]
+            del cache[:blocks]
+            groups.append(leaving)
+            older += leaving[: blocks // 2]
+    del caches[-1][: max(0, len(caches[-1]) - sizes[-1])]
+    return groups
+
+
+def _array(entries: list[int] | list[list[int]]) -> Entries:
+    return np.asarray(entries, dtype=np.int32)
+
+
+def _no_groups(config: CascadeConfig) -> Entries:
+    return np.empty((0, config.group_tokens // config.block_size), dtype=np.int32)

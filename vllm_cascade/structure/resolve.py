@@ -1,0 +1,199 @@
+"""Options settled for one model, or who is to blame and what would be valid.
+
+Nothing is guessed: every value that a message names has been tried.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from vllm_cascade.structure.config import (
+    MIN_DECAY_PER_STRIDE,
+    CascadeConfig,
+    ConfigError,
+    Fault,
+    Model,
+)
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.search import search, strides
+
+MIN_BLOCK_SIZE = 16  # vLLM's smallest
+
+# The options that the rules bind.
+BOUND = (
+    "num_sink_tokens",
+    "cache_tokens",
+    "num_sub_caches",
+    "newest_share",
+    "stride",
+    "selection_window",
+    "score_decay",
+)
+
+
+def resolve(
+    options: CascadeOptions, *, block_size: int, max_model_len: int, position_limit: int
+) -> CascadeConfig:
+    """Settle every option for one model.
+
+    What is not set becomes: sinks 64, rounded up to a block; then the largest ``cache_tokens`` up
+    to 16,384 in whole blocks, and for it the largest ``stride`` up to 1,024 (one block and one
+    group where these are larger), with which every rule holds; of strides those below 256 only if
+    nothing else is valid. What is set is taken as it is, or refused.
+
+    Args:
+        options: What the user set.
+        block_size: Tokens in a KV block.
+        max_model_len: Most tokens a request may have.
+        position_limit: Positions the model itself was made for.
+
+    Returns:
+        A valid configuration.
+
+    Raises:
+        ConfigError: Something the user set breaks a rule, or nothing valid is left; names the
+            field, the value and the nearest valid value.
+    """
+    if block_size < 1 or block_size & (block_size - 1):
+        raise ConfigError(
+            "block_size",
+            block_size,
+            "must be a power of two",
+            f"Start vLLM with --block-size {max(MIN_BLOCK_SIZE, _power(block_size))}",
+        )
+    model = Model(block_size, max_model_len, position_limit)
+    found = search(options, model)
+    if isinstance(found, CascadeConfig):
+        return found
+    raise refusal(options, model, found)
+
+
+def refusal(options: CascadeOptions, model: Model, faults: list[Fault]) -> ConfigError:
+    """Explain why `options` leave no valid configuration for `model`.
+
+    Args:
+        options: Options with which nothing valid was found.
+        model: The model they were to fit.
+        faults: What was wrong, the best configuration's first; at least one.
+
+    Returns:
+        An error that blames an option the user set, or the model if even the defaults fail.
+    """
+    is_set = options.names_set(BOUND)
+    bare = options.without(is_set)
+    if not _works(bare, model):
+        return _model_refusal(bare, model)
+    reasons = {fault.field: fault.why for fault in faults}
+    suspects = [name for name in reasons if name in is_set]
+    suspects += [name for name in is_set if name not in reasons]
+    # Usually one option is to blame. Where it takes several, the others have to go as well.
+    alone = (name for name in suspects if _works(options.without([name]), model))
+    culprit = next(alone, suspects[0])
+    others: list[str] = []
+    for name in suspects:
+        if _works(options.without([culprit, *others]), model):
+            break
+        if name != culprit:
+            others.append(name)
+    indirect = f"leaves no valid choice of the other options ({_told(faults[0])})"
+    instead = f"Nearest: {_nearest(options.without(others), culprit, model)}"
+    if others:
+        instead += f"; and leave out {', '.join(others)}"
+    if fitting := _block_size_for(options, model):
+        instead += f"; or keep what was given and start vLLM with --block-size {fitting}"
+    return ConfigError(culprit, getattr(options, culprit), reasons.get(culprit, indirect), instead)
+
+
+def _model_refusal(options: CascadeOptions, model: Model) -> ConfigError:
+    """The refusal of a model for which not even the defaults work."""
+    found = search(options, model)
+    assert not isinstance(found, CascadeConfig)
+    why = (
+        f"no budget works for a model of {model.position_limit} positions and requests of up to "
+        f"{model.max_model_len} tokens ({_told(found[0])})"
+    )
+    instead = "This model is too small for CASCADE: serve it with another attention backend"
+    if smaller := _block_size_for(options, model):
+        instead = f"Start vLLM with --block-size {smaller}"
+    else:
+        longest = bisect_left(
+            range(1, model.max_model_len),
+            True,
+            key=lambda length: not _works(options, model._replace(max_model_len=length)),
+        )
+        if longest:
+            instead = f"Start vLLM with --max-model-len {longest}"
+    return ConfigError("block_size", model.block_size, why, instead)
+
+
+def _block_size_for(options: CascadeOptions, model: Model) -> int | None:
+    """The largest smaller block size with which the options are valid, or None."""
+    smaller = model.block_size // 2
+    while smaller >= MIN_BLOCK_SIZE:
+        if _works(options, model._replace(block_size=smaller)):
+            return smaller
+        smaller //= 2
+    return None
+
+
+def _nearest(options: CascadeOptions, field: str, model: Model) -> float:
+    """The valid value of `field` nearest to the given one, all being valid without `field`.
+
+    The search is by halves between the given value and the one that would be taken if it were
+    left out: the rules only get easier on the way.
+    """
+    config = search(options.without([field]), model)
+    assert isinstance(config, CascadeConfig)
+    if field == "score_decay":
+        shortest = strides(options, model)[0]
+        least: float = MIN_DECAY_PER_STRIDE ** (1 / shortest)
+        return math.ceil(least * 1e9) / 1e9
+    grid = _grid(field, config, model)
+    given: float = getattr(options, field)
+    good = bisect_left(grid, getattr(config, field))
+    bad = bisect_left(grid, given)
+    if bad == len(grid) or (bad > 0 and given - grid[bad - 1] < grid[bad] - given):
+        bad -= 1
+    if _works(options.replaced(field, grid[bad]), model):
+        return grid[bad]
+    while abs(good - bad) > 1:
+        middle = (good + bad) // 2
+        if _works(options.replaced(field, grid[middle]), model):
+            good = middle
+        else:
+            bad = middle
+    return grid[good]
+
+
+def _grid(field: str, config: CascadeConfig, model: Model) -> Sequence[float]:
+    """The values of `field` that could be valid, in ascending order."""
+    limit, block, group = model.position_limit, model.block_size, config.group_tokens
+    grids: dict[str, Sequence[float]] = {
+        "num_sink_tokens": range(0, limit + 1, block),
+        "cache_tokens": range(block, limit + 1, block),
+        "num_sub_caches": range(1, limit + 1),
+        "newest_share": [step / 64 for step in range(65)],
+        "stride": range(group, limit + 1, group),
+        "selection_window": [1 << power for power in range(1, limit.bit_length())],
+    }
+    return grids[field]
+
+
+def _works(options: CascadeOptions, model: Model) -> bool:
+    try:
+        options.check()  # one option may leave another without effect
+    except ConfigError:
+        return False
+    return isinstance(search(options, model), CascadeConfig)
+
+
+def _told(fault: Fault) -> str:
+    return f"{fault.field} = {fault.value}: {fault.why}"
+
+
+def _power(value: int) -> int:
+    """The power of two nearest to `value`."""
+    below = 1 << max(0, value.bit_length() - 1)
+    return below if value - below < 2 * below - value else 2 * below

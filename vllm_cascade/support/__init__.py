@@ -1,0 +1,1 @@
+"""May this model and this vLLM run, and what to say if not."""

@@ -1,0 +1,101 @@
+"""Models that interleave full-attention and sliding-window layers: who serves which layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_cascade.support import unsupported
+from vllm_cascade.support.unsupported import UnsupportedError
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+# Blocks that vLLM's attention on a CPU takes, in tokens: this many or a multiple.
+CPU_BLOCK_SIZE = 32
+
+
+def is_hybrid(model_config: Any) -> bool:
+    """Whether a model has sliding-window layers beside those that attend in full.
+
+    Args:
+        model_config: vLLM's `ModelConfig`.
+    """
+    kinds = getattr(model_config.hf_text_config, "layer_types", None) or ()
+    return model_config.get_sliding_window() is not None and {FULL, SLIDING} <= set(kinds)
+
+
+def full_attention_ropes(text_config: Any) -> list[dict[str, Any]]:
+    """The RoPE parameters of the layers that CASCADE serves; others keep theirs.
+
+    Args:
+        text_config: The text model's configuration, as of Hugging Face.
+    """
+    from vllm.transformers_utils.config import is_rope_parameters_nested, iter_rope_parameters
+
+    ropes = getattr(text_config, "rope_parameters", None)
+    if isinstance(ropes, dict) and is_rope_parameters_nested(ropes) and ropes.get(FULL):
+        return [ropes[FULL]]
+    return list(iter_rope_parameters(text_config))
+
+
+def check_windows(vllm_config: Any, position_limit: int) -> None:
+    """Refuse a model without full-attention layers, and one whose other layers cannot go along.
+
+    Args:
+        vllm_config: vLLM's complete configuration.
+        position_limit: Positions the model was made for.
+
+    Raises:
+        UnsupportedError: Names the layers or the argument.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    window = model.get_sliding_window()
+    kinds = getattr(model.hf_text_config, "layer_types", None)
+    if window is not None and (not kinds or (SLIDING in kinds and FULL not in kinds)):
+        raise unsupported.sliding_window(window)
+    if model.attention_chunk_size is not None:
+        raise UnsupportedError(
+            f"chunked local attention (attention_chunk_size {model.attention_chunk_size})",
+            "such a layer needs a cache of its own kind",
+        )
+    if not is_hybrid(model):
+        return
+    if model.max_model_len > position_limit:
+        raise UnsupportedError(
+            f"max_model_len {model.max_model_len} of a model with sliding-window layers",
+            "those rotate keys by their place in the text, and their tables end at the model's "
+            f"own {position_limit} positions",
+            f"Use --max-model-len {position_limit} or less",
+        )
+    if vllm_config.device_config.device_type == "cpu" and cache.block_size % CPU_BLOCK_SIZE:
+        raise UnsupportedError(
+            f"block size {cache.block_size} for a model with sliding-window layers on a CPU",
+            f"vLLM's own attention, which serves those, takes multiples of {CPU_BLOCK_SIZE}",
+            "Give one of them with --block-size, or leave it out",
+        )
+
+
+def delegate_windows(vllm_config: Any) -> None:
+    """Leave sliding-window layers to the platform's own backend, where CASCADE was asked for all.
+
+    The choice travels with the configuration, so every worker makes the same.
+
+    Args:
+        vllm_config: vLLM's complete configuration, checked; changed in place.
+    """
+    from vllm.logger import init_logger
+
+    attention = vllm_config.attention_config
+    if attention.backend is None or attention.backend.name != "CASCADE":
+        return
+    if not is_hybrid(vllm_config.model_config):
+        return
+    attention.backend_per_kind = {FULL: attention.backend}
+    attention.backend = None
+    kinds = vllm_config.model_config.hf_text_config.layer_types
+    # vLLM prints only what is logged under its own name.
+    init_logger(f"vllm.{__name__}").info_once(
+        "CASCADE serves the %d full-attention layers; the %d sliding-window layers keep vLLM's "
+        "own attention and cache.",
+        kinds.count(FULL),
+        kinds.count(SLIDING),
+    )

@@ -1,0 +1,107 @@
+"""Which layers a configuration gives to CASCADE, and whether the backend takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_cascade.support.unsupported import UnsupportedError
+
+
+def selects_cascade(attention_config: Any, attention_backend: Any = None) -> bool:
+    """Whether a configuration names CASCADE, for all layers or for one kind of them.
+
+    Args:
+        attention_config: vLLM's `AttentionConfig`.
+        attention_backend: The engine argument of that name, not yet merged into it.
+    """
+    chosen = [attention_backend, attention_config.backend]
+    chosen += attention_config.backend_per_kind.values()
+    return any(map(_is_cascade, chosen))
+
+
+def check_kinds(attention_config: Any) -> None:
+    """Refuse a choice by kind of layer that gives CASCADE another layer than it serves, or none.
+
+    Args:
+        attention_config: vLLM's `AttentionConfig`.
+
+    Raises:
+        UnsupportedError: Names the kind.
+    """
+    for kind, backend in attention_config.backend_per_kind.items():
+        if _is_cascade(backend) != (kind == "full_attention"):
+            raise UnsupportedError(
+                f"backend_per_kind {kind} = {backend.name}",
+                "it is for layers of kind full_attention, and for those only",
+                "Use --attention-backend CASCADE alone",
+            )
+
+
+def check_selection(backend: Any, selection: Any) -> None:
+    """Put vLLM's own question to the backend: can it serve a layer like this?
+
+    Args:
+        backend: The attention backend class.
+        selection: vLLM's `AttentionSelectorConfig`.
+
+    Raises:
+        UnsupportedError: With the backend's reasons.
+    """
+    reasons = backend.validate_configuration(device_capability=None, **selection._asdict())
+    if reasons:
+        raise UnsupportedError(f"this attention layer ({selection})", ", ".join(reasons))
+
+
+def check_served(model: Any, vllm_config: Any) -> None:
+    """Refuse a loaded model of which a layer attends in full, but not by CASCADE.
+
+    A model may hand a layer a backend of its own. Such a layer would keep a cache that grows, and
+    positions that CASCADE does not bound, without a word.
+
+    Args:
+        model: The loaded `torch.nn.Module`.
+        vllm_config: vLLM's complete configuration.
+
+    Raises:
+        UnsupportedError: Names the layer and its backend.
+    """
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    if not selects_cascade(vllm_config.attention_config):
+        return
+    for name, layer in model.named_modules():
+        if not isinstance(layer, AttentionLayerBase):
+            continue
+        backend = layer.get_attn_backend().get_name()
+        if _is_cascade(backend):
+            continue
+        if isinstance(layer.get_kv_cache_spec(vllm_config), FullAttentionSpec):
+            raise UnsupportedError(
+                f"this model's layer {name}",
+                f"it attends in full by {backend}, which the model names itself, so CASCADE would "
+                "not bound its memory",
+            )
+
+
+def layer_of(vllm_config: Any) -> Any:
+    """The `AttentionSelectorConfig` of a layer, as far as the configuration alone shows it."""
+    import vllm.envs as envs
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    return AttentionSelectorConfig(
+        head_size=model.get_head_size(),
+        dtype=model.dtype,
+        kv_cache_dtype=cache.cache_dtype,
+        block_size=cache.block_size,
+        use_mm_prefix=model.is_mm_prefix_lm,
+        use_non_causal=vllm_config.attention_config.use_non_causal,
+        use_batch_invariant=envs.VLLM_BATCH_INVARIANT,
+        use_rswa=model.rswa_window is not None,
+    )
+
+
+def _is_cascade(backend: Any) -> bool:
+    """Whether `backend`, an enum member or a name as typed, is CASCADE."""
+    return str(getattr(backend, "name", backend)).upper() == "CASCADE"

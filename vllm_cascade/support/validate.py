@@ -1,0 +1,353 @@
+"""The checks of a vLLM configuration, part by part, before CASCADE serves it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
+from vllm_cascade.support import hybrid, unsupported
+from vllm_cascade.support.selection import check_kinds, check_selection, layer_of, selects_cascade
+from vllm_cascade.support.unsupported import ELSEWHERE, UnsupportedError
+
+# By name, not by what is known to be wrong: a new kind is refused until it has been looked at.
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+# Their tables end at max_position_embeddings, whatever the factor that vLLM's limit counts in.
+UNSCALED_ROPE_TYPES = ("dynamic",)
+POSITION_EMBEDDING_TYPES = (None, "rope", "rotary")
+ATTENTION_SCALES = ("llama_4_scaling", "attn_temperature_tuning", "use_logn_attn")
+MIN_CAPABILITY = (8, 0)
+GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
+GPU_BLOCK_SIZES = (16, 32, 64, 128)
+GPU_MAX_WINDOW = 1024
+SHARED_KV = ("num_kv_shared_layers", "use_cla")
+
+
+def position_limit(model_config: Any) -> int:
+    """The number of positions a model was made for, as vLLM derives it, in tokens.
+
+    Args:
+        model_config: vLLM's `ModelConfig`; its `max_model_len` may be larger.
+    """
+    from vllm.config.model import _get_and_verify_max_len
+
+    text = model_config.hf_text_config
+    limit = _get_and_verify_max_len(
+        hf_config=text,
+        model_arch_config=model_config.model_arch_config,
+        tokenizer_config=None,
+        max_model_len=None,
+        disable_sliding_window=model_config.disable_sliding_window,
+        sliding_window=model_config.get_sliding_window(),
+    )
+    ropes = hybrid.full_attention_ropes(text)
+    if any(rope.get("rope_type") in UNSCALED_ROPE_TYPES for rope in ropes):
+        limit = min(limit, text.max_position_embeddings)
+    if model_config.disable_sliding_window:
+        # vLLM has forgotten the window by now; it bounds max_model_len, which was not extended.
+        limit = min(limit, model_config.max_model_len)
+    return limit
+
+
+def resolve_options(vllm_config: Any, block_size: int) -> CascadeConfig:
+    """The cascade's configuration for the model that `vllm_config` serves.
+
+    Args:
+        vllm_config: vLLM's complete configuration.
+        block_size: Tokens in a KV block.
+
+    Raises:
+        UnsupportedError: The options are not where they belong.
+        ConfigError: An option is unknown or cannot work with this model.
+    """
+    given = vllm_config.additional_config
+    if not isinstance(given, dict):
+        raise UnsupportedError(
+            f"additional_config = {given!r}",
+            "its options are read from a JSON object",
+            "Give --additional-config '{\"cascade\": {...}}', or leave it out",
+        )
+    return resolve(
+        CascadeOptions.parse(given.get("cascade", {})),
+        block_size=block_size,
+        max_model_len=vllm_config.model_config.max_model_len,
+        position_limit=position_limit(vllm_config.model_config),
+    )
+
+
+def validate(vllm_config: Any) -> None:
+    """Refuse, before any engine starts, a configuration that CASCADE cannot serve.
+
+    Args:
+        vllm_config: vLLM's complete configuration.
+
+    Raises:
+        UnsupportedError: CASCADE is selected for something it cannot do, or its options are given
+            while it is not selected.
+        ConfigError: A cascade option is unknown or cannot work with this model.
+    """
+    if not selects_cascade(vllm_config.attention_config):
+        given = vllm_config.additional_config
+        if isinstance(given, dict) and "cascade" in given:
+            raise UnsupportedError(
+                "this run",
+                'additional_config has the key "cascade", but the attention backend is another',
+                'Add --attention-backend CASCADE, or leave the key "cascade" out',
+            )
+        return
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    check_kinds(vllm_config.attention_config)
+    for check in (_device, _model, _windows, _rope, _attention, _parallel, _features):
+        check(vllm_config)
+    resolve_options(vllm_config, vllm_config.cache_config.block_size)
+    check_selection(AttentionBackendEnum["CASCADE"].get_class(), layer_of(vllm_config))
+    log_prefix_caching(vllm_config)
+    log_blend(vllm_config)
+
+
+def check_layer(
+    *,
+    alibi_slopes: Any,
+    sliding_window: int | None,
+    kv_cache_dtype: str,
+    logits_soft_cap: float | None,
+    attn_type: str,
+    kv_sharing_target_layer_name: str | None,
+) -> None:
+    """Refuse an attention layer that only the model's code shows to be unsupported.
+
+    The arguments are those of vLLM's `AttentionImpl`.
+
+    Raises:
+        UnsupportedError: Names the argument.
+    """
+    if attn_type != "decoder":
+        raise UnsupportedError(
+            f"{attn_type} attention", "only causal decoder attention has a cache to cut"
+        )
+    if alibi_slopes is not None:
+        raise unsupported.alibi()
+    if sliding_window is not None:
+        raise unsupported.sliding_window(sliding_window)
+    if logits_soft_cap:
+        raise unsupported.soft_cap(logits_soft_cap)
+    if kv_sharing_target_layer_name is not None:
+        raise unsupported.shared_kv(
+            f"a layer that shares the KV cache of {kv_sharing_target_layer_name}"
+        )
+    if kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise unsupported.kv_dtype(kv_cache_dtype)
+
+
+def _device(vllm_config: Any) -> None:
+    device = vllm_config.device_config.device_type
+    if device not in ("cpu", "cuda"):
+        raise UnsupportedError(f"a model on {device!r}", "it has kernels for CPUs and NVIDIA GPUs")
+    if device == "cuda":
+        _gpu(vllm_config)
+
+
+def _gpu(vllm_config: Any) -> None:
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    if capability is None or tuple(capability) < MIN_CAPABILITY:
+        version = "unknown" if capability is None else ".".join(map(str, capability))
+        raise UnsupportedError(
+            f"a GPU of compute capability {version}",
+            "its kernels are written for compute capability 8.0 (Ampere) and up",
+        )
+    head_size = vllm_config.model_config.get_head_size()
+    if head_size not in GPU_HEAD_SIZES:
+        raise UnsupportedError(
+            f"head size {head_size} on a GPU",
+            f"its kernels are tested with head sizes {', '.join(map(str, GPU_HEAD_SIZES))}",
+        )
+    block_size = vllm_config.cache_config.block_size
+    if block_size not in GPU_BLOCK_SIZES:
+        raise UnsupportedError(
+            f"block size {block_size} on a GPU",
+            f"its kernels take block sizes {', '.join(map(str, GPU_BLOCK_SIZES))}",
+            "Give one of them with --block-size, or leave it out",
+        )
+    window = resolve_options(vllm_config, block_size).selection_window
+    if window > GPU_MAX_WINDOW:
+        raise UnsupportedError(
+            f"selection_window {window} on a GPU",
+            f"its kernels compare up to {GPU_MAX_WINDOW} neighbours",
+            f"Give a selection_window of {GPU_MAX_WINDOW} or less",
+        )
+
+
+def _model(vllm_config: Any) -> None:
+    model = vllm_config.model_config
+    if model.attn_type == "hybrid":
+        raise UnsupportedError(
+            "a model with state-space or linear-attention layers",
+            "vLLM makes its blocks as large as those layers' states, and CASCADE has not been "
+            "made for such blocks",
+        )
+    if model.runner_type != "generate" or model.attn_type != "decoder":
+        raise UnsupportedError(
+            f"runner {model.runner_type!r} of a model of type {model.attn_type!r}",
+            "it serves decoders that generate text",
+        )
+    if model.use_mla:
+        raise UnsupportedError(
+            "MLA", "its cache holds latent vectors, not keys and values to compare and to rotate"
+        )
+    if model.is_mm_prefix_lm:
+        raise UnsupportedError(
+            "a model whose image tokens attend in both directions",
+            "it attends in one direction: a token sees none of those that come after it",
+            "Use --language-model-only to serve its text alone",
+        )
+    if model.using_transformers_backend():
+        raise UnsupportedError(
+            "a model through vLLM's Transformers backend",
+            "there the rotary embedding is not beside the attention layer, where CASCADE takes "
+            "it over",
+            f"Use --model-impl vllm where vLLM has the model itself. {ELSEWHERE}",
+        )
+
+
+def _windows(vllm_config: Any) -> None:
+    hybrid.check_windows(vllm_config, _table_limit(vllm_config.model_config))
+
+
+def _table_limit(model_config: Any) -> int:
+    """Positions in the rotary tables of layers that CASCADE does not serve."""
+    text, limit = model_config.hf_text_config, position_limit(model_config)
+    ropes = getattr(text, "rope_parameters", None) or {}
+    # Parameters of their own, which are not scaled, whatever those of the other layers are.
+    return min(limit, text.max_position_embeddings) if hybrid.SLIDING in ropes else limit
+
+
+def _rope(vllm_config: Any) -> None:
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    why = "CASCADE rotates keys itself, by their place in the cache, and knows plain RoPE only"
+    if model.uses_alibi:
+        raise unsupported.alibi()
+    embedding = getattr(text, "position_embedding_type", None)
+    ropes = hybrid.full_attention_ropes(text)
+    if embedding not in POSITION_EMBEDDING_TYPES:
+        raise UnsupportedError(f"position embeddings of type {embedding!r}", why)
+    if not ropes:
+        raise UnsupportedError("a model without RoPE parameters in its config.json", why)
+    if model.uses_mrope:
+        raise UnsupportedError("M-RoPE", f"a token has several positions there. {why}")
+    if getattr(text, "dual_chunk_attention_config", None) is not None:
+        raise UnsupportedError("dual chunk attention", why)
+    for rope in ropes:
+        rope_type = rope.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise UnsupportedError(f"a model with RoPE of type {rope_type!r}", why)
+        if rope.get("use_fope"):
+            raise UnsupportedError("Fourier position embeddings (use_fope)", why)
+        if "llama_4_scaling_beta" in rope:
+            raise unsupported.attention_scale("llama_4_scaling_beta")
+
+
+def _attention(vllm_config: Any) -> None:
+    text = vllm_config.model_config.hf_text_config
+    soft_cap = getattr(text, "attn_logit_softcapping", None)
+    if soft_cap:
+        raise unsupported.soft_cap(soft_cap)
+    for name in ATTENTION_SCALES:
+        if getattr(text, name, None):
+            raise unsupported.attention_scale(name)
+    for name in SHARED_KV:
+        if getattr(text, name, None):
+            raise unsupported.shared_kv(f"a model with {name} = {getattr(text, name)}")
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        raise unsupported.shared_kv("--kv-sharing-fast-prefill", "Leave the flag out")
+
+
+def _parallel(vllm_config: Any) -> None:
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size
+    num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
+    if ranks > num_kv_heads:
+        raise UnsupportedError(
+            f"tensor_parallel_size {ranks} with {num_kv_heads} KV heads",
+            "ranks would hold copies of a head, and nothing makes copies keep the same tokens yet",
+            f"Use --tensor-parallel-size {num_kv_heads} or less",
+        )
+    for flag in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, flag) > 1:
+            raise UnsupportedError(
+                f"{flag} {getattr(parallel, flag)}",
+                "a request's cache is small and stays on one rank",
+                f"Leave out --{flag.replace('_', '-')}",
+            )
+
+
+def _features(vllm_config: Any) -> None:
+    if vllm_config.speculative_config is not None:
+        raise UnsupportedError(
+            "speculative decoding",
+            "a rejected token cannot be taken back out of the merges it took part in",
+            "Leave out --speculative-config",
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise UnsupportedError(
+            "a KV connector or KV offloading",
+            "a block's content depends on the whole request, so it cannot be kept or sent by hash",
+            "Leave out --kv-transfer-config and --kv-offloading-size",
+        )
+    dtype = vllm_config.cache_config.cache_dtype
+    if dtype != "auto" and f"torch.{dtype}" != str(vllm_config.model_config.dtype):
+        raise unsupported.kv_dtype(dtype)
+    if vllm_config.model_config.original_max_model_len == -1:
+        raise UnsupportedError(
+            "max_model_len -1 (auto-fit)",
+            "a request's memory hardly grows with its length, so there is nothing to fit, and the "
+            "cascade is built for the length given",
+            "Give --max-model-len as a number, or leave it out",
+        )
+
+
+def log_prefix_caching(vllm_config: Any) -> None:
+    """Say once what prefix caching, where it is on, finds."""
+    if vllm_config.cache_config.enable_prefix_caching:
+        from vllm.logger import init_logger
+
+        # vLLM prints only what is logged under its own name.
+        log = init_logger(f"vllm.{__name__}").info_once
+        if vllm_config.attention_config.backend_per_kind:
+            log(
+                "Prefix caching never hits where other layers have a backend of their own beside "
+                "CASCADE. --no-enable-prefix-caching saves the hashing."
+            )
+            return
+        log(
+            "Prefix caching with CASCADE: a request goes on from a finished one that it begins "
+            "with, as a chat's next turn does, or from a copy made shortly before the end of a "
+            "long prompt that begins like it. Other prefixes are computed again, as what a block "
+            "holds depends on all that came after it."
+        )
+
+
+def log_blend(vllm_config: Any) -> None:
+    """Say once what policy "blend" has come to mean, to those who may have chosen it before."""
+    given = vllm_config.additional_config.get("cascade", {})
+    changes = {
+        "value_weight": "ranks values as well",
+        "selection_window": "compares 128 neighbours, not 64",
+    }
+    unset = [name for name in changes if given.get(name) is None]
+    if given.get("policy") != "blend" or not unset:
+        return
+    if not resolve_options(vllm_config, vllm_config.cache_config.block_size).chooses:
+        return
+    from vllm.logger import init_logger
+
+    former = {"value_weight": 0, "selection_window": 64}
+    init_logger(f"vllm.{__name__}").warning_once(
+        'Policy "blend" now %s. Its former rule comes back with %s in the cascade\'s options.',
+        " and ".join(changes[name] for name in unset),
+        ", ".join(f'"{name}": {former[name]}' for name in unset),
+    )
