@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 from reference.attention import rope_table
 from reference.cascade import CascadeParameters
 from reference.cascade_attention import CascadeRun
-from vllm_cascade.attention.gpu_layer import GpuLayer, Shape, make_workspace
+from vllm_cascade.attention.gpu_layer import GpuLayer
 from vllm_cascade.attention.gpu_step import GpuMetadata, Planner
+from vllm_cascade.attention.gpu_workspace import Shape, make_workspace
 from vllm_cascade.attention.trace import kept_in
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.structure.config import CascadeConfig

@@ -13,7 +13,7 @@ import torch
 from gpu_driver import Driver, Inputs, make_config
 from gpu_records import RefusalError, attended_pairs, percentiles
 
-from vllm_cascade.attention.gpu_layer import Shape
+from vllm_cascade.attention.gpu_workspace import Shape
 
 OURS, FLASH3, FLASH2, XFORMERS = "CASCADE", "FlashAttention-3", "FlashAttention-2", "xformers"
 

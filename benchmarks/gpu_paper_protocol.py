@@ -47,7 +47,7 @@ from gpu_records import (  # noqa: E402
     write_rows,
 )
 
-from vllm_cascade.attention.gpu_layer import Shape  # noqa: E402
+from vllm_cascade.attention.gpu_workspace import Shape  # noqa: E402
 
 OUTPUT = RESULTS / "gpu_paper_protocol.csv"
 OURS, FLASH2, FLASH3 = "CASCADE", "FlashAttention-2", "FlashAttention-3"

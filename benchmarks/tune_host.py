@@ -18,7 +18,7 @@ import torch
 import triton
 from gpu_driver import Driver, Inputs, make_config
 
-from vllm_cascade.attention.gpu_layer import Shape
+from vllm_cascade.attention.gpu_workspace import Shape
 from vllm_cascade.kernels import kv_write
 from vllm_cascade.kernels.decode import launch_config as decode_launch
 from vllm_cascade.kernels.merge import groups as compaction

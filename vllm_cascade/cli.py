@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(given: argparse.Namespace) -> int:
-    from vllm_cascade.commands.plan import PlanError, make_plan
+    from vllm_cascade.commands.errors import CommandError
+    from vllm_cascade.commands.plan import make_plan
 
     options = {f.name: getattr(given, f.name) for f in fields(CascadeOptions)}
     try:
@@ -77,7 +78,7 @@ def _plan(given: argparse.Namespace) -> int:
             tensor_parallel_size=given.tensor_parallel_size,
             kv_memory_gib=given.gpu_memory,
         )
-    except PlanError as error:
+    except CommandError as error:
         if given.json:
             print(json.dumps({"valid": False, "error": str(error)}))
         print(f"vllm-cascade plan: {error}", file=sys.stderr)

@@ -13,8 +13,8 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_cascade.structure import accounting
 from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.support.resolved import resolve_options
 from vllm_cascade.support.selection import selects_cascade
-from vllm_cascade.support.validate import resolve_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

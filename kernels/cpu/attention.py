@@ -12,7 +12,6 @@ from functools import lru_cache, partial
 
 import torch
 
-from vllm_cascade.kernels.cpu.rotary import rotate
 from vllm_cascade.kernels.pages import Pages
 
 # Attention weights of one KV head in flight at once, in float32 elements. Fewer cost more in
@@ -322,3 +321,28 @@ def decode(
     # A query's own key has no score yet, and slots past it hold leftovers.
     new = slot_place >= batch.places[batch.block_row][:, None]
     pages.score[batch.block_ids] = old.masked_fill_(new[:, None], 0) + gained
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> torch.Tensor:
+    """Rotate the first ``2 * cos.shape[-1]`` channels of `x`, in float32.
+
+    Args:
+        x: [..., head_size] keys or queries, any floating dtype.
+        cos: [..., rotary_dim / 2] float32, broadcasts against `x`.
+        sin: As `cos`.
+        is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
+
+    Returns:
+        [..., head_size] float32, newly allocated.
+    """
+    half = cos.shape[-1]
+    out = x.to(torch.float32, copy=True)
+    if is_neox:
+        first, second = out[..., :half], out[..., half : 2 * half]
+    else:
+        first, second = out[..., 0 : 2 * half : 2], out[..., 1 : 2 * half : 2]
+    turned = first * cos
+    turned.addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(first, sin)
+    first.copy_(turned)
+    return out

@@ -1,7 +1,7 @@
 """What the plugin relies on in vLLM beside what its patches replace and its modules import.
 
 Names that a module imports from vLLM, and attributes it looks up on them, are read from the
-plugin's own source (`moves.py`) and are not repeated here.
+plugin's own source (`needs.py`) and are not repeated here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
         "supports_kv_connector",
         "customize_spec",
     ),
-    "vllm_cascade/attention/backend.py:CascadeMetadataBuilder": (
+    "vllm_cascade/attention/builder.py:CascadeMetadataBuilder": (
         "_cudagraph_support",
         "__init__",
         "build",
@@ -53,7 +53,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
 
 # File of the plugin -> what vLLM hands it: class -> its members.
 MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
-    "vllm_cascade/attention/backend.py": {
+    "vllm_cascade/attention/builder.py": {
         "vllm.v1.attention.backend.CommonAttentionMetadata": (
             "num_reqs",
             "query_start_loc",
@@ -63,8 +63,12 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "block_table_tensor",
         ),
         "vllm.config.CompilationConfig": ("static_forward_context",),
-        "vllm.config.SchedulerConfig": ("max_num_seqs", "max_num_batched_tokens"),
+        "vllm.config.SchedulerConfig": ("max_num_seqs",),
         "vllm.model_executor.layers.attention.Attention": ("impl",),
+    },
+    "vllm_cascade/attention/impl.py": {
+        "vllm.config.SchedulerConfig": ("max_num_seqs", "max_num_batched_tokens"),
+        "vllm.config.ModelConfig": ("dtype",),
     },
     "vllm_cascade/kv_cache/manager.py": {
         "vllm.v1.core.single_type_kv_cache_manager.CircularBufferManager": (
@@ -107,7 +111,6 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "page_size_padded",
             "page_size_bytes",
             "unpadded_page_size_bytes",
-            "dcp_sharded",
         ),
         "vllm.config.VllmConfig": ("use_v2_model_runner",),
     },
@@ -121,6 +124,7 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "vllm_cascade/metrics.py": {
+        "vllm.config.ModelConfig": ("served_model_name",),
         "vllm.v1.metrics.stats.IterationStats": ("finished_requests",),
         "vllm.v1.metrics.stats.FinishedRequestStats": (
             "num_prompt_tokens",
@@ -130,6 +134,7 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm_cascade/support/selection.py": {
         "vllm.config.AttentionConfig": ("backend", "backend_per_kind", "use_non_causal"),
+        "vllm.config.ModelConfig": ("is_mm_prefix_lm", "rswa_window"),
         "vllm.v1.attention.selector.AttentionSelectorConfig": (
             "head_size",
             "dtype",
@@ -141,6 +146,16 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "use_rswa",
         ),
         "vllm.v1.attention.backend.AttentionBackend": ("validate_configuration",),
+    },
+    "vllm_cascade/support/resolved.py": {
+        "vllm.config.VllmConfig": ("additional_config", "model_config"),
+        "vllm.config.ModelConfig": (
+            "disable_sliding_window",
+            "get_sliding_window",
+            "hf_text_config",
+            "max_model_len",
+            "model_arch_config",
+        ),
     },
     "vllm_cascade/support/validate.py": {
         "vllm.config.VllmConfig": (
@@ -154,29 +169,18 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "speculative_config",
         ),
         "vllm.config.ModelConfig": (
-            "attention_chunk_size",
             "attn_type",
-            "disable_sliding_window",
             "dtype",
             "get_head_size",
-            "get_num_kv_heads",
-            "get_num_layers",
-            "get_sliding_window",
-            "get_total_num_hidden_layers",
             "get_total_num_kv_heads",
             "hf_text_config",
             "is_mm_prefix_lm",
-            "max_model_len",
-            "model_arch_config",
             "original_max_model_len",
-            "rswa_window",
             "runner_type",
-            "served_model_name",
             "use_mla",
             "uses_alibi",
             "uses_mrope",
             "using_transformers_backend",
-            "verify_with_parallel_config",
         ),
         "vllm.config.CacheConfig": (
             "block_size",
@@ -188,6 +192,17 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "decode_context_parallel_size",
             "prefill_context_parallel_size",
             "tensor_parallel_size",
+        ),
+    },
+    "vllm_cascade/support/hybrid.py": {
+        "vllm.config.ModelConfig": ("attention_chunk_size", "get_sliding_window"),
+    },
+    "vllm_cascade/commands/plan.py": {
+        "vllm.config.ModelConfig": (
+            "get_num_kv_heads",
+            "get_num_layers",
+            "get_total_num_hidden_layers",
+            "verify_with_parallel_config",
         ),
     },
     "patches/front_end_validation.py": {

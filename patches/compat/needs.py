@@ -11,7 +11,7 @@ from vllm_cascade.patches.compat.hooks import EXACTLY, MEMBERS, OVERRIDES
 from vllm_cascade.patches.compat.source import Found, Function, Source, imported
 from vllm_cascade.patches.record import VLLM_RANGE, Patch, in_range
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ def configure(tmp_path):
 @pytest.fixture
 def limit_of(configure):
     """The positions that a model of a config.json is taken to have."""
-    from vllm_cascade.support.validate import position_limit
+    from vllm_cascade.support.resolved import position_limit
 
     return lambda config, **arguments: position_limit(configure(config, **arguments).model_config)
 

@@ -40,7 +40,7 @@ def watched(*, forbid_sync: bool = False) -> Iterator[Steps]:
     Args:
         forbid_sync: Whether planning a step and a layer's forward pass may not wait for the device.
     """
-    from vllm_cascade.attention.backend import CascadeMetadataBuilder
+    from vllm_cascade.attention.builder import CascadeMetadataBuilder
     from vllm_cascade.attention.gpu_layer import GpuLayer
 
     steps = Steps()

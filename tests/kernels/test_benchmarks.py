@@ -26,7 +26,7 @@ from gpu_driver import Driver, Inputs, check_against_oracle, make_config
 from gpu_records import Counts, RefusalError, percentiles, predict
 
 from reference.cascade import Cascade, CascadeParameters
-from vllm_cascade.attention.gpu_layer import Shape
+from vllm_cascade.attention.gpu_workspace import Shape
 from vllm_cascade.structure.layout import build_layout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -38,8 +38,9 @@ class Engine(Pool):
         sinks: torch.Tensor | None = None,
         follows: bool = False,
     ) -> None:
-        from vllm_cascade.attention.gpu_layer import GpuLayer, Shape, make_workspace
+        from vllm_cascade.attention.gpu_layer import GpuLayer
         from vllm_cascade.attention.gpu_step import Planner
+        from vllm_cascade.attention.gpu_workspace import Shape, make_workspace
 
         super().__init__(config, num_requests, dtype, DEVICE)
         if sinks is not None:
@@ -164,7 +165,7 @@ def test_long_mixed_batches(
 
 
 def test_layers_share_a_workspace_as_long_as_one_of_them_lives() -> None:
-    from vllm_cascade.attention.gpu_layer import Shape, shared_workspace
+    from vllm_cascade.attention.gpu_workspace import Shape, shared_workspace
 
     config = config_of(500, policy="blend", selection_window=64)
     shape = Shape(KV_HEADS * SHARED, KV_HEADS, HEAD, torch.float32)

@@ -15,7 +15,8 @@ from math import exp, isclose, log
 import pytest
 
 from vllm_cascade import cli
-from vllm_cascade.evaluation import EvaluationError, facts, report, runner, texts
+from vllm_cascade.commands.errors import CommandError
+from vllm_cascade.evaluation import facts, report, runner, texts
 from vllm_cascade.evaluation.caches import parse_caches, parse_options, parse_sweep
 from vllm_cascade.evaluation.command import make_prompts as prompts_of_command
 from vllm_cascade.evaluation.engine import Completion
@@ -195,7 +196,7 @@ def test_no_long_definition_is_in_the_way():
     # Of code in which nothing looks like a definition every line is short enough.
     other = Texts((BOOK,), WORDS, "int x = 1;\n" * 400)
     assert "int x = 1;\nint x" in text_of(prompts_of("constant", filler="code", texts=other)[0])
-    with pytest.raises(EvaluationError, match=r"no source code.*code\.txt"):
+    with pytest.raises(CommandError, match=r"no source code.*code\.txt"):
         prompts_of("constant", filler="code", texts=Texts((BOOK,), WORDS))
 
 
@@ -257,7 +258,7 @@ def test_tasks_take_the_fillers_that_suit_them():
     assert cells(tasks, None) == [("passkey", "words"), *own, *texts]
     picked = ["code", "book", "code"]
     assert cells(tasks, picked) == [("passkey", "code"), ("passkey", "book"), *own, *texts[::-1]]
-    with pytest.raises(EvaluationError, match=r"'constant' .* words, book: add one of code to"):
+    with pytest.raises(CommandError, match=r"'constant' .* words, book: add one of code to"):
         fillers_of("constant", ["words", "book"])
     for name, task in TASKS.items():
         assert set(fillers_of(name, None)) <= {"", *FILLERS} and set(task.fillers) <= set(FILLERS)
@@ -277,25 +278,25 @@ def test_perplexity_is_of_books_and_of_code():
     # The texts of books are those of results that have no filler.
     (prompt,) = prompts_of("perplexity", filler="book", count=1)
     assert prompt.seed == "0/perplexity//3000/0"
-    with pytest.raises(EvaluationError, match=r"the code has [\d,]+ tokens, fewer"):
+    with pytest.raises(CommandError, match=r"the code has [\d,]+ tokens, fewer"):
         prompts_of("perplexity", filler="code", length=1_000_000)
 
 
 def test_no_room_and_too_short_a_book_are_refused():
-    with pytest.raises(EvaluationError, match="no room for filler"):
+    with pytest.raises(CommandError, match="no room for filler"):
         prompts_of("passkey", length=300)
-    with pytest.raises(EvaluationError, match=r"book 1 has [\d,]+ tokens, fewer than 1,000,000"):
+    with pytest.raises(CommandError, match=r"book 1 has [\d,]+ tokens, fewer than 1,000,000"):
         prompts_of("perplexity", length=1_000_000)
 
 
 def test_texts_come_from_a_folder(tmp_path):
     (tmp_path / "b.txt").write_text(BOOK)
-    with pytest.raises(EvaluationError, match="distinct words"):
+    with pytest.raises(CommandError, match="distinct words"):
         load_texts(tmp_path)
     (tmp_path / "words.txt").write_text("\n".join(WORDS))
     assert load_texts(tmp_path) == Texts((BOOK,), tuple(sorted(WORDS)), python_code())
     (tmp_path / "b.txt").unlink()
-    with pytest.raises(EvaluationError, match="holds no book"):
+    with pytest.raises(CommandError, match="holds no book"):
         load_texts(tmp_path)
 
 
@@ -410,7 +411,7 @@ def test_an_option_leaves_policies_alone_that_it_does_not_change():
     }
     labels = [cache.label for cache in parse_caches(["blend"], shared, sweep)]
     assert len(labels) == 4 and "blend:score_power=1,value_weight=0" in labels
-    with pytest.raises(EvaluationError, match=r"'distinct:score_power=2': .*score_power"):
+    with pytest.raises(CommandError, match=r"'distinct:score_power=2': .*score_power"):
         parse_caches(["distinct:score_power=2"], {}, {})
 
 
@@ -437,7 +438,7 @@ def test_a_caches_own_options_win():
     ],
 )
 def test_caches_that_make_no_sense_are_refused(caches, shared, sweep, said):
-    with pytest.raises(EvaluationError, match=said):
+    with pytest.raises(CommandError, match=said):
         parse_caches(caches, parse_options(shared), parse_sweep(sweep))
 
 
@@ -573,11 +574,11 @@ def test_perplexities_of_two_texts_are_apart():
 def test_a_folder_of_another_command_is_refused(tmp_path):
     Results(tmp_path, {"seed": 0, "lengths": [1, 2]})
     Results(tmp_path, {"seed": 0, "lengths": [1, 2]})
-    with pytest.raises(EvaluationError, match="seed was 0, is 1"):
+    with pytest.raises(CommandError, match="seed was 0, is 1"):
         Results(tmp_path, {"seed": 1, "lengths": [1, 2]})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.csv").write_text("")
-    with pytest.raises(EvaluationError, match=r"no command\.json"):
+    with pytest.raises(CommandError, match=r"no command\.json"):
         Results(tmp_path / "other", {})
 
 
@@ -618,14 +619,14 @@ def test_engines_fit_the_longest_prompt_and_its_answer(resolved):
 
 def test_what_cannot_be_measured_is_refused(resolved):
     long, short = prompts_of("passkey", length=5000), prompts_of("passkey", length=2000)
-    with pytest.raises(EvaluationError, match=r"'full'.*5,008 tokens.*made for 4,096"):
+    with pytest.raises(CommandError, match=r"'full'.*5,008 tokens.*made for 4,096"):
         plan(["full"], long)
     roomy = "blend:cache_tokens=2048,stride=256"
-    with pytest.raises(EvaluationError, match=r"2,000 tokens lose no token.*allow-under-budget"):
+    with pytest.raises(CommandError, match=r"2,000 tokens lose no token.*allow-under-budget"):
         plan([roomy], short + long)
     assert plan([roomy], short + long, allow=True)[0].config.cache_tokens == 2048
     assert plan([roomy], long)
-    with pytest.raises(EvaluationError, match="sets max_model_len"):
+    with pytest.raises(CommandError, match="sets max_model_len"):
         plan([roomy], long, {"max_model_len": 5})
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from cascade_text import CONFIG, NUM_TOKENS, heads_of, kept_text, simulate
 from vllm_cascade import cli
-from vllm_cascade.evaluation import EvaluationError, engine
+from vllm_cascade.commands.errors import CommandError
+from vllm_cascade.evaluation import engine
 from vllm_cascade.inspection import command
 from vllm_cascade.inspection.kept import layers_of, pieces_of
 from vllm_cascade.structure import accounting
@@ -171,7 +172,7 @@ def settled(monkeypatch):
 
     def keep(given, options, config, tokenizer, prompt):
         seen.update(options=options, config=config, prompt=prompt)
-        raise EvaluationError("the engine starts")
+        raise CommandError("the engine starts")
 
     def settle(model, options):
         cascade = command.CascadeOptions.parse(options["additional_config"]["cascade"])

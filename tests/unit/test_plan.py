@@ -1,6 +1,7 @@
 """The plan of a model's memory, and the command that prints it."""
 
 import json
+import logging
 import re
 from types import SimpleNamespace
 
@@ -32,6 +33,14 @@ LLAMA = {
 }
 CASCADE = {"cache_tokens": 1024, "num_sub_caches": 4, "stride": 256}
 FLAGS = ["--cache-tokens=1024", "--num-sub-caches=4", "--stride=256"]
+
+
+@pytest.fixture(autouse=True)
+def quiet_vllm(caplog):
+    """As the console script has it; whichever test is first, vLLM's handler gets its streams."""
+    import vllm.logger  # noqa: F401
+
+    caplog.set_level(logging.CRITICAL, logger="vllm")
 
 
 @pytest.fixture

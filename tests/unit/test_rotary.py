@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_cascade.kernels.cpu.rotary import rotate
+from vllm_cascade.kernels.cpu.attention import rotate
 
 
 @pytest.mark.parametrize("is_neox", [True, False])

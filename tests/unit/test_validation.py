@@ -13,17 +13,15 @@ from transformers import LlamaConfig
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_cascade import plugin
+from vllm_cascade.attention.impl import check_layer
 from vllm_cascade.structure.config import ConfigError
+from vllm_cascade.support import resolved
 from vllm_cascade.support import validate as validation
 from vllm_cascade.support.hybrid import delegate_windows
+from vllm_cascade.support.resolved import resolve_options
 from vllm_cascade.support.selection import check_selection, selects_cascade
 from vllm_cascade.support.unsupported import UnsupportedError
-from vllm_cascade.support.validate import (
-    check_layer,
-    log_prefix_caching,
-    resolve_options,
-    validate,
-)
+from vllm_cascade.support.validate import log_prefix_caching, validate
 
 LAYER = {
     "alibi_slopes": None,
@@ -55,7 +53,8 @@ class FakeModel(SimpleNamespace):
 def served(monkeypatch):
     """A configuration that CASCADE serves, for a test to spoil."""
     plugin.register()
-    monkeypatch.setattr(validation, "position_limit", lambda model_config: 4096)
+    for module in (validation, resolved):
+        monkeypatch.setattr(module, "position_limit", lambda model_config: 4096)
     text = LlamaConfig(max_position_embeddings=4096)
     model = FakeModel(
         runner_type="generate",
@@ -230,7 +229,8 @@ def test_refused_on_a_gpu(served, monkeypatch, spoilt, capability, words):
         "get_device_capability",
         classmethod(lambda cls, device_id=0: capability),
     )
-    monkeypatch.setattr(validation, "position_limit", lambda model_config: 1 << 16)
+    for module in (validation, resolved):
+        monkeypatch.setattr(module, "position_limit", lambda model_config: 1 << 16)
     served.model_config.max_model_len = 1 << 16
     served.device_config.device_type = "cuda"
     served.cache_config.block_size = 16

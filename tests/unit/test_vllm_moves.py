@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm_cascade.patches import PATCHES
-from vllm_cascade.patches.compat.hooks import OVERRIDES
+from vllm_cascade.patches.compat.hooks import MEMBERS, OVERRIDES
 from vllm_cascade.patches.compat.needs import Function, imports, needs, plugin_files, report
 from vllm_cascade.patches.compat.source import Source
 
@@ -23,8 +23,8 @@ MANAGERS = "v1/core/single_type_kv_cache_manager.py"
 GUARDED = {
     ("vllm_cascade/commands/plan.py", "planning"),
     ("vllm_cascade/commands/plan.py", "get_kv_cache_config_builder"),
-    ("vllm_cascade/attention/gpu_layer.py", "FA3_AVAILABLE"),
-    ("vllm_cascade/attention/gpu_layer.py", "flash_attn_varlen_func"),
+    ("vllm_cascade/attention/gpu_workspace.py", "FA3_AVAILABLE"),
+    ("vllm_cascade/attention/gpu_workspace.py", "flash_attn_varlen_func"),
 }
 
 
@@ -116,7 +116,7 @@ def test_the_installed_vllm_has_all_that_the_plugin_builds_on() -> None:
             "v1/attention/backend.py",
             "seq_lens_cpu_upper_bound",
             "seq_lens_bound",
-            ["backend.py: reads", "CommonAttentionMetadata.seq_lens_cpu_upper_bound", "gone"],
+            ["builder.py: reads", "CommonAttentionMetadata.seq_lens_cpu_upper_bound", "gone"],
             id="a field is gone",
         ),
         pytest.param(
@@ -181,6 +181,21 @@ def test_all_that_the_plugin_replaces_in_vllms_classes_is_listed() -> None:
             if kept:
                 found[f"{user}:{node.name}"] = tuple(kept)
     assert found == OVERRIDES
+
+
+def test_every_file_reads_what_is_listed_for_it() -> None:
+    files = dict(plugin_files())
+    for user, classes in MEMBERS.items():
+        found = set()
+        for node in ast.walk(ast.parse(files[user].read_text())):
+            if isinstance(node, ast.Attribute):
+                found.add(node.attr)
+            elif isinstance(node, ast.keyword):
+                found.add(node.arg)
+            elif isinstance(node, ast.Constant):
+                found.add(node.value)
+        for owner, members in classes.items():
+            assert set(members) <= found, f"{user} does not read all of {owner}"
 
 
 def test_one_name_stands_for_one_thing_of_vllms() -> None:

@@ -8,23 +8,16 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
-    AttentionCGSupport,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
-from vllm_cascade.attention import trace
-from vllm_cascade.attention.cpu_step import CascadeMetadata, plan_step
 from vllm_cascade.kv_cache.spec import CascadeSpec
 from vllm_cascade.structure.accounting import startup_line
 from vllm_cascade.structure.layout import build_layout
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-    from vllm_cascade.attention.gpu_step import GpuMetadata, Planner
+    from vllm_cascade.attention.builder import CascadeMetadataBuilder
     from vllm_cascade.attention.impl import CascadeImpl
 
 # Under vLLM's own root, whose handlers and level it shares.
@@ -50,6 +43,8 @@ class CascadeBackend(AttentionBackend):
 
     @staticmethod
     def get_builder_cls() -> type[CascadeMetadataBuilder]:
+        from vllm_cascade.attention.builder import CascadeMetadataBuilder
+
         return CascadeMetadataBuilder
 
     @staticmethod
@@ -91,82 +86,3 @@ class CascadeBackend(AttentionBackend):
             scope="process",
         )
         return cascade_spec
-
-
-class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
-    """Prepares each step, once for all layers.
-
-    Raises:
-        RuntimeError: A layer's rotary embedding was not handed over, so its keys would be
-            rotated by their position in the request, which outgrows the model's positions.
-    """
-
-    # What single tokens need is worked out on the device, from the tensors that a graph reads.
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-
-    def __init__(
-        self,
-        kv_cache_spec: CascadeSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.layout = build_layout(kv_cache_spec.config)
-        self.seen = trace.Seen(self.layout) if self.layout.config.trace_tokens else None
-        layers = vllm_config.compilation_config.static_forward_context
-        for name in layer_names:
-            layers[name].impl.seen = self.seen
-            if layers[name].impl.worker is None:
-                raise RuntimeError(
-                    f"CASCADE did not get the rotary embedding of layer {name}: the model was "
-                    "loaded by a loader that does not call BaseModelLoader.load_model. Start "
-                    "vLLM with --load-format auto"
-                )
-        self.planner = None
-        if device.type != "cpu":
-            from vllm_cascade.attention.gpu_step import Planner
-
-            workspace = layers[layer_names[0]].impl.worker.workspace
-            self.planner = Planner(
-                self.layout,
-                device,
-                vllm_config.scheduler_config.max_num_seqs,
-                workspace.max_keys,
-            )
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> CascadeMetadata | GpuMetadata:
-        if self.planner is not None:
-            return self._build_on_device(self.planner, common_attn_metadata)
-        num_reqs = common_attn_metadata.num_reqs
-        seq_lens = common_attn_metadata.seq_lens[:num_reqs].numpy()
-        block_table = common_attn_metadata.block_table_tensor[:num_reqs].numpy()
-        if self.seen is not None:
-            self.seen.note(block_table, seq_lens)
-        return plan_step(
-            self.layout,
-            common_attn_metadata.query_start_loc_cpu[: num_reqs + 1].numpy(),
-            seq_lens,
-            block_table,
-        )
-
-    def _build_on_device(self, planner: Planner, step: CommonAttentionMetadata) -> GpuMetadata:
-        num_reqs = step.num_reqs
-        assert step.seq_lens_cpu_upper_bound is not None
-        seq_lens_cpu = step.seq_lens_cpu_upper_bound[:num_reqs].numpy()
-        block_table = step.block_table_tensor[:num_reqs]
-        if self.seen is not None:
-            # Tracing alone waits for the device.
-            self.seen.note(block_table.cpu().numpy(), step.seq_lens[:num_reqs].cpu().numpy())
-        return planner.plan(
-            step.query_start_loc[: num_reqs + 1],
-            step.query_start_loc_cpu[: num_reqs + 1].numpy(),
-            step.seq_lens[:num_reqs],
-            seq_lens_cpu,
-            block_table,
-        )

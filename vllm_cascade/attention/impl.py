@@ -16,7 +16,9 @@ from vllm_cascade.attention.rope import Rope
 from vllm_cascade.attention.trace import Seen
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.structure.config import CascadeConfig
-from vllm_cascade.support.validate import check_layer, resolve_options
+from vllm_cascade.support import unsupported
+from vllm_cascade.support.resolved import resolve_options
+from vllm_cascade.support.unsupported import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm_cascade.attention.gpu_layer import GpuLayer
@@ -93,7 +95,8 @@ class CascadeImpl(AttentionImpl[Any]):
                 self.config, self.scale, cos, sin, rope.is_neox_style, self.sinks
             )
             return
-        from vllm_cascade.attention.gpu_layer import GpuLayer, Shape, shared_workspace
+        from vllm_cascade.attention.gpu_layer import GpuLayer
+        from vllm_cascade.attention.gpu_workspace import Shape, shared_workspace
 
         vllm_config = self._vllm_config
         shape = Shape(
@@ -165,3 +168,37 @@ class CascadeImpl(AttentionImpl[Any]):
         if self.pages is None or self.pages.kv.data_ptr() != kv_cache.data_ptr():
             self.pages = Pages.view(kv_cache, self.config.needs_scores, self.config.trace_tokens)
         return self.pages
+
+
+def check_layer(
+    *,
+    alibi_slopes: Any,
+    sliding_window: int | None,
+    kv_cache_dtype: str,
+    logits_soft_cap: float | None,
+    attn_type: str,
+    kv_sharing_target_layer_name: str | None,
+) -> None:
+    """Refuse an attention layer that only the model's code shows to be unsupported.
+
+    The arguments are those of vLLM's `AttentionImpl`.
+
+    Raises:
+        UnsupportedError: Names the argument.
+    """
+    if attn_type != "decoder":
+        raise UnsupportedError(
+            f"{attn_type} attention", "only causal decoder attention has a cache to cut"
+        )
+    if alibi_slopes is not None:
+        raise unsupported.alibi()
+    if sliding_window is not None:
+        raise unsupported.sliding_window(sliding_window)
+    if logits_soft_cap:
+        raise unsupported.soft_cap(logits_soft_cap)
+    if kv_sharing_target_layer_name is not None:
+        raise unsupported.shared_kv(
+            f"a layer that shares the KV cache of {kv_sharing_target_layer_name}"
+        )
+    if kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise unsupported.kv_dtype(kv_cache_dtype)

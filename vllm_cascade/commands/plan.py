@@ -11,18 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from vllm_cascade.commands.errors import CommandError
+from vllm_cascade.commands.offline import engine_config, said
 from vllm_cascade.structure.accounting import startup_line
 from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.structure.options import NO_EFFECT, SCORE_KNOBS, CascadeOptions
 
 GIB = 1 << 30
-
-
-class PlanError(ValueError):
-    """A model or a configuration that cannot be served; the message says what would be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +181,7 @@ def make_plan(
         The plan.
 
     Raises:
-        PlanError: With the reason, and the nearest valid value where there is one.
+        CommandError: With the reason, and the nearest valid value where there is one.
     """
     _check_folder(model)
     try:
@@ -194,9 +190,9 @@ def make_plan(
             model, cascade, max_model_len, block_size, dtype, tensor_parallel_size
         )
     except OSError as error:
-        raise PlanError(f"cannot read the configuration of {model}: {error}") from error
+        raise CommandError(f"cannot read the configuration of {model}: {error}") from error
     except Exception as error:  # a config.json may be wrong in any way
-        raise PlanError(_said(error)) from error
+        raise CommandError(said(error)) from error
     return _count(model, vllm_config, kv_memory_gib)
 
 
@@ -204,9 +200,9 @@ def _check_folder(model: str) -> None:
     path = Path(model).expanduser()
     is_name = model.count("/") <= 1 and not model.startswith((".", "/", "~"))
     if path.is_dir() and not (path / "config.json").is_file():
-        raise PlanError(f"{model} has no config.json. Give the folder of a Hugging Face model")
+        raise CommandError(f"{model} has no config.json. Give the folder of a Hugging Face model")
     if not path.is_dir() and not is_name:
-        raise PlanError(f"{model} is no folder. Give the folder of a Hugging Face model")
+        raise CommandError(f"{model} is no folder. Give the folder of a Hugging Face model")
 
 
 def _vllm_config(
@@ -218,21 +214,17 @@ def _vllm_config(
     tensor_parallel_size: int,
 ) -> Any:
     """vLLM's configuration, checked for CASCADE; no engine starts."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_cascade.plugin import register
     from vllm_cascade.support.validate import validate
 
-    register()
-    vllm_config = EngineArgs(
+    vllm_config = engine_config(
         model=model,
         max_model_len=max_model_len,
         block_size=block_size,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         attention_backend="CASCADE",
         enable_prefix_caching=False,  # no bytes depend on it, and a server has its own say on it
         additional_config={"cascade": dict(cascade)},
-    ).create_engine_config()
+    )
     # Afterwards, for vLLM asks whether this machine has so many devices.
     vllm_config.parallel_config.tensor_parallel_size = tensor_parallel_size
     vllm_config.model_config.verify_with_parallel_config(vllm_config.parallel_config)
@@ -245,7 +237,7 @@ def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
 
     from vllm_cascade.kv_cache.spec import CascadeSpec
     from vllm_cascade.support.hybrid import SLIDING, is_hybrid
-    from vllm_cascade.support.validate import position_limit, resolve_options
+    from vllm_cascade.support.resolved import position_limit, resolve_options
 
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     block_size = vllm_config.cache_config.block_size
@@ -319,17 +311,6 @@ def _num_layers(model_config: Any, parallel_config: Any) -> int:
     if kinds and len(kinds) == model_config.get_total_num_hidden_layers():
         return int(kinds.count("full_attention"))
     return int(model_config.get_num_layers(parallel_config))
-
-
-def _said(error: Exception) -> str:
-    """The error's message; what pydantic wraps is taken out of its several lines."""
-    if isinstance(error, ValidationError):
-        said = []
-        for part in error.errors():
-            given = "" if part["type"] == "value_error" else f"{part['input']!r}: "
-            said.append(given + part["msg"].removeprefix("Value error, "))
-        return "; ".join(said)
-    return str(error) or type(error).__name__
 
 
 def _size(num_bytes: int) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
-from vllm_cascade.evaluation import EvaluationError
+from vllm_cascade.commands.errors import CommandError
 from vllm_cascade.structure.config import ConfigError
 from vllm_cascade.structure.options import NO_EFFECT, PRESETS, CascadeOptions
 
@@ -39,7 +39,7 @@ def parse_caches(
         sweep: Option to values. A policy under which an option changes nothing is left alone.
 
     Raises:
-        EvaluationError: An unknown cache, a value that no cascade takes, or a cache given twice.
+        CommandError: An unknown cache, a value that no cascade takes, or a cache given twice.
     """
     caches = [
         cache
@@ -49,7 +49,7 @@ def parse_caches(
     labels = [cache.label for cache in caches]
     for label in labels:
         if labels.count(label) > 1:
-            raise EvaluationError(f"cache {label!r} is given twice: leave one out")
+            raise CommandError(f"cache {label!r} is given twice: leave one out")
     return caches
 
 
@@ -57,14 +57,14 @@ def parse_options(text: str) -> dict[str, Any]:
     """Options written "name=value,name=value"; values as in JSON, or plain words.
 
     Raises:
-        EvaluationError: A part without "=", or a name given twice.
+        CommandError: A part without "=", or a name given twice.
     """
     options: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
         if not equals or name in options:
             why = "is given twice" if equals else "is no name=value"
-            raise EvaluationError(f"{part!r} {why}: write options as name=value,name=value")
+            raise CommandError(f"{part!r} {why}: write options as name=value,name=value")
         options[name] = _value(value)
     return options
 
@@ -73,14 +73,14 @@ def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Swept options, each written "name=value,value".
 
     Raises:
-        EvaluationError: No values, or an option that no cascade has.
+        CommandError: No values, or an option that no cascade has.
     """
     sweep: dict[str, list[Any]] = {}
     known = [f.name for f in fields(CascadeOptions)]
     for text in texts:
         name, _, values = text.partition("=")
         if name not in known or not values or name in sweep or name == "policy":
-            raise EvaluationError(
+            raise CommandError(
                 f"--sweep {text!r}: write name=value,value, each name once, of {', '.join(known)} "
                 "but policy, which is a cache's name"
             )
@@ -94,14 +94,14 @@ def _is_full(spec: str) -> bool:
 
 def _full(spec: str) -> Cache:
     if spec != FULL:
-        raise EvaluationError(f"cache {spec!r}: full attention has no options; write {FULL!r}")
+        raise CommandError(f"cache {spec!r}: full attention has no options; write {FULL!r}")
     return Cache(FULL, None)
 
 
 def _swept(spec: str, shared: Mapping[str, Any], sweep: Mapping[str, Sequence[Any]]) -> list[Cache]:
     policy, _, rest = spec.partition(":")
     if policy not in PRESETS:
-        raise EvaluationError(
+        raise CommandError(
             f"no cache {policy!r}: choose from {', '.join((FULL, *PRESETS))}, options after a colon"
         )
     common = {name: shared[name] for name in shared if name not in NO_EFFECT[policy]}
@@ -112,16 +112,16 @@ def _swept(spec: str, shared: Mapping[str, Any], sweep: Mapping[str, Sequence[An
         own = parse_options(rest)
         for name in point:
             if name in own:
-                raise EvaluationError(f"cache {spec!r} sets {name}, which --sweep varies")
+                raise CommandError(f"cache {spec!r} sets {name}, which --sweep varies")
         if "policy" in own or "policy" in common:
-            raise EvaluationError("policy is a cache's name: do not give it as an option")
+            raise CommandError("policy is a cache's name: do not give it as an option")
         cascade = {"policy": policy, **common, **own, **point}
         shown = ",".join(filter(None, [rest, *(f"{k}={v}" for k, v in point.items())]))
         label = f"{policy}:{shown}" if shown else policy
         try:
             CascadeOptions.parse(cascade)
         except ConfigError as error:
-            raise EvaluationError(f"cache {label!r}: {error}") from error
+            raise CommandError(f"cache {label!r}: {error}") from error
         caches.append(Cache(label, cascade))
     return caches
 

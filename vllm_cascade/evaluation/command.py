@@ -11,7 +11,8 @@ from typing import Any
 
 from vllm_cascade import __version__
 from vllm_cascade.commands.arguments import json_object, positive_int, tokens
-from vllm_cascade.evaluation import EvaluationError, caches, tasks, texts
+from vllm_cascade.commands.errors import CommandError
+from vllm_cascade.evaluation import caches, tasks, texts
 from vllm_cascade.evaluation.prompts import FILLERS, Prompt, PromptBuilder
 from vllm_cascade.structure.options import PRESETS
 
@@ -105,9 +106,9 @@ def _guarded(command: Any, given: argparse.Namespace) -> int:
 
     try:
         command(given)
-    except (EvaluationError, EngineError) as error:
+    except (CommandError, EngineError) as error:
         print(f"vllm-cascade: {error}", file=sys.stderr)
-        return INVALID if isinstance(error, EvaluationError) else FAILED
+        return INVALID if isinstance(error, CommandError) else FAILED
     except KeyboardInterrupt:
         print("vllm-cascade: stopped; the same command goes on from here", file=sys.stderr)
         return FAILED
@@ -123,7 +124,7 @@ def _evaluate(given: argparse.Namespace) -> None:
 
     for task in given.tasks:
         if task not in tasks.TASKS:
-            raise EvaluationError(f"no task {task!r}: choose from {', '.join(tasks.TASKS)}")
+            raise CommandError(f"no task {task!r}: choose from {', '.join(tasks.TASKS)}")
     chosen = caches.parse_caches(
         given.caches, caches.parse_options(given.options), caches.parse_sweep(given.sweep)
     )
@@ -167,14 +168,14 @@ def load_tokenizer(model: str) -> Any:
     """A model's tokenizer.
 
     Raises:
-        EvaluationError: It has none that the transformers library can read.
+        CommandError: It has none that the transformers library can read.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(
+        raise CommandError(
             f"cannot read a tokenizer of {model}, and prompts are made with it: {error}"
         ) from error
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_cascade.evaluation import EvaluationError
+from vllm_cascade.commands.errors import CommandError
 
 LOG_LINES = 30
 # Prefix caching off: a prompt that begins like one before it would seem to cost nothing.
@@ -252,24 +252,17 @@ def resolve(model: str, options: dict[str, Any]) -> tuple[int, Any]:
         The model's own position limit, and the `CascadeConfig` (None for another backend).
 
     Raises:
-        EvaluationError: With vLLM's or the plugin's own words.
+        CommandError: With vLLM's or the plugin's own words.
     """
     # vLLM warns of much that its own process says again.
     with contextlib.redirect_stdout(sys.stderr):
-        from pydantic import ValidationError
-        from vllm.engine.arg_utils import EngineArgs
+        from vllm_cascade.commands.offline import engine_config
+        from vllm_cascade.support.resolved import position_limit, resolve_options
 
-        from vllm_cascade.plugin import register
-        from vllm_cascade.support.validate import position_limit, resolve_options
-
-        register()
         try:
-            vllm_config = EngineArgs(model=model, **FIXED, **options).create_engine_config()
-        except ValidationError as error:
-            said = "; ".join(part["msg"].removeprefix("Value error, ") for part in error.errors())
-            raise EvaluationError(said) from error
-        except Exception as error:  # what was given may be wrong in any way
-            raise EvaluationError(str(error) or type(error).__name__) from error
+            vllm_config = engine_config(model=model, **FIXED, **options)
+        except OSError as error:
+            raise CommandError(str(error)) from error
         config = None
         if options.get("attention_backend") == "CASCADE":
             config = resolve_options(vllm_config, vllm_config.cache_config.block_size)

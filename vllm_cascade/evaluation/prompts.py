@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from vllm_cascade.evaluation import EvaluationError
+from vllm_cascade.commands.errors import CommandError
 from vllm_cascade.evaluation.texts import Texts
 
 FILLERS = ("words", "sentences", "book", "code")
@@ -97,7 +97,7 @@ class PromptBuilder:
             lines = short or "".join(parts).splitlines(keepends=True)
             yield from self._around(lines, rng)
         else:
-            raise EvaluationError(f"no filler {name!r}: choose from {', '.join(FILLERS)}")
+            raise CommandError(f"no filler {name!r}: choose from {', '.join(FILLERS)}")
 
     def build(
         self,
@@ -119,13 +119,13 @@ class PromptBuilder:
             answer_start: How the model's own answer begins.
 
         Raises:
-            EvaluationError: `length` has no room for the rest.
+            CommandError: `length` has no room for the rest.
         """
         head, tail = self._frame(introduction, question, answer_start)
         hidden = [(depth, self.encode(text)) for depth, text in needles]
         room = length - len(head) - len(tail) - sum(len(line) for _, line in hidden)
         if room < 1:
-            raise EvaluationError(
+            raise CommandError(
                 f"a prompt of {length} tokens has no room for filler: give --lengths of more than "
                 f"{length - room}"
             )
@@ -163,7 +163,7 @@ class PromptBuilder:
             rng: Draws the place.
 
         Raises:
-            EvaluationError: The text is shorter.
+            CommandError: The text is shorter.
         """
         number = index % len(self.texts.books)
         named = "the code" if filler == "code" else f"book {number + 1}"
@@ -172,7 +172,7 @@ class PromptBuilder:
         tokens = [token for line in lines for token in self._line(line)]
         spare = len(tokens) + len(start) - length
         if spare < 0:
-            raise EvaluationError(
+            raise CommandError(
                 f"{named} has {len(tokens):,} tokens, fewer than {length:,}: give a "
                 "longer one with --texts, or smaller --lengths"
             )
@@ -198,7 +198,7 @@ class PromptBuilder:
         )
         before, found, after = text.partition(BODY)
         if not found:
-            raise EvaluationError(
+            raise CommandError(
                 "the model's chat template leaves the user's text out: give --no-chat"
             )
         return self.encode(before), self.encode(after + answer_start)
@@ -214,7 +214,7 @@ class PromptBuilder:
         """The code in whole lines, each part up to where the next definition starts."""
         if not self._code:
             if not self.texts.code:
-                raise EvaluationError(
+                raise CommandError(
                     "no source code to make prompts of: this Python has no standard library in "
                     "source, so give --texts FOLDER with code in FOLDER/code.txt"
                 )

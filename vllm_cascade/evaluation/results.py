@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vllm_cascade.evaluation import EvaluationError
+from vllm_cascade.commands.errors import CommandError
 from vllm_cascade.evaluation.prompts import Prompt
 
 COMMAND, RESULTS, SUMMARY = "command.json", "results.csv", "summary.json"
@@ -44,7 +44,7 @@ class Results:
         command: All that the results depend on, as JSON has it.
 
     Raises:
-        EvaluationError: The folder holds another command's results.
+        CommandError: The folder holds another command's results.
     """
 
     def __init__(self, folder: Path, command: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ class Results:
         if file.exists():
             self._check(json.loads(file.read_text()))
         elif (folder / RESULTS).exists():
-            raise EvaluationError(f"{folder} has a {RESULTS} but no {COMMAND}: give another folder")
+            raise CommandError(f"{folder} has a {RESULTS} but no {COMMAND}: give another folder")
         else:
             _replace(file, json.dumps(self.command, indent=2) + "\n")
         if (folder / RESULTS).exists():
@@ -92,7 +92,7 @@ class Results:
             changes = "; ".join(
                 f"{name} was {there.get(name)!r}, is {self.command.get(name)!r}" for name in names
             )
-            raise EvaluationError(
+            raise CommandError(
                 f"{self.folder} holds the results of another command ({changes}): give another "
                 "--output, or the same command to go on with it"
             )

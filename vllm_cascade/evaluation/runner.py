@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_cascade.evaluation import EvaluationError
+from vllm_cascade.commands.errors import CommandError
 from vllm_cascade.evaluation.caches import Cache
 from vllm_cascade.evaluation.engine import Completion, Engine, Request, resolve
 from vllm_cascade.evaluation.prompts import Prompt
@@ -73,11 +73,11 @@ def plan_runs(
         allow_under_budget: Whether to run a cascade that evicts nothing.
 
     Raises:
-        EvaluationError: A cache cannot run as asked, or would measure nothing.
+        CommandError: A cache cannot run as asked, or would measure nothing.
     """
     for name in OWN_ARGUMENTS:
         if name in engine_args:
-            raise EvaluationError(f"--engine-args sets {name}, which the evaluation sets itself")
+            raise CommandError(f"--engine-args sets {name}, which the evaluation sets itself")
     lengths = sorted({prompt.length for prompt in prompts})
     longest = max(prompt.length + prompt.max_tokens for prompt in prompts)
     runs = []
@@ -96,10 +96,10 @@ def plan_runs(
             options["additional_config"] = {"cascade": cache.cascade}
         try:
             limit, config = resolve(model, checked)
-        except EvaluationError as error:
-            raise EvaluationError(f"cache {cache.label!r}: {error}") from error
+        except CommandError as error:
+            raise CommandError(f"cache {cache.label!r}: {error}") from error
         if config is None and longest > limit:
-            raise EvaluationError(
+            raise CommandError(
                 f"cache {cache.label!r}: the longest prompt and its answer take {longest:,} "
                 f"tokens, the model was made for {limit:,}: give smaller --lengths, or leave "
                 f"{cache.label!r} out"
@@ -113,7 +113,7 @@ def plan_runs(
 def _check_budget(label: str, config: CascadeConfig, lengths: Sequence[int]) -> None:
     kept = [length for length in lengths if not accounting.tokens_evicted(config, length)]
     if kept:
-        raise EvaluationError(
+        raise CommandError(
             f"cache {label!r}: prompts of {kept[-1]:,} tokens lose no token in a budget of "
             f"{config.cache_tokens:,} tokens with a stride of {config.stride:,}, so there is "
             "nothing to measure: give a smaller cache_tokens, larger --lengths, or "

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count as numbers
 
-from vllm_cascade.evaluation import EvaluationError, facts
+from vllm_cascade.commands.errors import CommandError
+from vllm_cascade.evaluation import facts
 from vllm_cascade.evaluation.facts import Fact
 from vllm_cascade.evaluation.prompts import FILLERS, Prompt, PromptBuilder
 
@@ -74,7 +75,7 @@ def fillers_of(task: str, picked: Sequence[str] | None) -> tuple[str, ...]:
         Each filler once; "" where the task has a text of its own.
 
     Raises:
-        EvaluationError: The task makes no sense in any of those picked.
+        CommandError: The task makes no sense in any of those picked.
     """
     known = TASKS[task]
     if not known.fillers:
@@ -83,7 +84,7 @@ def fillers_of(task: str, picked: Sequence[str] | None) -> tuple[str, ...]:
         return known.fillers[:1] if known.fillers == FILLERS else known.fillers
     found = tuple(filler for filler in dict.fromkeys(picked) if filler in known.fillers)
     if not found:
-        raise EvaluationError(
+        raise CommandError(
             f"task {task!r} cannot be made of {', '.join(picked)}: add one of "
             f"{', '.join(known.fillers)} to --fillers, or leave --fillers out"
         )

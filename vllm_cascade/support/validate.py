@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_cascade.structure.config import CascadeConfig
-from vllm_cascade.structure.options import CascadeOptions
-from vllm_cascade.structure.resolve import resolve
 from vllm_cascade.support import hybrid, unsupported
+from vllm_cascade.support.resolved import position_limit, resolve_options
 from vllm_cascade.support.selection import check_kinds, check_selection, layer_of, selects_cascade
 from vllm_cascade.support.unsupported import ELSEWHERE, UnsupportedError
 
 # By name, not by what is known to be wrong: a new kind is refused until it has been looked at.
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-# Their tables end at max_position_embeddings, whatever the factor that vLLM's limit counts in.
-UNSCALED_ROPE_TYPES = ("dynamic",)
 POSITION_EMBEDDING_TYPES = (None, "rope", "rotary")
 ATTENTION_SCALES = ("llama_4_scaling", "attn_temperature_tuning", "use_logn_attn")
 MIN_CAPABILITY = (8, 0)
@@ -22,58 +18,6 @@ GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
 GPU_BLOCK_SIZES = (16, 32, 64, 128)
 GPU_MAX_WINDOW = 1024
 SHARED_KV = ("num_kv_shared_layers", "use_cla")
-
-
-def position_limit(model_config: Any) -> int:
-    """The number of positions a model was made for, as vLLM derives it, in tokens.
-
-    Args:
-        model_config: vLLM's `ModelConfig`; its `max_model_len` may be larger.
-    """
-    from vllm.config.model import _get_and_verify_max_len
-
-    text = model_config.hf_text_config
-    limit = _get_and_verify_max_len(
-        hf_config=text,
-        model_arch_config=model_config.model_arch_config,
-        tokenizer_config=None,
-        max_model_len=None,
-        disable_sliding_window=model_config.disable_sliding_window,
-        sliding_window=model_config.get_sliding_window(),
-    )
-    ropes = hybrid.full_attention_ropes(text)
-    if any(rope.get("rope_type") in UNSCALED_ROPE_TYPES for rope in ropes):
-        limit = min(limit, text.max_position_embeddings)
-    if model_config.disable_sliding_window:
-        # vLLM has forgotten the window by now; it bounds max_model_len, which was not extended.
-        limit = min(limit, model_config.max_model_len)
-    return limit
-
-
-def resolve_options(vllm_config: Any, block_size: int) -> CascadeConfig:
-    """The cascade's configuration for the model that `vllm_config` serves.
-
-    Args:
-        vllm_config: vLLM's complete configuration.
-        block_size: Tokens in a KV block.
-
-    Raises:
-        UnsupportedError: The options are not where they belong.
-        ConfigError: An option is unknown or cannot work with this model.
-    """
-    given = vllm_config.additional_config
-    if not isinstance(given, dict):
-        raise UnsupportedError(
-            f"additional_config = {given!r}",
-            "its options are read from a JSON object",
-            "Give --additional-config '{\"cascade\": {...}}', or leave it out",
-        )
-    return resolve(
-        CascadeOptions.parse(given.get("cascade", {})),
-        block_size=block_size,
-        max_model_len=vllm_config.model_config.max_model_len,
-        position_limit=position_limit(vllm_config.model_config),
-    )
 
 
 def validate(vllm_config: Any) -> None:
@@ -105,40 +49,6 @@ def validate(vllm_config: Any) -> None:
     check_selection(AttentionBackendEnum["CASCADE"].get_class(), layer_of(vllm_config))
     log_prefix_caching(vllm_config)
     log_blend(vllm_config)
-
-
-def check_layer(
-    *,
-    alibi_slopes: Any,
-    sliding_window: int | None,
-    kv_cache_dtype: str,
-    logits_soft_cap: float | None,
-    attn_type: str,
-    kv_sharing_target_layer_name: str | None,
-) -> None:
-    """Refuse an attention layer that only the model's code shows to be unsupported.
-
-    The arguments are those of vLLM's `AttentionImpl`.
-
-    Raises:
-        UnsupportedError: Names the argument.
-    """
-    if attn_type != "decoder":
-        raise UnsupportedError(
-            f"{attn_type} attention", "only causal decoder attention has a cache to cut"
-        )
-    if alibi_slopes is not None:
-        raise unsupported.alibi()
-    if sliding_window is not None:
-        raise unsupported.sliding_window(sliding_window)
-    if logits_soft_cap:
-        raise unsupported.soft_cap(logits_soft_cap)
-    if kv_sharing_target_layer_name is not None:
-        raise unsupported.shared_kv(
-            f"a layer that shares the KV cache of {kv_sharing_target_layer_name}"
-        )
-    if kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise unsupported.kv_dtype(kv_cache_dtype)
 
 
 def _device(vllm_config: Any) -> None:

@@ -1,0 +1,186 @@
+"""Scratch of a step on a GPU, shared by all layers of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from vllm_cascade.kernels.decode import attend as paged_decode
+from vllm_cascade.kernels.merge import groups as compaction
+from vllm_cascade.kernels.prefill import scores as key_scores
+from vllm_cascade.kernels.segments import KEY_PADDING
+from vllm_cascade.structure.config import CascadeConfig
+
+# Rows whose logits are kept between the two launches of decode; more are processed in turn.
+MAX_DECODE_ROWS = 64
+# FlashAttention-3, as vLLM ships it.
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+# FlashAttention-3 takes up to 64 sink logits, in bfloat16; a cast would disagree with decode.
+FLASH_MAX_SINKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the layers of a model have in common.
+
+    Args:
+        num_heads: Query heads on this rank.
+        num_kv_heads: KV heads on this rank.
+        head_size: Channels of a head.
+        dtype: Of activations and pages.
+        sinks: Dtype of the learned logits of sinks, or None where there are none.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    sinks: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Workspace:
+    """Scratch of a step, shared by all layers and allocated before vLLM measures memory.
+
+    Args:
+        query: [max_num_batched_tokens, num_heads, head_size] rotated queries.
+        output: As `query`; packed outputs where a launch's rows do not follow one another.
+        key: [max_keys, num_kv_heads, head_size] rotated keys.
+        value: As `key`.
+        lse: [num_heads, max_num_batched_tokens] float32, where FlashAttention-3 is not used.
+        shifts: Scratch of the scores.
+        decode: Scratch of single tokens.
+        merge: Scratch of boundaries.
+        counters: [3] int64: pairs of a query and a key scored, groups merged, tokens dropped;
+            each per KV head, all layers together.
+    """
+
+    query: torch.Tensor
+    output: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    lse: torch.Tensor
+    shifts: torch.Tensor
+    decode: paged_decode.Scratch
+    merge: compaction.Scratch
+    counters: torch.Tensor
+
+    @property
+    def max_keys(self) -> int:
+        """Keys there is room for."""
+        return len(self.key)
+
+
+def max_workspace_keys(config: CascadeConfig, max_num_batched_tokens: int) -> int:
+    """Rows of keys for a launch's segments: two full caches, or a batch of short ones and padding.
+
+    Args:
+        config: The cascade.
+        max_num_batched_tokens: Most tokens of a step.
+    """
+    places = min(config.max_places, config.max_model_len) + config.block_size + KEY_PADDING
+    return 2 * max(places, max_num_batched_tokens)
+
+
+# Lives as long as a layer that uses it.
+_workspaces: WeakValueDictionary[tuple[Any, ...], Workspace] = WeakValueDictionary()
+
+
+def shared_workspace(
+    config: CascadeConfig,
+    shape: Shape,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    device: torch.device,
+) -> Workspace:
+    """The scratch of all layers of one shape, allocated for the first of them; see its parts."""
+    key = (config, shape, max_num_batched_tokens, max_num_seqs, device)
+    workspace = _workspaces.get(key)
+    if workspace is None:
+        workspace = _workspaces[key] = make_workspace(*key)
+    return workspace
+
+
+def make_workspace(
+    config: CascadeConfig,
+    shape: Shape,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    device: torch.device,
+) -> Workspace:
+    """Allocate the scratch of layers of one shape.
+
+    Args:
+        config: The cascade.
+        shape: The layers.
+        max_num_batched_tokens: Most tokens of a step.
+        max_num_seqs: Most requests of a step.
+        device: Where.
+    """
+    max_keys = max_workspace_keys(config, max_num_batched_tokens)
+    max_places = min(config.max_places, config.max_model_len) + config.block_size
+    queries = (max_num_batched_tokens, shape.num_heads, shape.head_size)
+    keys = (max_keys, shape.num_kv_heads, shape.head_size)
+    kind: dict[str, Any] = {"dtype": shape.dtype, "device": device}
+    has_flash = flash_attention(shape) is not None
+    # A launch has at most one segment per request, and each has a query.
+    num_shifts = key_scores.shifts_elements(
+        max_num_batched_tokens,
+        min(max_num_seqs, max_num_batched_tokens),
+        shape.num_heads,
+        shape.num_kv_heads,
+    )
+    return Workspace(
+        query=torch.empty(queries, **kind),
+        output=torch.empty(queries, **kind),
+        key=torch.empty(keys, **kind),
+        value=torch.empty(keys, **kind),
+        lse=torch.empty(
+            shape.num_heads,
+            0 if has_flash else max_num_batched_tokens,
+            dtype=torch.float32,
+            device=device,
+        ),
+        shifts=torch.empty(
+            num_shifts if config.needs_scores else 0, dtype=torch.float32, device=device
+        ),
+        decode=paged_decode.make_scratch(
+            min(max_num_seqs, MAX_DECODE_ROWS),
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_size,
+            shape.dtype.itemsize,
+            max_places,
+            64,
+            device,
+            scored=config.needs_scores,
+        ),
+        merge=compaction.make_scratch(
+            max_num_seqs,
+            shape.num_kv_heads,
+            shape.head_size,
+            device,
+            max_group=config.group_tokens,
+        ),
+        counters=torch.zeros(3, dtype=torch.int64, device=device),
+    )
+
+
+def flash_attention(shape: Shape) -> Callable[..., Any] | None:
+    """vLLM's FlashAttention-3 if it is there and takes layers of this shape."""
+    if shape.dtype not in FLASH_DTYPES or not torch.cuda.is_available():
+        return None
+    if torch.cuda.get_device_capability()[0] != 9:
+        return None
+    takes_sinks = shape.sinks == torch.bfloat16 and shape.num_heads <= FLASH_MAX_SINKS
+    if shape.sinks is not None and not takes_sinks:
+        return None
+    try:
+        from vllm.vllm_flash_attn import FA3_AVAILABLE, flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func if FA3_AVAILABLE else None
