@@ -36,11 +36,11 @@ FLAGS = ["--cache-tokens=1024", "--num-sub-caches=4", "--stride=256"]
 
 
 @pytest.fixture(autouse=True)
-def quiet_vllm(caplog):
-    """As the console script has it; whichever test is first, vLLM's handler gets its streams."""
-    import vllm.logger  # noqa: F401
-
-    caplog.set_level(logging.CRITICAL, logger="vllm")
+def quiet_vllm():
+    """As the console script has it: where vLLM is first imported here, it logs to our streams."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture
