@@ -102,7 +102,7 @@ class Probe:
             "held": {
                 "requests": len(scheduler.requests),
                 "rows of blocks": len(cascade.req_to_blocks),
-                "promises of blocks": len(cascade._promised),
+                "records of requests": len(cascade._progress),
             },
             "in_prefill": [r.request_id for r in scheduler.running if phase(r) == "prefill"],
             "counts": dict(scheduler.counts),

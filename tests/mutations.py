@@ -209,7 +209,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a request that goes on after other last tokens",
-        "vllm_cascade/kv_cache/continuation.py",
+        "vllm_cascade/kv_cache/ends.py",
         "and request.all_token_ids[number * self._block_size : end.num_tokens] == end.rest",
         "and bool(end.rest)",
         "tests/e2e/test_continuation.py::test_another_token_in_a_block_or_after_the_last"
@@ -217,7 +217,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a copy of a copy that is not made yet",
-        "vllm_cascade/kv_cache/continuation.py",
+        "vllm_cascade/kv_cache/ends.py",
         "blocks = self._originals.get(blocks[0].block_id, blocks)",
         "blocks = list(blocks)",
         "tests/e2e/test_continuation.py::test_several_go_on_from_an_answer[distinct]",

@@ -79,9 +79,13 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "_pending_cow_copies",
         ),
         "vllm.v1.core.block_pool.BlockPool": ("free_blocks", "get_num_free_blocks"),
-        "vllm.v1.request.Request": ("request_id", "is_finished"),
+        "vllm.v1.request.Request": ("request_id", "num_tokens"),
     },
     "vllm_cascade/kv_cache/continuation.py": {
+        "vllm.v1.request.Request": ("is_finished", "num_computed_tokens", "num_prompt_tokens"),
+        "vllm.v1.core.kv_cache_utils.KVCacheBlock": ("ref_cnt",),
+    },
+    "vllm_cascade/kv_cache/ends.py": {
         "vllm.v1.request.Request": (
             "all_token_ids",
             "block_hashes",
@@ -213,10 +217,7 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
 # File of the plugin -> function of vLLM's that it calls or that calls it -> parameters, or
 # constant -> value.
 EXACTLY: dict[str, dict[str, str]] = {
-    "vllm_cascade/kv_cache/manager.py": {
-        "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "(self, num_blocks)",
-    },
-    "vllm_cascade/kv_cache/continuation.py": {
+    "vllm_cascade/kv_cache/ends.py": {
         "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "(self, num_blocks)",
         "vllm.v1.core.block_pool.BlockPool.touch": "(self, blocks)",
         "vllm.v1.core.block_pool.BlockPool.unpin_blocks": "(self, blocks, on_reuse)",

@@ -88,7 +88,7 @@ def check_pool(llm: Any) -> None:
     pool = core_of(llm).scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     manager = cascade_manager_of(llm)
-    assert not manager.req_to_blocks and not manager._running and not manager._promised
+    assert not manager.req_to_blocks and not manager._progress
 
 
 def check_kept(log: KeptLog, outputs: list[Any], expected: list[Any]) -> None:
@@ -272,7 +272,7 @@ def test_copies_of_prompts_give_way(model: str) -> None:
         assert llm.reset_prefix_cache()
         answers = [run(llm, text)[0] for text in texts]
         assert [answer.num_cached_tokens for answer in answers] == [0, 0, 0]
-        assert len(cascade_manager_of(llm)._continuations._saved) <= 1
+        assert len(cascade_manager_of(llm)._ends._copies) <= 1
         turns = [
             [*text, *tokens_of(answer), *MORE] for text, answer in zip(texts, answers, strict=True)
         ]
@@ -300,4 +300,4 @@ def test_off_where_prefix_caching_is(model: str) -> None:
         (first,) = run(llm, PROMPT)
         (output,) = run(llm, [*PROMPT, *tokens_of(first), *MORE])
         assert not output.num_cached_tokens
-        assert not cascade_manager_of(llm)._continuations._ended
+        assert not cascade_manager_of(llm)._ends._ends

@@ -106,7 +106,7 @@ def play(
             )
             played.kept.append(log.of(str(i)))
         manager = cascade_manager_of(llm)
-        assert not manager.req_to_blocks and not manager._promised
+        assert not manager.req_to_blocks and not manager._progress
         pool = scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     return played

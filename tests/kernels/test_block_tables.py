@@ -31,6 +31,15 @@ def fresh(table, count):
     return out
 
 
+def full_table(layout, device):
+    """The layout's table, filled up to the longest request."""
+    from vllm_cascade.attention.epoch_table import EpochTable
+
+    table = EpochTable(layout, device)
+    table.cover(layout.config.max_model_len)
+    return table.table
+
+
 def compare(found, expected, segments) -> None:
     """Everything that is written is equal; skipped segments say so and nothing else."""
     for s in segments:
@@ -52,12 +61,11 @@ def compare(found, expected, segments) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o["policy"])
 def test_resolved_as_by_hand(device, options) -> None:
-    from vllm_cascade.attention.gpu_step import cascade_table
     from vllm_cascade.kernels import block_tables
 
     config = config_of(900, **options)
     layout = build_layout(config)
-    table, plain = cascade_table(layout, device), cascade_table(layout, torch.device("cpu"))
+    table, plain = full_table(layout, device), full_table(layout, torch.device("cpu"))
     draw = random.Random(3)
     ends = [e.end for e in layout.epochs[:-1]]
     # Lengths on, before and after every boundary, the very first token and the very last.
@@ -92,11 +100,27 @@ def test_resolved_as_by_hand(device, options) -> None:
     assert merging or options["policy"] == "window"
 
 
+def test_epochs_are_filled_before_a_request_comes_to_them(device, monkeypatch) -> None:
+    from vllm_cascade.attention import epoch_table
+
+    monkeypatch.setattr(epoch_table, "EPOCHS_AT_ONCE", 1)
+    layout = build_layout(config_of(900, policy="paper"))
+    table, full = epoch_table.EpochTable(layout, device), full_table(layout, device)
+    names = ("entries", "groups", "num_groups", "starts", "prefixes")
+    for num_tokens in (1, layout.epochs[1].end - 1, layout.epochs[1].end, 700, 30, 900):
+        table.cover(num_tokens)
+        # The epoch of the last token and the one that follows.
+        known = min(len(layout.epochs), layout.epoch_of(num_tokens) + 2)
+        for name in names:
+            filled, whole = getattr(table.table, name), getattr(full, name)
+            assert torch.equal(filled[:known], whole[:known]), (name, num_tokens)
+    assert all(torch.equal(getattr(table.table, name), getattr(full, name)) for name in names)
+
+
 def test_too_many_segments_are_refused(device) -> None:
-    from vllm_cascade.attention.gpu_step import cascade_table
     from vllm_cascade.kernels import block_tables
 
-    table = cascade_table(build_layout(config_of(300, policy="paper")), device)
+    table = full_table(build_layout(config_of(300, policy="paper")), device)
     rows = torch.zeros(2, 30, dtype=torch.int32, device=device)
     counts = torch.ones(2, dtype=torch.int32, device=device)
     starts = torch.arange(3, dtype=torch.int32, device=device)

@@ -6,6 +6,7 @@ No torch, no vLLM: tokens are played through the tables as numbers.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from reference.blocks import Boundary, block_moves
 from reference.paper import token_by_token
 from vllm_cascade.structure.config import CascadeConfig, broken_rule
-from vllm_cascade.structure.layout import Layout, build_layout
+from vllm_cascade.structure.layout import Layout, _most_ones, build_layout
 from vllm_cascade.structure.options import CascadeOptions
 from vllm_cascade.structure.resolve import resolve
 
@@ -256,6 +257,7 @@ def test_need_grows_to_the_most_blocks_and_no_further(config: CascadeConfig) -> 
     assert all(n_blocks <= -(-n // config.block_size) for n, n_blocks in enumerate(need))
     assert max(need) == need[-1] == layout.max_blocks
     assert layout.max_blocks == max(len(epoch.table) for epoch in layout.epochs)
+    assert layout.max_groups >= max(len(epoch.groups) for epoch in layout.epochs)
 
 
 @given(configurations())
@@ -447,3 +449,27 @@ def test_a_million_tokens_take_a_budget_of_blocks_and_a_few_megabytes_of_tables(
     assert layout.max_blocks == layout.need(2**20) <= config.max_places // 16
     assert sum(epoch.table.nbytes for epoch in layout.epochs) < 6e6
     assert layout.epochs[-1].end == 2**20
+
+
+@given(
+    first=st.integers(0, 5000),
+    shift=st.integers(0, 5),
+    number=st.integers(1, 3000),
+    digits=st.integers(0, 12),
+)
+def test_most_ones_of_many_numbers(first: int, shift: int, number: int, digits: int) -> None:
+    step = 1 << shift
+    ones = _most_ones(first, step, number, digits, tried=1)
+    assert ones == _most_ones(first, step, number, digits, tried=1 << 20)
+
+
+def test_a_trillion_tokens_are_laid_out_at_once() -> None:
+    length = 10**12
+    config = resolve(CascadeOptions(), block_size=64, max_model_len=length, position_limit=8192)
+    begin = time.perf_counter()
+    layout = build_layout(config)
+    assert layout.epochs[40].start == layout.epochs[0].end + 39 * config.stride
+    assert time.perf_counter() - begin < 2
+    assert len(layout.epochs) == 1 + -(-(length - layout.epochs[0].end) // config.stride)
+    held = max(len(epoch.table) for epoch in layout.epochs[:2000])
+    assert held <= layout.max_blocks < 1.2 * held

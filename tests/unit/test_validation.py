@@ -219,6 +219,11 @@ def spoil(vllm_config, path, value):
             (9, 0),
             "selection_window 2048 on a GPU.*1024",
         ),
+        (
+            {"model_config.max_model_len": 10**10},
+            (9, 0),
+            "10000000000 in strides of 1024 on a GPU.*--max-model-len 2147483648 or less",
+        ),
     ],
 )
 def test_refused_on_a_gpu(served, monkeypatch, spoilt, capability, words):

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_cascade.attention.epoch_table import EpochTable
 from vllm_cascade.kernels.block_tables import (
-    CascadeTable,
     Resolved,
     resolve_decodes,
     resolve_segments,
@@ -143,7 +143,8 @@ class Planner:
     ) -> None:
         self.layout = layout
         self.max_keys = max(max_keys, _most_keys(layout) + KEY_PADDING)
-        self.table = cascade_table(layout, device)
+        self.epochs = EpochTable(layout, device)
+        self.table = self.epochs.table
         self.decodes = Resolved.empty(self.table, max_num_seqs)
 
     def plan(
@@ -160,7 +161,8 @@ class Planner:
             query_start_loc: [num_requests + 1] int32 on the device, first row of each request.
             query_start_loc_cpu: The same on the host.
             seq_lens: [num_requests] int32 on the device, tokens once the step is done.
-            seq_lens_cpu: The same on the host; exact for requests with several tokens.
+            seq_lens_cpu: The same on the host; exact for requests with several tokens, of others
+                not less.
             block_table: [num_requests or more, width] int32 on the device.
 
         Returns:
@@ -168,6 +170,7 @@ class Planner:
         """
         num_requests = len(seq_lens)
         lengths = np.diff(query_start_loc_cpu)
+        self.epochs.cover(min(int(seq_lens_cpu.max(initial=1)), self.layout.config.max_model_len))
         decode = None
         if (lengths == 1).any():
             resolve_decodes(self.decodes, self.table, query_start_loc, seq_lens, block_table)
@@ -261,37 +264,8 @@ class Planner:
         return launches
 
 
-def cascade_table(layout: Layout, device: torch.device) -> CascadeTable:
-    """The structure of all epochs as tensors on `device`."""
-    config, epochs = layout.config, layout.epochs
-    # Half the size where row entries are small enough, which they are up to half a million places.
-    kind = np.int16 if layout.max_blocks < 1 << 15 else np.int32
-    entries = np.zeros((len(epochs), max(len(e.table) for e in epochs)), dtype=kind)
-    most = max(1, max(len(e.groups) for e in epochs))
-    groups = np.zeros((len(epochs), most, config.group_tokens // config.block_size), dtype=kind)
-    for index, epoch in enumerate(epochs):
-        entries[index, : len(epoch.table)] = epoch.table
-        groups[index, : len(epoch.groups)] = epoch.groups
-
-    def put(values: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values).to(device)
-
-    return CascadeTable(
-        entries=put(entries),
-        groups=put(groups),
-        num_groups=put(np.array([len(e.groups) for e in epochs], dtype=np.int32)),
-        starts=put(np.array([e.start for e in epochs], dtype=np.int32)),
-        prefixes=put(np.array([e.prefix_tokens for e in epochs], dtype=np.int32)),
-        first_end=epochs[0].end,
-        stride=config.stride,
-        num_sink_tokens=config.num_sink_tokens,
-        block_size=config.block_size,
-        decay=config.score_decay,
-    )
-
-
 def _most_keys(layout: Layout) -> int:
-    return max(len(epoch.table) for epoch in layout.epochs) * layout.config.block_size
+    return layout.max_blocks * layout.config.block_size
 
 
 def _spans(lengths: list[int], padding: int = 0) -> npt.NDArray[np.int64]:

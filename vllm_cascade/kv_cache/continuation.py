@@ -1,231 +1,168 @@
-"""What requests held, for a request that goes on from there.
+"""Which requests go on from which ends, and which prompts are copied for others to go on from.
 
-A block of a cascade holds what survived all that came after it, so no two requests can share one.
-But a request whose tokens begin with all those that a finished one computed can go on from its
-blocks: a chat's next turn takes them over, and of what was a prompt alone it gets a copy, as more
-requests may begin with it. For the same reason a long prompt is copied shortly before its end. All
-of these blocks count as free meanwhile.
+A chat's next turn takes over the blocks of the turn before. Of what was a prompt alone a request
+gets a copy, as more requests may begin with it. For the same reason a long prompt is copied while
+it is computed, shortly before its end.
+
+What vLLM calls for a request of a model with prefix caching, in this order:
+
+1. The patch of `KVCacheManager.get_computed_blocks` asks `CascadeManager.continued_by` where the
+   waiting request can go on: `find`. It asks again in each step until the request is admitted.
+2. `get_num_blocks_to_allocate` counts the blocks to be copied as well: `Progress.copies`.
+3. On admission `add_local_computed_blocks` fills the row: `begin`, with blocks that are taken over
+   or with copies, then `allocate_new_blocks` adds others.
+4. `cache_blocks`, in each step: `step`, which may copy the prompt.
+5. `take_pending_cow_copies`, at the end of each step's scheduling: the worker makes these copies
+   before it computes anything.
+6. `free`: `end` keeps what the request held, for others to go on from.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+from vllm_cascade.kv_cache.ends import Ends
 
 if TYPE_CHECKING:
-    from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
+    Copies = list[tuple[KVCacheBlock, KVCacheBlock]]
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Ended:
-    """Where a request ended, or was copied.
-
-    Args:
-        num_tokens: Tokens it had computed.
-        whole: vLLM's hash of those in whole blocks, which counts adapter and salt in.
-        rest: The others.
-        blocks: All that it held, or the copies.
-        is_prompt: Whether it had computed no token of an answer.
-        is_saved: Whether they are copies of what another request holds or held.
-    """
-
-    num_tokens: int
-    whole: BlockHash
-    rest: list[int]
-    blocks: list[KVCacheBlock]
-    is_prompt: bool
-    is_saved: bool
+# The last tokens of a prompt, taken to be the request's own question. What stands before them may
+# be a text that other requests have too, and is worth a copy.
+QUESTION_TOKENS = 256
 
 
-class Continuations:
-    """The ends of requests whose blocks no other has taken yet.
+@dataclass(slots=True)
+class Progress:
+    """What is known of a request beside its blocks.
 
     Args:
-        block_pool: vLLM's pool.
-        block_size: Tokens of a block that is hashed.
-        group_id: Of the layers among the model's.
+        promised: Blocks that its prompt will hold, as promised on admission.
+        request: vLLM's request, once it runs with prefix caching.
+        copies: Whether it goes on from a copy, until it is admitted.
+        taken_tokens: Tokens that the blocks it took over stand for, until its first step.
+        was_copied: Whether there is a copy of its prompt.
     """
 
-    def __init__(self, block_pool: BlockPool, block_size: int, group_id: int) -> None:
-        self._pool, self._block_size, self._group_id = block_pool, block_size, group_id
-        # First block -> end, in the order in which the pool hands their blocks out again.
-        self._ended: dict[int, Ended] = {}
-        # Whole blocks of tokens -> their hash -> ends. Thousands may be kept, and each request of
-        # each step that waits is looked up.
-        self._hashed: dict[int, dict[BlockHash, list[Ended]]] = {}
-        # First block of copies that the worker has yet to make -> blocks that they are of.
-        self._originals: dict[int, list[KVCacheBlock]] = {}
-        # Copies of prompts, the oldest first, and blocks of all of them and of other ends.
-        self._saved: dict[int, Ended] = {}
-        self._num_blocks = {True: 0, False: 0}
+    promised: int = 0
+    request: Request | None = None
+    copies: bool = False
+    taken_tokens: int = 0
+    was_copied: bool = False
 
-    @property
-    def num_unused(self) -> int:
-        """Free blocks, those of droppable copies of prompts included."""
-        return self._pool.get_num_free_blocks() - self._num_blocks[False]
 
-    def new_blocks(self, number: int) -> list[KVCacheBlock]:
-        """Take blocks out of the pool; as long as there is a prompt's copy, no end is lost.
+class Continuation:
+    """Decides where requests go on.
 
-        Args:
-            number: How many, of those that are free.
-        """
-        missing = number - (self.num_unused - self._num_blocks[True])
-        for copy in list(self._saved.values()) if missing > 0 else ():
-            if missing > 0 and all(block.ref_cnt == 0 for block in copy.blocks):
-                missing -= len(copy.blocks)
-                self.take(copy.blocks)
-                # Without a hash they come first.
-                self._pool.free_blocks(copy.blocks)
-        return self._pool.get_new_blocks(number)
+    Args:
+        ends: Where earlier requests ended.
+        least_copied: Fewest tokens of a prompt that are worth a copy: a copy costs as much
+            whatever is in it.
+    """
 
-    def keep(self, request: Request, blocks: list[KVCacheBlock]) -> bool:
-        """Give back the blocks of a finished request, and remember what they hold.
+    def __init__(self, ends: Ends, least_copied: int) -> None:
+        self._ends, self._least_copied = ends, least_copied
+        # Whether vLLM asks where requests can go on. False for models with other caches beside
+        # CASCADE's: the patch does not ask for them.
+        self._is_asked = False
+
+    def find(
+        self, request: Request, progress: Progress, most: int, num_free: int, need: int
+    ) -> tuple[list[KVCacheBlock], int]:
+        """Where a waiting request can go on.
 
         Args:
-            request: The request.
-            blocks: All that it held.
+            request: A request that has computed nothing.
+            progress: Its own.
+            most: Most tokens that may be taken as computed.
+            num_free: Free blocks.
+            need: Blocks that all of its tokens will take.
 
         Returns:
-            Whether that can be told from its tokens; if not, nothing was done.
+            Blocks to begin with, and the tokens they stand for; none and 0 if it has to begin at
+            the beginning.
         """
-        num_tokens = request.num_computed_tokens
-        # Others with a reference are still being copied.
-        if not blocks or any(block.ref_cnt > 1 for block in blocks):
-            return False
-        if not self._is_told(request, num_tokens):
-            return False
-        is_prompt = num_tokens <= request.num_prompt_tokens
-        self._add(self._end(request, num_tokens, blocks, is_prompt=is_prompt))
-        return True
+        self._is_asked = True
+        progress.copies = False
+        end = self._ends.find(request, most)
+        if end is None:
+            return [], 0
+        num_unheld = sum(block.ref_cnt == 0 for block in end.blocks)
+        if end.is_prompt and num_unheld + need <= num_free:
+            progress.copies = True
+        elif num_unheld < len(end.blocks):
+            # Another request is about to get a copy, so these cannot be taken over.
+            return [], 0
+        return end.blocks, end.num_tokens
 
-    def save(
-        self, request: Request, num_tokens: int, blocks: list[KVCacheBlock]
-    ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
-        """Copy what a request holds of its prompt, and remember that.
+    def begin(
+        self, progress: Progress, blocks: list[KVCacheBlock], num_tokens: int
+    ) -> tuple[list[KVCacheBlock], Copies]:
+        """Admit a request that goes on.
 
         Args:
-            request: A request that goes on itself.
-            num_tokens: Tokens of its prompt that it has computed.
-            blocks: All that it holds of them.
+            progress: Its own.
+            blocks: From `find`.
+            num_tokens: From `find`.
 
         Returns:
-            As `copy`; nothing if that is there already, or cannot be told from its tokens.
+            The blocks of its row, and what the worker has to copy into them.
         """
-        found = self.find(request, num_tokens)
-        is_there = found is not None and found.num_tokens == num_tokens
-        if is_there or not self._is_told(request, num_tokens):
-            return []
-        copied = self.copy(blocks)
-        copies = [copy for _, copy in copied]
-        self._originals[copies[0].block_id] = blocks
-        self._add(self._end(request, num_tokens, copies, is_prompt=True, is_saved=True))
-        return copied
+        if progress.copies:
+            progress.copies = False
+            copied = self._ends.copy(blocks)
+            return [copy for _, copy in copied], copied
+        self._ends.take(blocks)
+        progress.taken_tokens = num_tokens
+        return blocks, []
 
-    def copies_are_made(self) -> None:
-        """From now on the worker has made all copies before it does anything else."""
-        self._originals.clear()
-
-    def find(self, request: Request, most: int) -> Ended | None:
-        """The longest end with which the tokens of a request begin, and after which more follow.
+    def wants_copy(self, progress: Progress, num_tokens: int) -> int:
+        """Tokens of the request's prompt that are to be copied before the step runs, or 0.
 
         Args:
-            request: Any request.
-            most: Tokens at most.
+            progress: Of a running request.
+            num_tokens: Tokens that it will have computed after the step.
         """
-        if request.mm_features or request.prompt_embeds is not None:
-            return None
-        hashes = request.block_hashes
-        found = [
-            end
-            for number, hashed in self._hashed.items()
-            if number <= len(hashes)
-            for end in hashed.get(hashes[number - 1], ())
-            if end.num_tokens <= most
-            and request.all_token_ids[number * self._block_size : end.num_tokens] == end.rest
-        ]
-        return max(found, key=lambda end: end.num_tokens, default=None)
+        request = progress.request
+        assert request is not None
+        num_held = request.num_computed_tokens or progress.taken_tokens
+        progress.taken_tokens = 0
+        # The step leaves at most a question to compute, so all before it is held now.
+        is_last = num_held < request.num_prompt_tokens < num_tokens + QUESTION_TOKENS
+        is_worth_it = self._is_asked and num_held >= self._least_copied
+        return num_held if is_worth_it and is_last and not progress.was_copied else 0
 
-    def take(self, blocks: list[KVCacheBlock]) -> None:
-        """Hand over an end's blocks, from which nobody else can go on then.
+    def copy_prompt(
+        self, progress: Progress, num_tokens: int, blocks: list[KVCacheBlock]
+    ) -> Copies:
+        """Copy a running request's prompt, for others to go on from.
 
         Args:
-            blocks: Of an end that `find` returned.
-        """
-        self._remove(self._ended[blocks[0].block_id])
-        self._pool.touch(blocks)
-        for block in blocks:
-            block.reset_hash()
-
-    def copy(self, blocks: list[KVCacheBlock]) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
-        """Take as many new blocks, to be copied to by the worker before anything else is computed.
-
-        Args:
-            blocks: Of an end that `find` returned.
+            progress: Its own.
+            num_tokens: From `wants_copy`.
+            blocks: The blocks that hold them.
 
         Returns:
-            Each block and its copy, with a reference more that vLLM drops once they are copied.
+            What the worker has to copy.
         """
-        blocks = self._originals.get(blocks[0].block_id, blocks)
-        self._pool.touch(blocks)
-        copies = self.new_blocks(len(blocks))
-        self._pool.touch(copies)
-        return list(zip(blocks, copies, strict=True))
+        assert progress.request is not None
+        progress.was_copied = True
+        return self._ends.keep_copy(progress.request, num_tokens, blocks)
 
-    def _is_told(self, request: Request, num_tokens: int) -> bool:
-        """Whether a request's first tokens can be told from another's."""
-        number = num_tokens // self._block_size
-        # A step may be under way for a token that is not known here. Images and embeddings are in
-        # the hashes, but not in what follows them.
-        told = num_tokens <= request.num_tokens and 0 < number <= len(request.block_hashes)
-        return told and not request.mm_features and request.prompt_embeds is None
+    def end(self, progress: Progress | None, blocks: list[KVCacheBlock]) -> bool:
+        """Keep what a request held, for others to go on from.
 
-    def _end(
-        self,
-        request: Request,
-        num_tokens: int,
-        blocks: list[KVCacheBlock],
-        *,
-        is_prompt: bool,
-        is_saved: bool = False,
-    ) -> Ended:
-        number = num_tokens // self._block_size
-        rest = list(request.all_token_ids[number * self._block_size : num_tokens])
-        whole = request.block_hashes[number - 1]
-        return Ended(num_tokens, whole, rest, blocks, is_prompt, is_saved)
+        Args:
+            progress: Of a request that gives its blocks back; None if nothing is known of it.
+            blocks: All of them.
 
-    def _add(self, end: Ended) -> None:
-        first, number = end.blocks[0].block_id, end.num_tokens // self._block_size
-        self._ended[first] = end
-        self._hashed.setdefault(number, {}).setdefault(end.whole, []).append(end)
-        self._num_blocks[end.is_saved] += len(end.blocks)
-        if end.is_saved:
-            self._saved[first] = end
-        if end.is_prompt:
-            # The hash is a dummy: nothing finds the blocks by it. It makes the pool hand them out
-            # last.
-            for block in end.blocks:
-                block.set_block_hash(make_block_hash_with_group_id(end.whole, self._group_id))
-        self._pool.unpin_blocks(end.blocks, partial(self._forget, end))
-
-    def _forget(self, end: Ended, _: KVCacheBlock) -> None:
-        """One of its blocks is another request's now."""
-        if self._ended.get(end.blocks[0].block_id) is end:
-            self._remove(end)
-
-    def _remove(self, end: Ended) -> None:
-        del self._ended[end.blocks[0].block_id]
-        self._saved.pop(end.blocks[0].block_id, None)
-        self._num_blocks[end.is_saved] -= len(end.blocks)
-        number = end.num_tokens // self._block_size
-        hashed = self._hashed[number]
-        hashed[end.whole].remove(end)
-        if not hashed[end.whole]:
-            del hashed[end.whole]
-        if not hashed:
-            del self._hashed[number]
+        Returns:
+            Whether they were given back to the pool: not those of a request that is preempted, or
+            whose tokens do not tell what they hold.
+        """
+        request = None if progress is None else progress.request
+        has_ended = request is not None and request.is_finished() and self._is_asked
+        return has_ended and self._ends.keep(request, blocks)

@@ -13,8 +13,11 @@ is free for the next stride.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +71,34 @@ class Segment:
     merges: bool
 
 
+class Epochs(Sequence[Epoch]):
+    """All epochs of the longest request, each built once it is asked for.
+
+    Args:
+        config: A valid configuration.
+    """
+
+    def __init__(self, config: CascadeConfig) -> None:
+        self._built: list[Epoch] = []
+        self._others = _epochs(config)
+        self._number = 1 - (self[0].end - config.max_model_len) // config.stride
+
+    def __len__(self) -> int:
+        return self._number
+
+    @overload
+    def __getitem__(self, index: int) -> Epoch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Epoch]: ...
+    def __getitem__(self, index: int | slice) -> Epoch | list[Epoch]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        self._built += islice(self._others, max(0, index + 1 - len(self._built)))
+        return self._built[index]
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The cascade's structure for requests of up to ``config.max_model_len`` tokens.
@@ -76,11 +107,13 @@ class Layout:
         config: The configuration it was built from.
         epochs: All epochs, in order.
         max_blocks: R, the most blocks a request ever holds.
+        max_groups: The most groups that merge at one boundary, or more.
     """
 
     config: CascadeConfig
-    epochs: tuple[Epoch, ...]
+    epochs: Epochs
     max_blocks: int
+    max_groups: int
 
     def need(self, num_tokens: int) -> int:
         """Blocks a request holds once `num_tokens` tokens are computed."""
@@ -155,7 +188,7 @@ class Layout:
 
 @lru_cache(maxsize=8)
 def build_layout(config: CascadeConfig) -> Layout:
-    """Lay out every epoch of a request of ``config.max_model_len`` tokens.
+    """Lay out a request of up to ``config.max_model_len`` tokens.
 
     Args:
         config: A valid configuration.
@@ -163,32 +196,32 @@ def build_layout(config: CascadeConfig) -> Layout:
     Returns:
         The layout.
     """
+    epochs = Epochs(config)
+    return Layout(config, epochs, _most_blocks(config, len(epochs)), _most_groups(config))
+
+
+def _epochs(config: CascadeConfig) -> Iterator[Epoch]:
+    """The epochs of the longest request, in order."""
     block, stride = config.block_size, config.stride
     sizes = [size // block for size in config.sub_cache_tokens]
     sinks = list(range(config.num_sink_tokens // block))
-    filling = sum(config.sub_cache_tokens) // stride
-    end = min(config.num_sink_tokens + (filling + 1) * stride, config.max_model_len)
+    end = _first_end(config)
     table = list(range(-(-end // block)))
-    sub_caches = (0,) * len(sizes)
-    first = Epoch(0, end, 0, _array(table), _no_groups(config), sub_caches)
-    if end == config.max_model_len:
-        return Layout(config, (first,), len(table))
-
     # Oldest first in each sub-cache; sub-cache 0 takes what the full ones leave.
     rest, caches = table[len(sinks) :], list[list[int]]()
     for size in reversed(sizes[1:]):
         caches.insert(0, rest[:size])
         rest = rest[size:]
     caches.insert(0, rest)
-    epochs, used = [], len(table)
+    sub_caches = (0,) * len(sizes)
     epoch_table, start, prefix = _array(table), 0, 0
     while True:
         last = end == config.max_model_len
         groups = _no_groups(config) if last else _array(_move(caches, sizes, config))
         groups = groups.reshape(-1, config.group_tokens // block)
-        epochs.append(Epoch(start, end, prefix * block, epoch_table, groups, sub_caches))
+        yield Epoch(start, end, prefix * block, epoch_table, groups, sub_caches)
         if last:
-            return Layout(config, tuple(epochs), used)
+            return
         sub_caches = tuple(len(cache) * block for cache in caches)
         kept = sinks + [entry for cache in reversed(caches) for entry in cache]
         start, end, prefix = end, min(end + stride, config.max_model_len), len(kept)
@@ -197,7 +230,83 @@ def build_layout(config: CascadeConfig) -> Layout:
         free = np.setdiff1d(np.arange(len(kept) + fresh, dtype=np.int32), _array(kept))[:fresh]
         caches[0] += free.tolist()
         epoch_table = np.concatenate([_array(kept), free])
-        used = max(used, len(epoch_table))
+
+
+def _first_end(config: CascadeConfig) -> int:
+    """Where the first epoch ends: where the cache is first overfull on the stride's grid."""
+    filling = sum(config.sub_cache_tokens) // config.stride
+    return min(config.num_sink_tokens + (filling + 1) * config.stride, config.max_model_len)
+
+
+def _most_blocks(config: CascadeConfig, num_epochs: int) -> int:
+    """The most blocks that a request ever holds.
+
+    All sub-caches are full from the first boundary on. What sub-caches 1 .. N-2 hold beyond that
+    counts in binary: each hands on a group for every second half group that it receives. So once k
+    groups have left sub-cache 0, there is half a group more for every bit that is set among the
+    lowest N-2 bits of k.
+    """
+    block, first_end = config.block_size, _first_end(config)
+    at_first = -(-first_end // block)
+    if num_epochs == 1:
+        return at_first
+    newest, *older = (size // block for size in config.sub_cache_tokens)
+    group, per_epoch = config.group_tokens // block, config.stride // config.group_tokens
+    full, leaving = config.num_sink_tokens // block + newest + sum(older), 0
+    if older:
+        leaving, rest = divmod(at_first - full, group)
+        full += rest
+    boundaries, digits = num_epochs - 1, max(0, len(older) - 1)
+    last_start = first_end + (boundaries - 1) * config.stride
+    last = leaving + per_epoch * (boundaries - 1)
+    at_last = -(-(config.max_model_len - last_start) // block)
+    at_last += group // 2 * _most_ones(last, per_epoch, 1, digits)
+    between = 0
+    if boundaries > 1:
+        between = config.stride // block
+        between += group // 2 * _most_ones(leaving, per_epoch, boundaries - 1, digits)
+    return max(at_first, full + max(at_last, between))
+
+
+def _most_ones(first: int, step: int, number: int, digits: int, tried: int = 1 << 16) -> int:
+    """The most bits set among the lowest `digits` of ``first + step * i``, i below `number`.
+
+    Up to `tried` numbers are looked at. Of more, the answer is exact if `step` is a power of two;
+    else it may be too large.
+    """
+    mask = (1 << digits) - 1
+    if min(number, mask + 1) <= tried:
+        found = (first + step * i for i in range(min(number, mask + 1)))
+        return max((value & mask).bit_count() for value in found)
+    zeros = (step & -step).bit_length() - 1
+    if step != 1 << zeros:
+        return digits
+    # The lowest bits stay as they are; the others count up by one.
+    fixed = (first & (step - 1) & mask).bit_count()
+    least, width = first >> zeros, max(0, digits - zeros)
+    most = least + number - 1
+    if least >> width != most >> width:
+        return fixed + width
+    least, most = (end & ((1 << width) - 1) for end in (least, most))
+    # The last number, and those that have a one of it less and only ones after that.
+    ones = [most.bit_count()]
+    for place in range(width):
+        other = (most >> place << place) - 1
+        if most >> place & 1 and other >= least:
+            ones.append(other.bit_count())
+    return fixed + max(ones)
+
+
+def _most_groups(config: CascadeConfig) -> int:
+    """The most groups that merge at one boundary, or more."""
+    newest, *older = config.sub_cache_tokens
+    overfull = _first_end(config) - config.num_sink_tokens - newest - sum(older)
+    leaving = max(config.stride, overfull) // config.group_tokens
+    total = 0
+    for _ in older:
+        total += leaving
+        leaving = (leaving + 1) // 2
+    return total
 
 
 def _move(caches: list[list[int]], sizes: list[int], config: CascadeConfig) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.support import hybrid, unsupported
 from vllm_cascade.support.resolved import position_limit, resolve_options
 from vllm_cascade.support.selection import check_kinds, check_selection, layer_of, selects_cascade
@@ -17,6 +18,8 @@ MIN_CAPABILITY = (8, 0)
 GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
 GPU_BLOCK_SIZES = (16, 32, 64, 128)
 GPU_MAX_WINDOW = 1024
+# Some 4 GiB with the default budget: a row entry for each block, for each stride.
+GPU_MAX_STRIDES = 1 << 21
 SHARED_KV = ("num_kv_shared_layers", "use_cla")
 
 
@@ -82,12 +85,20 @@ def _gpu(vllm_config: Any) -> None:
             f"its kernels take block sizes {', '.join(map(str, GPU_BLOCK_SIZES))}",
             "Give one of them with --block-size, or leave it out",
         )
-    window = resolve_options(vllm_config, block_size).selection_window
-    if window > GPU_MAX_WINDOW:
+    config = resolve_options(vllm_config, block_size)
+    if config.selection_window > GPU_MAX_WINDOW:
         raise UnsupportedError(
-            f"selection_window {window} on a GPU",
+            f"selection_window {config.selection_window} on a GPU",
             f"its kernels compare up to {GPU_MAX_WINDOW} neighbours",
             f"Give a selection_window of {GPU_MAX_WINDOW} or less",
+        )
+    num_strides = len(build_layout(config).epochs)
+    if num_strides > GPU_MAX_STRIDES:
+        raise UnsupportedError(
+            f"max_model_len {config.max_model_len} in strides of {config.stride} on a GPU",
+            f"the place of every block in each of {num_strides} strides is kept on the GPU, of "
+            f"{GPU_MAX_STRIDES} at most",
+            f"Give --max-model-len {GPU_MAX_STRIDES * config.stride} or less, or a longer stride",
         )
 
 
