@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_cascade.patches.record import Patch
+from vllm_cascade.support.names import BACKEND_NAME
 
 
 def install() -> None:
@@ -15,7 +16,7 @@ def install() -> None:
 
     import vllm_cascade
 
-    member = AttentionBackendEnum["CASCADE"]
+    member = AttentionBackendEnum[BACKEND_NAME]
     # On the member, not the class: the built-in backends keep vLLM's own way.
     member.__reduce_ex__ = lambda protocol: (vllm_cascade._restore, ())
 

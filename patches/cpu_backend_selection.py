@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from vllm_cascade.patches.record import Patch
+from vllm_cascade.support.names import is_cascade
 
 
 def install() -> None:
@@ -18,7 +19,7 @@ def install() -> None:
     def get_attn_backend_cls(
         cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        if selected_backend is None or selected_backend.name != "CASCADE":
+        if not is_cascade(selected_backend):
             return original(cls, selected_backend, attn_selector_config, num_heads)
         from vllm_cascade.support.selection import check_selection
 

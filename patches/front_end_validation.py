@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 from vllm_cascade.patches.record import Patch
@@ -17,8 +18,10 @@ def install() -> None:
     @functools.wraps(original)
     def create_engine_config(self: Any, usage_context: Any = None, headless: bool = False) -> Any:
         from vllm_cascade.patches.long_max_model_len import cascade_selected
+        from vllm_cascade.structure.config import ConfigError
         from vllm_cascade.support.hybrid import delegate_windows
         from vllm_cascade.support.selection import selects_cascade
+        from vllm_cascade.support.unsupported import UnsupportedError
         from vllm_cascade.support.validate import validate
 
         token = cascade_selected.set(selects_cascade(self.attention_config, self.attention_backend))
@@ -26,11 +29,26 @@ def install() -> None:
             vllm_config = original(self, usage_context, headless)
         finally:
             cascade_selected.reset(token)
-        validate(vllm_config)
+        try:
+            validate(vllm_config)
+        except (ConfigError, UnsupportedError) as error:
+            if _is_command_line():
+                # A user of `vllm serve` gets the one line; a traceback would say nothing more.
+                raise SystemExit(f"vllm: {error}") from None
+            raise
         delegate_windows(vllm_config)
         return vllm_config
 
     EngineArgs.create_engine_config = create_engine_config
+
+
+def _is_command_line() -> bool:
+    """Whether vLLM's own program runs, and not one that may catch an error."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    # The script `vllm` imports a function of that name from vLLM, and is no module itself.
+    name = spec.name if spec is not None else getattr(getattr(main, "main", None), "__module__", "")
+    return str(name).startswith("vllm.entrypoints.")
 
 
 PATCH = Patch(

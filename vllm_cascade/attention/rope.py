@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from vllm_cascade.support.names import is_cascade
 from vllm_cascade.support.rotation import RotationError, check_rotation
 
 
@@ -91,7 +92,7 @@ def take_over(model: nn.Module) -> None:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, Attention) and child.attn_backend.get_name() == "CASCADE"
+        if isinstance(child, Attention) and is_cascade(child.attn_backend.get_name())
     ]
     # Layers that share a module share its tables.
     ropes: dict[tuple[nn.Module, int], Rope] = {}

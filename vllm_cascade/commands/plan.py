@@ -17,6 +17,7 @@ from vllm_cascade.structure.accounting import startup_line
 from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.structure.options import NO_EFFECT, SCORE_KNOBS, CascadeOptions
+from vllm_cascade.support.names import BACKEND_NAME
 
 GIB = 1 << 30
 
@@ -221,7 +222,7 @@ def _vllm_config(
         max_model_len=max_model_len,
         block_size=block_size,
         dtype=dtype,
-        attention_backend="CASCADE",
+        attention_backend=BACKEND_NAME,
         enable_prefix_caching=False,  # no bytes depend on it, and a server has its own say on it
         additional_config={"cascade": dict(cascade)},
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_cascade.commands.errors import CommandError
+from vllm_cascade.support.names import BACKEND_NAME
 
 LOG_LINES = 30
 # Prefix caching off: a prompt that begins like one before it would seem to cost nothing.
@@ -264,6 +265,6 @@ def resolve(model: str, options: dict[str, Any]) -> tuple[int, Any]:
         except OSError as error:
             raise CommandError(str(error)) from error
         config = None
-        if options.get("attention_backend") == "CASCADE":
+        if options.get("attention_backend") == BACKEND_NAME:
             config = resolve_options(vllm_config, vllm_config.cache_config.block_size)
         return position_limit(vllm_config.model_config), config

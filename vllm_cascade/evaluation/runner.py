@@ -18,6 +18,7 @@ from vllm_cascade.evaluation.scoring import parts_right, position_buckets
 from vllm_cascade.evaluation.tasks import TASKS
 from vllm_cascade.structure import accounting
 from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.support.names import BACKEND_NAME
 
 MAX_NUM_SEQS = 64
 # Set by the evaluation itself.
@@ -92,7 +93,7 @@ def plan_runs(
             # vLLM's own word on a length beyond the model's is to set an environment variable.
             checked = {name: value for name, value in options.items() if name != "max_model_len"}
         else:
-            options["attention_backend"] = "CASCADE"
+            options["attention_backend"] = BACKEND_NAME
             options["additional_config"] = {"cascade": cache.cascade}
         try:
             limit, config = resolve(model, checked)

@@ -19,6 +19,7 @@ from vllm_cascade.structure import accounting
 from vllm_cascade.structure.config import CascadeConfig, ConfigError
 from vllm_cascade.structure.options import CascadeOptions
 from vllm_cascade.structure.resolve import resolve
+from vllm_cascade.support.names import BACKEND_NAME
 
 CACHE_TOKENS = "cache_tokens"
 
@@ -162,7 +163,7 @@ def _settle(
         "max_num_seqs": 1,
         **given.engine_args,
         "max_model_len": given.max_model_len or longest,
-        "attention_backend": "CASCADE",
+        "attention_backend": BACKEND_NAME,
         "additional_config": {"cascade": cascade},
     }
     limit, config = resolve(given.model, options)

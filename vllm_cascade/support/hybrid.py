@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_cascade.support import unsupported
+from vllm_cascade.support.names import is_cascade, log_of
 from vllm_cascade.support.unsupported import UnsupportedError
 
 FULL = "full_attention"
@@ -82,10 +83,9 @@ def delegate_windows(vllm_config: Any) -> None:
     Args:
         vllm_config: vLLM's complete configuration, checked; changed in place.
     """
-    from vllm.logger import init_logger
 
     attention = vllm_config.attention_config
-    if attention.backend is None or attention.backend.name != "CASCADE":
+    if not is_cascade(attention.backend):
         return
     if not is_hybrid(vllm_config.model_config):
         return
@@ -93,7 +93,7 @@ def delegate_windows(vllm_config: Any) -> None:
     attention.backend = None
     kinds = vllm_config.model_config.hf_text_config.layer_types
     # vLLM prints only what is logged under its own name.
-    init_logger(f"vllm.{__name__}").info_once(
+    log_of(__name__).info_once(
         "CASCADE serves the %d full-attention layers; the %d sliding-window layers keep vLLM's "
         "own attention and cache.",
         kinds.count(FULL),

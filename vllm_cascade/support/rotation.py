@@ -16,8 +16,8 @@ class RotationError(ValueError):
     def __init__(self, layer_name: str, why: str) -> None:
         super().__init__(
             f"CASCADE cannot serve this model: layer {layer_name} {why}. CASCADE applies the "
-            "rotary embedding itself, by a key's place in the cache, so the model must use a plain "
-            "one and hand its result straight to attention. Serve this model without "
+            "rotary embedding itself, by a key's place in the cache, and can do that only where a "
+            "model applies a plain one directly before attention. Serve this model without "
             "--attention-backend CASCADE."
         )
 

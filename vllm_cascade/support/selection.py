@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_cascade.support.names import is_cascade
 from vllm_cascade.support.unsupported import UnsupportedError
 
 
@@ -16,7 +17,7 @@ def selects_cascade(attention_config: Any, attention_backend: Any = None) -> boo
     """
     chosen = [attention_backend, attention_config.backend]
     chosen += attention_config.backend_per_kind.values()
-    return any(map(_is_cascade, chosen))
+    return any(map(is_cascade, chosen))
 
 
 def check_kinds(attention_config: Any) -> None:
@@ -29,7 +30,7 @@ def check_kinds(attention_config: Any) -> None:
         UnsupportedError: Names the kind.
     """
     for kind, backend in attention_config.backend_per_kind.items():
-        if _is_cascade(backend) != (kind == "full_attention"):
+        if is_cascade(backend) != (kind == "full_attention"):
             raise UnsupportedError(
                 f"backend_per_kind {kind} = {backend.name}",
                 "it is for layers of kind full_attention, and for those only",
@@ -49,7 +50,10 @@ def check_selection(backend: Any, selection: Any) -> None:
     """
     reasons = backend.validate_configuration(device_capability=None, **selection._asdict())
     if reasons:
-        raise UnsupportedError(f"this attention layer ({selection})", ", ".join(reasons))
+        raise UnsupportedError(
+            f"attention layers of head size {selection.head_size} in {selection.dtype}",
+            ", ".join(reasons),
+        )
 
 
 def check_served(model: Any, vllm_config: Any) -> None:
@@ -74,7 +78,7 @@ def check_served(model: Any, vllm_config: Any) -> None:
         if not isinstance(layer, AttentionLayerBase):
             continue
         backend = layer.get_attn_backend().get_name()
-        if _is_cascade(backend):
+        if is_cascade(backend):
             continue
         if isinstance(layer.get_kv_cache_spec(vllm_config), FullAttentionSpec):
             raise UnsupportedError(
@@ -100,8 +104,3 @@ def layer_of(vllm_config: Any) -> Any:
         use_batch_invariant=envs.VLLM_BATCH_INVARIANT,
         use_rswa=model.rswa_window is not None,
     )
-
-
-def _is_cascade(backend: Any) -> bool:
-    """Whether `backend`, an enum member or a name as typed, is CASCADE."""
-    return str(getattr(backend, "name", backend)).upper() == "CASCADE"

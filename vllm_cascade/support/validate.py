@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.support import hybrid, unsupported
+from vllm_cascade.support.names import BACKEND_NAME, log_of
 from vllm_cascade.support.resolved import position_limit, resolve_options
 from vllm_cascade.support.selection import check_kinds, check_selection, layer_of, selects_cascade
 from vllm_cascade.support.unsupported import ELSEWHERE, UnsupportedError
@@ -38,7 +39,7 @@ def validate(vllm_config: Any) -> None:
         given = vllm_config.additional_config
         if isinstance(given, dict) and "cascade" in given:
             raise UnsupportedError(
-                "this run",
+                "options without being selected",
                 'additional_config has the key "cascade", but the attention backend is another',
                 'Add --attention-backend CASCADE, or leave the key "cascade" out',
             )
@@ -49,7 +50,7 @@ def validate(vllm_config: Any) -> None:
     for check in (_device, _model, _windows, _rope, _attention, _parallel, _features):
         check(vllm_config)
     resolve_options(vllm_config, vllm_config.cache_config.block_size)
-    check_selection(AttentionBackendEnum["CASCADE"].get_class(), layer_of(vllm_config))
+    check_selection(AttentionBackendEnum[BACKEND_NAME].get_class(), layer_of(vllm_config))
     log_prefix_caching(vllm_config)
     log_blend(vllm_config)
 
@@ -234,10 +235,7 @@ def _features(vllm_config: Any) -> None:
 def log_prefix_caching(vllm_config: Any) -> None:
     """Say once what prefix caching, where it is on, finds."""
     if vllm_config.cache_config.enable_prefix_caching:
-        from vllm.logger import init_logger
-
-        # vLLM prints only what is logged under its own name.
-        log = init_logger(f"vllm.{__name__}").info_once
+        log = log_of(__name__).info_once
         if vllm_config.attention_config.backend_per_kind:
             log(
                 "Prefix caching never hits where other layers have a backend of their own beside "
@@ -264,10 +262,8 @@ def log_blend(vllm_config: Any) -> None:
         return
     if not resolve_options(vllm_config, vllm_config.cache_config.block_size).chooses:
         return
-    from vllm.logger import init_logger
-
     former = {"value_weight": 0, "selection_window": 64}
-    init_logger(f"vllm.{__name__}").warning_once(
+    log_of(__name__).warning_once(
         'Policy "blend" now %s. Its former rule comes back with %s in the cascade\'s options.',
         " and ".join(changes[name] for name in unset),
         ", ".join(f'"{name}": {former[name]}' for name in unset),
