@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
 
 from vllm_cascade.structure.config import (
     MIN_DECAY_PER_STRIDE,
@@ -33,6 +34,8 @@ BOUND = (
 )
 
 
+# Each layer asks, and so do several other parts of an engine.
+@lru_cache(maxsize=64)
 def resolve(
     options: CascadeOptions, *, block_size: int, max_model_len: int, position_limit: int
 ) -> CascadeConfig:
