@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 import prepare_model  # noqa: E402
-from engine import Completion, Engine  # noqa: E402
+from demo_engine import Completion, Engine  # noqa: E402
 from texts import king_james  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_prefill.csv"
