@@ -70,13 +70,13 @@ docs: $(SETUP) ## build the documentation's site
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/docs
 
 bench: $(SETUP) $(MODEL) ## time of prefill against vLLM's own attention
-	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/cpu_prefill.py
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks engine.cpu_prefill
 
 readme: $(SETUP) ## write the tables of patches (README) and of benchmarks' rows (docs/results.md)
 	$(BIN)/python -m vllm_cascade.patches > .venv/patches.md
 	sed -i -e '/^<!-- patches -->$$/,/^<!-- \/patches -->$$/{//!d}' \
 		-e '/^<!-- patches -->$$/r .venv/patches.md' README.md
-	$(BIN)/python benchmarks/tables.py docs/results.md
+	$(BIN)/python benchmarks report.tables docs/results.md
 
 clean: ## remove what the targets made, .venv and the model included
 	rm -rf .venv .models build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import prepare_model
-from engine import Completion, Engine
+from demo_engine import Completion, Engine
 from vllm_cascade.evaluation.prompts import Prompt, PromptBuilder
 from vllm_cascade.evaluation.runner import answer_text
 from vllm_cascade.evaluation.tasks import TaskOptions, make_prompts

@@ -15,7 +15,8 @@ def test_contexts_are_prefilled_and_assumed(tmp_path: Path) -> None:
     output = tmp_path / "rows.csv"
     command = [
         sys.executable,
-        str(ROOT / "benchmarks" / "gpu_context.py"),
+        str(ROOT / "benchmarks"),
+        "engine.context",
         "--tiny",
         "--output",
         str(output),

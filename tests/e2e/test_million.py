@@ -12,7 +12,7 @@ PLANNED = "a request holds at most R"
 
 def test_memory_is_what_the_plan_predicts() -> None:
     """The program refuses a row whose blocks, bytes or preemptions are not the plan's."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_million.py"), "--tiny"]
+    command = [sys.executable, str(ROOT / "benchmarks"), "engine.million", "--tiny"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]

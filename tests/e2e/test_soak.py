@@ -12,12 +12,9 @@ from typing import Any
 import pytest
 
 from e2e.support import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from soak import GPU
-from soak_checks import EXPECTED, MIB, compare, distance, faults_of, growth
-from soak_traffic import Answer, Ask
+from soak.checks import EXPECTED, MIB, compare, distance, faults_of, growth
+from soak.run import GPU
+from soak.traffic import Answer, Ask
 
 ROW = {
     "aborted_in_prefill": 3,
@@ -42,7 +39,7 @@ STATE = {
 
 def test_every_condition_holds() -> None:
     """The program itself is the test: it ends with 1 unless all it says holds."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--tiny"]
+    command = [sys.executable, str(ROOT / "benchmarks"), "soak.run", "--tiny"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "every check holds" in done.stdout

@@ -17,7 +17,7 @@ def test_perplexity_of_a_stream(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "LICENSE").read_text(), encoding="utf-8")
     output = tmp_path / "rows.csv"
-    command = [sys.executable, str(ROOT / "benchmarks" / "streaming_perplexity.py")]
+    command = [sys.executable, str(ROOT / "benchmarks"), "quality.streaming_perplexity"]
     command += ["--model", model_folder(), "--text", str(text), "--output", str(output)]
     command += ["--tokens", "1200", "--cache-tokens", "256", "--stride", "128", "--bucket", "400"]
     command += ["--caches", "distinct", "--kv-bytes", str(1 << 28), "--dtype", "float32"]
@@ -36,7 +36,7 @@ def test_perplexity_of_a_stream(tmp_path: Path) -> None:
 def test_a_text_within_the_budget_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a b c " * 200, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "benchmarks" / "streaming_perplexity.py")]
+    command = [sys.executable, str(ROOT / "benchmarks"), "quality.streaming_perplexity"]
     command += ["--model", model_folder(), "--text", str(text), "--tokens", "500"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode != 0

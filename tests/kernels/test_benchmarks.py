@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import random
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,14 +16,11 @@ if not torch.cuda.is_available():
     # Read when triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import gpu_driver
-import gpu_serving
-from gpu_driver import Driver, Inputs, check_against_oracle, make_config
-from gpu_records import Counts, RefusalError, percentiles, predict
-
+from engine import serving
+from layer.driver import Driver, Inputs, check_against_oracle, make_config
+from records import Counts, RefusalError, percentiles, predict
 from reference.cascade import Cascade, CascadeParameters
+from vllm_cascade.attention.gpu_layer import GpuLayer
 from vllm_cascade.attention.gpu_workspace import Shape
 from vllm_cascade.structure.layout import build_layout
 
@@ -106,7 +101,7 @@ def test_device_counts_what_is_predicted(policy: str) -> None:
 
 def test_layer_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
-    merge_groups = gpu_driver.GpuLayer._merge.__globals__["compaction"].merge_groups
+    merge_groups = GpuLayer._merge.__globals__["compaction"].merge_groups
 
     def without_values(
         pages: Any, merges: Any, size: int, window: int, weights: Any, *more: Any, **named: Any
@@ -120,13 +115,13 @@ def test_layer_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_output_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = gpu_driver.GpuLayer.forward
+    forward = GpuLayer.forward
 
     def off_by_a_little(layer: Any, query: Any, *others: Any) -> None:
         forward(layer, query, *others)
         others[-1].mul_(1 + 2e-6)
 
-    monkeypatch.setattr(gpu_driver.GpuLayer, "forward", off_by_a_little)
+    monkeypatch.setattr(GpuLayer, "forward", off_by_a_little)
     with pytest.raises(RefusalError, match="output differs"):
         check_against_oracle(SHAPE, 340, 6, DEVICE, policy="blend", **SMALL)
 
@@ -134,17 +129,17 @@ def test_output_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> 
 def test_engine_counts_what_is_predicted() -> None:
     """Every layer and KV head counts; the last token that is generated is never computed."""
     config = make_config(1000, policy="blend", **SMALL)
-    case = gpu_serving.Case(3, 300, 20, 1, 1.0, 1.0)
+    case = serving.Case(3, 300, 20, 1, 1.0, 1.0)
     counts = predict(build_layout(config), [(0, 319)], 2).times(3 * 5)
     probe = {"config": dataclasses.asdict(config), "layers": 5, "num_kv_heads": 2}
     probe["counters"] = [counts.pairs, counts.groups, counts.dropped]
-    assert str(counts.pairs) in gpu_serving.check_counters(probe, case, has_gpu=True)
+    assert str(counts.pairs) in serving.check_counters(probe, case, has_gpu=True)
     probe["counters"][1] -= 1
     with pytest.raises(RefusalError, match="by the layout"):
-        gpu_serving.check_counters(probe, case, has_gpu=True)
+        serving.check_counters(probe, case, has_gpu=True)
     probe["counters"] = []
     with pytest.raises(RefusalError, match="no device counters"):
-        gpu_serving.check_counters(probe, case, has_gpu=True)
+        serving.check_counters(probe, case, has_gpu=True)
 
 
 def test_probe_reads_each_workspace_once() -> None:
@@ -160,7 +155,7 @@ def test_probe_reads_each_workspace_once() -> None:
     layers = {str(i): SimpleNamespace(impl=CascadeImpl(spaces[i % 2])) for i in range(6)}
     layers["other"] = SimpleNamespace(impl=object())
     mode = SimpleNamespace(name="FULL_DECODE_ONLY")
-    worker = gpu_serving.Probe()
+    worker = serving.Probe()
     worker.model_runner = object()
     worker.vllm_config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context=layers, cudagraph_mode=mode)
@@ -175,9 +170,9 @@ def test_probe_reads_each_workspace_once() -> None:
 
 
 def test_a_side_without_a_result_refuses_the_row() -> None:
-    case = gpu_serving.CASES["throughput"]
+    case = serving.CASES["throughput"]
     with pytest.raises(RefusalError, match="FLASH_ATTN: did not end"):
-        gpu_serving.rows_of("throughput", case, {"FLASH_ATTN": {"refused": "did not end"}})
+        serving.rows_of("throughput", case, {"FLASH_ATTN": {"refused": "did not end"}})
 
 
 def test_percentiles() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +13,8 @@ if not torch.cuda.is_available():
     # Read when triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import gpu_paper_protocol as protocol
-from gpu_records import Counts, RefusalError
-
+from layer import paper_protocol as protocol
+from records import Counts, RefusalError
 from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.structure.options import PRESETS
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
+from report import drawing
+from vllm_cascade.structure.layout import build_layout
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import drawing  # noqa: E402
-
-from vllm_cascade.structure.layout import build_layout  # noqa: E402
 
 
 def test_the_committed_drawing_is_the_scripts() -> None:
     committed = (ROOT / "docs" / "plots" / "cascade.svg").read_text(encoding="utf-8")
-    assert committed == drawing.drawing(), "run python benchmarks/drawing.py"
+    assert committed == drawing.drawing(), "run python benchmarks report.drawing"
     ElementTree.fromstring(committed)
 
 

@@ -20,7 +20,7 @@ def on_path(monkeypatch):
     """The examples are scripts: they import each other from their own folder."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
-    for name in ("assets", "engine", "passkey", "prepare_model", "texts"):
+    for name in ("assets", "demo_engine", "passkey", "prepare_model", "texts"):
         sys.modules.pop(name, None)
 
 

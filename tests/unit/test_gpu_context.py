@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import gpu_context
-from gpu_records import RefusalError
+from engine import context as benchmark
+from records import RefusalError
 
 
 class FakeEngine:
@@ -44,7 +41,7 @@ class FakeEngine:
 
 
 def measured(engine: FakeEngine, context: int) -> dict[str, Any]:
-    return gpu_context.measure(engine, gpu_context.FULL, context)
+    return benchmark.measure(engine, benchmark.FULL, context)
 
 
 def test_a_row() -> None:
@@ -91,17 +88,17 @@ def test_one_request_is_reported_where_many_are_not(engine: FakeEngine, why: str
 def test_rows_take_the_place_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     for backend, context, seconds in (("B", 64, 1), ("A", 64, 2), ("A", 8, 3), ("B", 64, 4)):
-        gpu_context.add_row(path, {"backend": backend, "context": context, "ttft_s": seconds})
-    found = [tuple(row.values()) for row in gpu_context.read_rows(path)]
+        benchmark.add_row(path, {"backend": backend, "context": context, "ttft_s": seconds})
+    found = [tuple(row.values()) for row in benchmark.read_rows(path)]
     assert found == [("A", "8", "3"), ("A", "64", "2"), ("B", "64", "4")]
 
 
 def test_the_whole_plan_fits_its_time() -> None:
     """Both engines within 400 s, each within the time after which it is killed."""
-    sizes = gpu_context.FULL
+    sizes = benchmark.FULL
     total = 0.0
     for backend in sizes.longest:
-        steps = gpu_context.plan(sizes, backend, list(sizes.lengths))
+        steps = benchmark.plan(sizes, backend, list(sizes.lengths))
         assert [n for n, _ in steps] == [n for n in sizes.lengths if n <= sizes.longest[backend]]
-        total += gpu_context.START_S + sum(seconds for _, seconds in steps)
+        total += benchmark.START_S + sum(seconds for _, seconds in steps)
     assert total < 400

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +12,10 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import gpu_scaling
-from gpu_records import RefusalError
-from gpu_scaling import GRIDS, TINY
-from gpu_scaling_engine import Engine, Grid
-
+from engine import scaling
+from engine.scaling import GRIDS, TINY
+from engine.scaling_engine import Engine, Grid
+from records import RefusalError
 from vllm_cascade.commands.plan import Plan
 
 
@@ -33,7 +29,7 @@ def without_counters(monkeypatch: pytest.MonkeyPatch) -> None:
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(TINY.model))
-    return gpu_scaling.plan_of(folder, TINY)
+    return scaling.plan_of(folder, TINY)
 
 
 class FakeLLM:
@@ -127,10 +123,10 @@ def test_what_is_refused(plan: Plan) -> None:
 def test_rows_replace_their_own(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     for name, gpus in (("pp2", 2), ("tp1", 1), ("pp2", 3)):
-        gpu_scaling.add_row(path, {"row": name, "gpus": gpus})
-    assert gpu_scaling.read_rows(path) == [{"row": "tp1", "gpus": "1"}, {"row": "pp2", "gpus": "3"}]
+        scaling.add_row(path, {"row": name, "gpus": gpus})
+    assert scaling.read_rows(path) == [{"row": "tp1", "gpus": "1"}, {"row": "pp2", "gpus": "3"}]
 
 
 def test_a_whole_run_fits_nine_minutes(plan: Plan) -> None:
-    seconds = [gpu_scaling.seconds_of(grid, gpu_scaling.FULL, plan) for grid in GRIDS.values()]
+    seconds = [scaling.seconds_of(grid, scaling.FULL, plan) for grid in GRIDS.values()]
     assert sum(seconds) < 530

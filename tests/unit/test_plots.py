@@ -12,17 +12,13 @@ from typing import Any
 
 import pytest
 
+from quality import gather
+from report import plots, tables
+from vllm_cascade.evaluation.results import COLUMNS
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import plots  # noqa: E402
-import quality  # noqa: E402
-import tables  # noqa: E402
-
-from vllm_cascade.evaluation.results import COLUMNS  # noqa: E402
-from vllm_cascade.structure.options import CascadeOptions  # noqa: E402
-from vllm_cascade.structure.resolve import resolve  # noqa: E402
-
 DRAWN = [name for name in plots.PLOTS if plots.rows_of(name)]
 LENGTHS = (4096, 65536, 1 << 20)
 PLACE = re.compile(r"-?\d+\.\d+")
@@ -105,9 +101,9 @@ def task_rows() -> list[dict[str, str]]:
 @pytest.mark.parametrize("name", DRAWN)
 def test_plot_is_of_the_rows(name: str) -> None:
     target = plots.DRAWN / f"{name}.svg"
-    assert target.exists(), "run python benchmarks/plots.py"
+    assert target.exists(), "run python benchmarks report.plots"
     plot = target.read_text(encoding="utf-8")
-    assert plots.digests(plots.file_of(name)) in plot, "run python benchmarks/plots.py"
+    assert plots.digests(plots.file_of(name)) in plot, "run python benchmarks report.plots"
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -285,17 +281,17 @@ def options_of(**given: Any) -> dict[str, Any]:
 
 
 def test_a_cache_is_named_by_what_is_not_usual() -> None:
-    assert quality.name_of("full", {}, 512) == "full"
-    assert quality.name_of("distinct", options_of(policy="distinct"), 512) == "distinct"
-    assert quality.name_of("window", options_of(policy="window"), 128) == "window:stride=512"
+    assert gather.name_of("full", {}, 512) == "full"
+    assert gather.name_of("distinct", options_of(policy="distinct"), 512) == "distinct"
+    assert gather.name_of("window", options_of(policy="window"), 128) == "window:stride=512"
     given = {"policy": "blend", "value_weight": 0, "score_weight": 2, "score_reduction": "mean"}
     name = "blend:score_weight=2,value_weight=0,score_reduction=mean"
-    assert quality.name_of("blend:...", options_of(**given), 512) == name
+    assert gather.name_of("blend:...", options_of(**given), 512) == name
     label, options = "blend:num_sub_caches=4", options_of(policy="blend", num_sub_caches=4)
-    assert quality.name_of(label, options, 512) == label
+    assert gather.name_of(label, options, 512) == label
     # Written when the option was not there.
     del options["value_weight"], options["score_weight"]
-    assert quality.name_of(label, options, 512) == label
+    assert gather.name_of(label, options, 512) == label
 
 
 def test_results_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,17 +316,17 @@ def test_results_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         writer.writeheader()
         writer.writerows(rows)
     first = {"study": "knobs", "commit": "C", "gpu": "G", "torch": "T", "vllm": "V", "model": "M"}
-    cell = next(iter(quality.cells(quality.read([folder], quality.STUDIES["tasks"]))))
+    cell = next(iter(gather.cells(gather.read([folder], gather.STUDIES["tasks"]))))
     kept = {**first, **cell, "cache": "other"}
     other = {**kept, "study": "tasks", "cache": "distinct", "task": "constant"}
     old = {**other, "task": "sentence"}
     lines = (",".join(map(str, row.values())) for row in (kept, old, other))
     output.write_text("\n".join([",".join(kept), *lines, ""]))
-    monkeypatch.setattr(quality, "OUTPUT", output)
-    command = ["quality.py", "--gpu=H100", "--commit=abc", "--tasks", str(folder)]
+    monkeypatch.setattr(gather, "OUTPUT", output)
+    command = ["gather.py", "--gpu=H100", "--commit=abc", "--tasks", str(folder)]
     command += ["--lengths", str(folder)]
     monkeypatch.setattr(sys, "argv", command)
-    assert quality.main() == 0
+    assert gather.main() == 0
     with output.open(newline="") as file:
         found = list(csv.DictReader(file))
     assert [(row["study"], row["cache"]) for row in found] == [

@@ -126,7 +126,7 @@ def test_plot_is_drawn_from_the_rows() -> None:
     text = (RESULTS / "streaming_perplexity.csv").read_text(encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     plot = (ROOT / "docs" / "plots" / "streaming_perplexity.svg").read_text(encoding="utf-8")
-    assert f"rows {digest}" in plot, "run python benchmarks/plots.py"
+    assert f"rows {digest}" in plot, "run python benchmarks report.plots"
 
 
 def test_soak() -> None:

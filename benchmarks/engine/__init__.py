@@ -1,0 +1,1 @@
+"""Whole engines: what users of a server see."""

@@ -1,0 +1,1 @@
+"""One attention layer, driven as an engine drives it."""

@@ -1,0 +1,1 @@
+"""What the cache costs in quality."""

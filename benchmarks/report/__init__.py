@@ -1,0 +1,1 @@
+"""Tables, plots and the drawing of the documentation."""

@@ -1,0 +1,1 @@
+"""Minutes of random load on one engine."""

@@ -1,0 +1,1 @@
+"""Tiles and launches of single kernels, side by side."""
