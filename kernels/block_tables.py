@@ -1,7 +1,7 @@
-"""The cascade table applied to block-table rows, on the device.
+"""Applies the cascade table to block-table rows, on the device.
 
-Which block holds which place follows from how many tokens a request has computed, so a step's
-block tables are made from token counts alone: no score is read and nothing is sent back.
+Which block holds which place follows from how many tokens a request has computed. So a step's block
+tables are made from token counts alone: the kernel reads no score and sends nothing to the host.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton.language as tl
 from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.segments import DecodeRows, Merges
 
+# Block-table entries that a program copies at a time, at most.
 CHUNK = 1024
 
 
@@ -32,9 +33,9 @@ class CascadeTable:
         prefixes: [num_epochs] int32 tokens held from earlier epochs.
         first_end: One past the last token of epoch 0.
         stride: Tokens of every later epoch.
-        num_sink_tokens: Where the stride grid starts.
+        num_sink_tokens: Token at which the grid of strides starts.
         block_size: Tokens of a block.
-        decay: Weight that a query loses per token.
+        decay: Factor on a query's weight for each token after it, above 0 and at most 1.
     """
 
     entries: torch.Tensor
@@ -51,7 +52,9 @@ class CascadeTable:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What `resolve` writes for each of up to n segments; allocated once.
+    """What `resolve_decodes` and `resolve_segments` write for each of up to n segments.
+
+    Where there is no segment, only `rows`, `places`, `slots`, `num_groups` and `num_keys` are set.
 
     Args:
         block_table: [n, max_blocks] int32 physical blocks in logical order.
@@ -64,7 +67,7 @@ class Resolved:
         tokens: [n] int32 index of the last token in its request.
         carry: [n] float32 factor on the scores kept so far.
         exponents: [n] float32; the first query weighs ``decay ** exponent``.
-        weights: [n] float32 that weight.
+        weights: [n] float32 weight of the first query.
     """
 
     block_table: torch.Tensor
@@ -81,7 +84,7 @@ class Resolved:
 
     @classmethod
     def empty(cls, table: CascadeTable, num_segments: int) -> Resolved:
-        """Room for `num_segments` segments, on the table's device."""
+        """Allocate room for `num_segments` segments on the table's device; nothing is set."""
 
         def make(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.empty(num_segments, *shape, dtype=dtype, device=table.entries.device)
@@ -101,7 +104,7 @@ class Resolved:
         )
 
     def decode_rows(self, start: int, end: int) -> DecodeRows:
-        """Segments ``start .. end - 1`` as single tokens."""
+        """View segments ``start .. end - 1`` as single tokens."""
         part = slice(start, end)
         return DecodeRows(
             rows=self.rows[part],
@@ -112,7 +115,7 @@ class Resolved:
         )
 
     def merges(self, start: int, end: int) -> Merges:
-        """The merge groups of segments ``start .. end - 1``."""
+        """View the merge groups of segments ``start .. end - 1``."""
         part = slice(start, end)
         return Merges(
             groups=self.groups[part],
@@ -164,11 +167,30 @@ def _resolve_kernel(
     group_entries,
     BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
-    SINGLE: tl.constexpr,
 ):
+    """Look up what one segment needs: its place, its blocks, its weights and its merge groups.
+
+    Grid: (segments,). A program writes the row of its segment in each tensor of a `Resolved`.
+
+    Args:
+        requests_ptr: [segments] int32 row in `table_ptr`; None where segment s is the single token
+            of request s.
+        ends_ptr: [segments] int32 tokens of the request at the segment's end.
+        query_start_loc_ptr: [segments + 1] int32 first row of each request in the batch; None where
+            `requests_ptr` is given.
+        lengths_ptr: [segments] int32 tokens of each segment; None where `requests_ptr` is.
+        row_ptr: [segments] int32 row of each segment's first token; None where `requests_ptr` is.
+        rows_ptr: Output `Resolved.rows`; the outputs from `block_table_ptr` on are named likewise.
+        table_ptr: [requests, table_stride] int32 block-table rows as vLLM has them.
+        entries_ptr: `CascadeTable.entries`; the other ``epoch_*`` pointers are its next fields.
+        log2_decay: Base-2 logarithm of `CascadeTable.decay`.
+        max_blocks: Columns of `entries_ptr` and of `block_table_ptr`.
+        group_entries: Row entries of all groups of an epoch together.
+        CHUNK: Entries copied at a time.
+    """
     segment = tl.program_id(0)
     end = tl.load(ends_ptr + segment)
-    if SINGLE:
+    if requests_ptr is None:
         # One segment per request; only requests with one token in this step count.
         request = segment
         row = tl.load(query_start_loc_ptr + segment)
@@ -195,7 +217,7 @@ def _resolve_kernel(
     tl.store(num_keys_ptr + segment, last + 1)
     tl.store(tokens_ptr + segment, end - 1)
 
-    # Grid points passed, filling included, before and after the segment.
+    # Strides that are over at the segment's end, and at its start; those of epoch 0 count as well.
     passed = tl.maximum(end - num_sinks, 0) // stride
     before = tl.maximum(start - num_sinks, 0) // stride
     exponent = (passed * stride - (start - num_sinks) - 1).to(tl.float32)
@@ -238,14 +260,17 @@ def resolve_decodes(
     seq_lens: torch.Tensor,
     block_table: torch.Tensor,
 ) -> None:
-    """Resolve the single tokens of a batch; requests with none or several are marked as skipped.
+    """Resolve the single tokens of a batch; mark requests with none or several as skipped.
 
     Args:
-        out: Written for the batch's requests.
+        out: Row r is written for request r.
         table: The structure.
         query_start_loc: [num_requests + 1] int32 first row of each request in the batch.
         seq_lens: [num_requests] int32 tokens of each request once the step is done.
-        block_table: [num_requests or more, width] int32 blocks of each request's row.
+        block_table: [num_requests or more, width] int32 blocks of each request's row; rows dense.
+
+    Raises:
+        ValueError: If `out` has fewer rows than there are requests, or `block_table` does not fit.
     """
     num_requests = len(seq_lens)
     if num_requests:
@@ -261,11 +286,14 @@ def resolve_segments(
     """Resolve segments that the host cut.
 
     Args:
-        out: Written for each segment.
+        out: Row s is written for segment s.
         table: The structure.
         segments: [4, num_segments] int32: request, tokens of the request at the segment's end,
             tokens of the segment, row of its first token.
-        block_table: [num_requests or more, width] int32 blocks of each request's row.
+        block_table: [num_requests or more, width] int32 blocks of each request's row; rows dense.
+
+    Raises:
+        ValueError: If `out` has fewer rows than there are segments, or `block_table` does not fit.
     """
     if segments.shape[1]:
         _launch(out, table, segments.shape[1], block_table, segments[1], None, segments)
@@ -280,18 +308,22 @@ def _launch(
     query_start_loc: torch.Tensor | None,
     segments: torch.Tensor | None,
 ) -> None:
+    """Launch for single tokens, given `query_start_loc`, or for `segments`."""
     if num_segments > len(out.places):
         raise ValueError(f"{num_segments} segments, room for {len(out.places)}")
     if block_table.stride(1) != 1 or block_table.dtype != torch.int32:
-        raise ValueError("block_table must be int32 with dense rows")
+        raise ValueError(
+            "block_table must be int32 with dense rows, "
+            f"got {block_table.dtype} with strides {block_table.stride()}"
+        )
     launch(
         _resolve_kernel,
         (num_segments,),
-        ends if segments is None else segments[0],
+        None if segments is None else segments[0],
         ends,
-        ends if query_start_loc is None else query_start_loc,
-        ends if segments is None else segments[2],
-        ends if segments is None else segments[3],
+        query_start_loc,
+        None if segments is None else segments[2],
+        None if segments is None else segments[3],
         out.rows,
         block_table,
         table.entries,
@@ -319,5 +351,4 @@ def _launch(
         table.groups.shape[1] * table.groups.shape[2],
         BLOCK_SIZE=table.block_size,
         CHUNK=min(CHUNK, next_power_of_2(max(16, table.entries.shape[1]))),
-        SINGLE=segments is None,
     )

@@ -32,8 +32,20 @@ def _write_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    HAS_TOKEN: tl.constexpr,
 ):
+    """Write the key and value of one token into their page, for every KV head.
+
+    Grid: (entries,). A program whose slot is negative returns at once.
+
+    Args:
+        kv_ptr: `Pages.kv`, whose blocks lie `kv_stride_block` elements apart.
+        token_ptr: `Pages.token`, or None where tokens are not traced.
+        tokens_ptr: [entries] int32 index of each token in its request; None as `token_ptr` is.
+        rows_ptr: [entries] int32 row of `key_ptr` and `value_ptr`.
+        slots_ptr: [entries] int64 ``block * BLOCK_SIZE + offset``, -1 to skip the entry.
+        HEADS: NUM_KV_HEADS rounded up to a power of two.
+        CHANNELS: HEAD_SIZE rounded up to a power of two.
+    """
     entry = tl.program_id(0)
     slot = tl.load(slots_ptr + entry)
     if slot < 0:
@@ -56,7 +68,7 @@ def _write_kernel(
     page_at += channels[None, :]
     tl.store(page_at, key.to(kv_ptr.dtype.element_ty), mask=keep)
     tl.store(page_at + HEAD_SIZE, value.to(kv_ptr.dtype.element_ty), mask=keep)
-    if HAS_TOKEN:
+    if token_ptr is not None:
         token = tl.load(tokens_ptr + entry)
         token_at = token_ptr + block * token_stride_block + head_slots
         tl.store(token_at, token + tl.zeros_like(heads), mask=heads < NUM_KV_HEADS)
@@ -73,16 +85,17 @@ def write(
     """Store some rows of a batch's keys and values in their page slots, for every KV head.
 
     Args:
-        pages: The layer's pages.
+        pages: The layer's pages, dense within a block; `kv` and, if there, `token` are written.
         key: [num_tokens, num_kv_heads, head_size] before RoPE, channels dense; rows and heads may
             be strided, as slices of a fused projection are.
         value: As `key`.
         rows: [num_entries] int32 row of `key` and `value`.
         slots: [num_entries] int64 ``block * block_size + offset``, -1 to skip the entry.
-        tokens: [num_entries] int32 index of each token in its request; read if traced.
+        tokens: [num_entries] int32 index of each token in its request; None where pages have no
+            token indices.
 
     Raises:
-        ValueError: If a shape or stride does not fit.
+        ValueError: If a shape or stride does not fit, or pages with token indices get none.
     """
     _, num_kv_heads, block_size, channels = pages.kv.shape
     head_size = channels // 2
@@ -92,26 +105,28 @@ def write(
             f"got {list(key.shape)} and {list(value.shape)}"
         )
     if key.stride(2) != 1 or value.stride(2) != 1:
-        raise ValueError("the channels of key and value must be dense")
+        raise ValueError(
+            "the channels of key and value must be dense, "
+            f"got strides {key.stride()} and {value.stride()}"
+        )
     if pages.kv.stride()[1:] != (block_size * channels, channels, 1):
-        raise ValueError("pages must be dense within a block")
+        raise ValueError(f"pages must be dense within a block, got strides {pages.kv.stride()}")
     if pages.token is not None and tokens is None:
-        raise ValueError("traced pages need the tokens' indices")
+        raise ValueError("traced pages need the tokens' indices, got None")
     if len(rows) == 0:
         return
-    traced = pages.token if pages.token is not None else pages.kv
     launch(
         _write_kernel,
         (len(rows),),
         pages.kv,
-        traced,
+        pages.token,
         key,
         value,
         rows,
         slots,
-        tokens if pages.token is not None else slots,
+        None if pages.token is None else tokens,
         pages.kv.stride(0),
-        traced.stride(0),
+        0 if pages.token is None else pages.token.stride(0),
         key.stride(0),
         key.stride(1),
         value.stride(0),
@@ -121,6 +136,5 @@ def write(
         BLOCK_SIZE=block_size,
         HEADS=next_power_of_2(num_kv_heads),
         CHANNELS=next_power_of_2(head_size),
-        HAS_TOKEN=pages.token is not None,
         num_warps=4,
     )

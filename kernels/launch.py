@@ -1,7 +1,7 @@
 """Launches Triton kernels at a fraction of the host time that Triton's own look-up takes.
 
 Prefill launches a few small kernels for each wave and layer. Where GPUs share a layer, or a stride
-is short, the device is done with them before the host has launched the next.
+is short, the device finishes those kernels before the host has launched the next ones.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     Args:
         kernel: From `triton.jit`, at the top level of a module.
         grid: Programs, in up to three dimensions.
-        args: All arguments that are no constants: tensors, numbers or None.
-        meta: All constants of the kernel, which follow its arguments, in its order, and options of
-            the compiler.
+        args: All arguments that are no constants: tensors, numbers, or None for an absent tensor.
+        meta: All constants of the kernel, in its order (they follow its other arguments), then
+            options of the compiler.
+
+    Raises:
+        KeyError: If a constant of the kernel is missing.
     """
     recording: Recording | None = getattr(_thread, "recording", None)
     if not isinstance(kernel, triton.JITFunction):
@@ -54,24 +57,32 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 class Recording:
-    """Launches that layers alike repeat, each with tensors of its own: no wrapper, no look-up.
+    """Launches that similar layers repeat, each with its own tensors: no wrapper, no look-up.
 
-    As a context manager it records what `launch` does in this thread. All other arguments stay as
-    they are: numbers, and tensors that must outlive the recording, at their addresses.
+    As a context manager a recording keeps what `launch` does in this thread. An argument that is
+    one of `tensors` (the same object) is replaced when the recording repeats. Every other argument
+    stays as it is: numbers, None, and the addresses of tensors that must outlive the recording.
 
     Args:
-        tensors: What the next layer replaces, in the order of `repeat`; None where there is none.
+        tensors: What the next layer replaces, in the order of `repeat`; None for an absent tensor.
+            Where a tensor is absent, kernels get None, and nothing is replaced.
+
+    Raises:
+        ValueError: If a tensor is given twice.
+        RuntimeError: On entry, if this thread is recording already.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor | None]) -> None:
         self._index = {id(t): index for index, t in enumerate(tensors) if t is not None}
-        assert len(self._index) == sum(t is not None for t in tensors), "a tensor is given twice"
+        if len(self._index) != sum(t is not None for t in tensors):
+            raise ValueError("each tensor to be replaced must be given once, one is given twice")
         self._storages = {t.untyped_storage().data_ptr() for t in tensors if t is not None}
         # Function, arguments, which of them are replaced by which tensor, whether by its address.
         self._calls: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]], bool]] = []
 
     def __enter__(self) -> Recording:
-        assert getattr(_thread, "recording", None) is None, "recordings do not nest"
+        if getattr(_thread, "recording", None) is not None:
+            raise RuntimeError("recordings do not nest")
         _thread.recording = self
         return self
 
@@ -89,7 +100,7 @@ class Recording:
             takes_addresses: Whether addresses may stand for tensors.
 
         Raises:
-            RuntimeError: An argument is a view of a tensor to be replaced.
+            RuntimeError: If an argument is a view of a tensor to be replaced.
         """
         kept: list[Any] = list(args)
         places = []
@@ -108,11 +119,12 @@ class Recording:
         self._calls.append((call, kept, places, takes_addresses))
 
     def repeat(self, tensors: Sequence[torch.Tensor | None]) -> None:
-        """Launch all of it again.
+        """Repeat all launches with other tensors.
 
         Args:
-            tensors: In the place of those recorded, with their dtypes and strides, and at addresses
-                that are multiples of 16 where theirs are (`alike`).
+            tensors: What replaces the recorded tensors, in their order. `alike` must be equal for
+                both: absent in the same places, of the same dtypes and strides, and at addresses
+                that are multiples of 16 in the same places. Nothing checks this.
         """
         addresses = [None if t is None else t.data_ptr() for t in tensors]
         for call, args, places, takes_addresses in self._calls:
@@ -122,26 +134,36 @@ class Recording:
 
 
 def alike(tensors: Sequence[torch.Tensor | None]) -> Hashable:
-    """What tensors must have in common to take each other's place in a `Recording`."""
+    """What must be equal for tensors to take each other's place in a `Recording`.
+
+    Shapes are not compared. A recording serves one step, whose layers of a kind have the same.
+
+    Args:
+        tensors: As `Recording` takes them.
+    """
     return tuple(None if t is None else (t.dtype, t.stride(), _is_aligned(t)) for t in tensors)
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    """Quotient rounded up; on the host, where Triton's own takes longer than a launch."""
+    """Divide and round up; Triton's own function takes longer on the host than a launch."""
     return -(-numerator // denominator)
 
 
 def next_power_of_2(number: int) -> int:
-    """The first power of two, from 1 on, that is not below a number; see `cdiv`."""
+    """Return the smallest power of two, at least 1, that is not below a number; see `cdiv`."""
     return 1 << max(number - 1, 0).bit_length()
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether Triton may load 16 bytes at a time from the tensor's address on."""
     return tensor.data_ptr() % 16 == 0
 
 
 def _kind(value: Any) -> Hashable:
-    """What of an argument Triton may compile a variant for, or more."""
+    """What Triton may compile a variant for; two equal kinds always share a variant.
+
+    None is a kind of its own, for Triton compiles it as a constant.
+    """
     if isinstance(value, torch.Tensor):
         return value.dtype, _is_aligned(value)
     if type(value) is int:

@@ -1,4 +1,4 @@
-"""One layer's KV pages as tensors: K and V, and in the padded tail scores and token indices."""
+"""One layer's KV pages as tensors: K and V, then, in the padded tail, scores and token indices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Pages:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """All there are."""
+        """`kv`, `score` and `token`; None for those that pages lack."""
         return self.kv, self.score, self.token
 
     @classmethod
@@ -32,9 +32,10 @@ class Pages:
         """Lay the views over a page pool whose blocks lie ``kv.stride(0)`` elements apart.
 
         Args:
-            kv: [num_blocks, num_kv_heads, block_size, channels], dense within a block.
-            has_score: Whether a float32 per head and slot follows K and V.
-            has_token: Whether an int32 per head and slot follows that.
+            kv: [num_blocks, num_kv_heads, block_size, channels], dense within a block. Blocks start
+                at multiples of 4 bytes.
+            has_score: Whether a float32 per KV head and slot follows K and V.
+            has_token: Whether an int32 per KV head and slot follows K, V and any scores.
 
         Returns:
             The views; they share storage with `kv`.
@@ -62,27 +63,33 @@ class Pages:
         offsets: torch.Tensor,
         tokens: torch.Tensor | None,
     ) -> None:
-        """Store new tokens' keys (before RoPE) and values.
+        """Store new tokens' keys (before RoPE) and values, in plain PyTorch for a CPU.
 
         Args:
             key: [num_tokens, num_kv_heads, head_size].
             value: [num_tokens, num_kv_heads, head_size_v].
             block_ids: [num_tokens] int64 block of each token.
             offsets: [num_tokens] int64 slot in that block.
-            tokens: [num_tokens] int32 index of each token in its request; read if traced.
+            tokens: [num_tokens] int32 index of each token in its request; None where pages have no
+                token indices.
+
+        Raises:
+            ValueError: If pages with token indices get none.
         """
         self.kv[block_ids, :, offsets] = torch.cat([key, value], dim=-1).to(self.kv.dtype)
-        if self.token is not None:
-            assert tokens is not None
-            self.token[block_ids, :, offsets] = tokens[:, None]
+        if self.token is None:
+            return
+        if tokens is None:
+            raise ValueError("traced pages need the tokens' indices, got None")
+        self.token[block_ids, :, offsets] = tokens[:, None]
 
 
 def copy_tails(pages: Sequence[Pages], copies: Sequence[tuple[int, int]]) -> None:
     """Copy the scores and token indices of whole blocks, without waiting for the device.
 
     Args:
-        pages: Of one layer or more on one device.
-        copies: From which block to which; none is both.
+        pages: The pages of one layer or more, on one device.
+        copies: Pairs of a source block and a target block. No block is a source and a target.
     """
     tails = [tail for each in pages for tail in (each.score, each.token) if tail is not None]
     if not tails:

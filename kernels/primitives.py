@@ -8,17 +8,23 @@ import triton
 import triton.language as tl
 
 LOG2_E = math.log2(math.e)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
 def load_sink(sinks_ptr, head):
-    """Logit of a query head's sink, in units of log 2 like those of keys."""
-    return tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+    """Load the logit of a query head's sink, float32 in units of log 2 as keys' logits are.
+
+    Args:
+        sinks_ptr: [query heads] natural logits in any floating dtype.
+        head: Query head.
+    """
+    return tl.load(sinks_ptr + head).to(tl.float32) * _LOG2_E
 
 
 @triton.jit
 def load_angles(cos_line, sin_line, valid, ROTARY_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Cosines and sines [rows, BLOCK_D], float32; zero past the table's width.
+    """Load cosines and sines [rows, BLOCK_D] as float32; zero past the table's width.
 
     Args:
         cos_line: [rows] pointers to each row's line of the rotary table, ROTARY_DIM / 2 long.
@@ -47,19 +53,19 @@ def rotate_tile(
     BLOCK_D: tl.constexpr,
     plain=None,
 ):
-    """Copy heads, the first ROTARY_DIM channels rotated in float32 and rounded once.
+    """Copy heads; rotate their first ROTARY_DIM channels in float32 and round once.
 
     Args:
         target: [rows] pointers to channel 0 of each head to write.
         source: [rows] pointers to channel 0 of each head to read.
-        cos: [rows, BLOCK_D] from `load_angles`.
+        cos: [rows, BLOCK_D] float32 from `load_angles`.
         sin: As `cos`.
         valid: [rows] which rows are read and written.
         HEAD_SIZE: Channels of a head.
         ROTARY_DIM: Channels that are rotated.
         IS_NEOX: Whether channel i pairs with i + ROTARY_DIM / 2 (else 2i with 2i + 1).
         BLOCK_D: At least half of either the rotated or the other channels.
-        plain: [rows] pointers to channel 0 of each head's copy that is not rotated, or None.
+        plain: [rows] pointers to channel 0 of a second copy, which is not rotated; or None.
     """
     HALF: tl.constexpr = ROTARY_DIM // 2
     # [rows, BLOCK_D] pairs of channels

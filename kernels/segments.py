@@ -1,8 +1,8 @@
-"""What the GPU kernels are told about a step, all of it on the device and resolved to blocks.
+"""What the GPU kernels are told about a step: device tensors, resolved to physical blocks.
 
-The cascade table has been applied: a `block_table` here lists physical blocks in logical order, so
-the key at logical place j is in slot ``j % block_size`` of block ``j // block_size`` of its row,
-and j is its rotary position.
+The cascade table has been applied: a `block_table` here lists physical blocks in logical order. So
+the key at logical place j is in slot ``j % block_size`` of entry ``j // block_size`` of its row of
+the block table, and j is the key's rotary position.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 # Workspace rows after each segment's keys whose values are zero. FlashAttention-3 multiplies whole
-# tiles of up to as many keys, those past a segment's end by a weight of zero, and what another
-# request has there may be NaN, which zero times is NaN.
+# tiles of at most this many values. It gives values past a segment's end the weight zero, but zero
+# times NaN is NaN, and another request may have left NaN there.
 KEY_PADDING = 192
 
 
@@ -23,8 +23,9 @@ class Segments:
 
     Args:
         query_spans: [num_segments, 2] int32 first and last + 1 of each segment's queries, packed.
-        key_spans: [num_segments, 2] int32 the same of its keys in the workspace: all keys held at
-            the segment's end, its own queries' the last. `KEY_PADDING` rows follow each.
+        key_spans: [num_segments, 2] int32 first and last + 1 of each segment's keys in the
+            workspace: all keys held at the segment's end, the keys of its own tokens last.
+            `KEY_PADDING` rows follow each segment's keys.
         block_table: [num_segments, max_blocks] int32; entries past the last key are arbitrary.
         carry: [num_segments] float32 factor on the scores kept so far.
         exponents: [num_segments] float32; query i of a segment weighs ``decay ** (exponent - i)``.
@@ -33,7 +34,7 @@ class Segments:
         num_rows: Rows of the workspace, padding included.
         max_query_len: Most queries of a segment.
         max_key_len: Most keys of a segment.
-        max_prefix_len: Most keys of a segment that it finds in the pages.
+        max_prefix_len: Most keys that a segment finds in the pages.
     """
 
     query_spans: torch.Tensor
@@ -55,8 +56,9 @@ class DecodeRows:
 
     Args:
         rows: [num_rows] int32 row of each token in the batch.
-        places: [num_rows] int32 logical place of the token, as many keys precede it; -1 where
-            there is nothing to do (padding, or a request with several tokens in this step).
+        places: [num_rows] int32 logical place of the token, which is the number of keys before it;
+            -1 where there is nothing to do (padding, or a request with several tokens in this
+            step).
         block_table: [num_rows, max_blocks] int32; entries past the token's block are arbitrary.
         carry: [num_rows] float32 factor on the scores kept so far.
         weights: [num_rows] float32 weight of the query in the scores.
@@ -76,8 +78,8 @@ class Merges:
     Args:
         groups: [num_rows, max_groups, blocks_per_group] int32 physical blocks, oldest first.
         num_groups: [num_rows] int32 groups of each row that merge now; mostly 0.
-        block_table: [num_rows, max_blocks] int32 all blocks a row holds, in logical order.
-        num_keys: [num_rows] int32 keys a row holds at the boundary.
+        block_table: [num_rows, max_blocks] int32 all blocks that a row holds, in logical order.
+        num_keys: [num_rows] int32 keys that a row holds at the boundary.
     """
 
     groups: torch.Tensor

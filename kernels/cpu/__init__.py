@@ -1,1 +1,1 @@
-"""The same by PyTorch on a CPU."""
+"""The operations of prefill, decode and merge in plain PyTorch, for a CPU."""

@@ -1,8 +1,11 @@
 """Causal attention over the cascade table with exact per-key scores, in plain PyTorch on a CPU.
 
-Keys are stored before RoPE and rotated at their logical place. With p the softmax probability, a
-query gives a key ``max`` (or ``mean``) over the query heads that share its KV head of
-``p ** score_power``; the stored score of a key is the weighted sum over queries.
+Pages hold keys before RoPE; attention rotates each key at its logical place. With p the softmax
+probability, a query gives a key ``p ** score_power``, reduced by ``max`` (or ``mean``) over the
+query heads that share the KV head. A page's score of a key is the weighted sum over queries.
+
+Source: arXiv 2406.17808, which ranks tokens by an exponential moving average of the attention that
+they get.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import torch
 
 from vllm_cascade.kernels.pages import Pages
 
-# Attention weights of one KV head in flight at once, in float32 elements. Fewer cost more in
-# waking threads than they save in cache, most of all where OpenMP's threads sleep in between.
+# Float32 elements of attention weights of one KV head that are computed at once. With fewer, waking
+# threads costs more than the cache saves, most of all where OpenMP's threads sleep in between.
 TILE_ELEMENTS = 1 << 20
 # Queries that PyTorch's own attention takes at once where keys come before them.
 MASKED_QUERIES = 512
@@ -28,7 +31,7 @@ class Rotary:
     Args:
         cos: [num_positions, rotary_dim / 2] float32.
         sin: As `cos`.
-        is_neox: Which channels are paired, see `rotate`.
+        is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
     """
 
     cos: torch.Tensor
@@ -36,7 +39,15 @@ class Rotary:
     is_neox: bool
 
     def rotate(self, x: torch.Tensor, places: slice | torch.Tensor) -> torch.Tensor:
-        """Rotate `x` [num_heads, *places.shape, head_size] at `places`; float32, a new tensor."""
+        """Rotate keys or queries at their logical places; see `rotate`.
+
+        Args:
+            x: [num_heads, *places.shape, head_size], any floating dtype.
+            places: Logical places, an int64 tensor or a slice.
+
+        Returns:
+            As `x`, float32, newly allocated.
+        """
         return rotate(x, self.cos[places], self.sin[places], self.is_neox)
 
 
@@ -53,13 +64,13 @@ class Scoring:
     reduction: str
 
     def amounts(self, probs: torch.Tensor) -> torch.Tensor:
-        """What each query gives each key.
+        """Return what each query gives each key.
 
         Args:
-            probs: [heads of one KV head, ...]; used up.
+            probs: [query heads of one KV head, ...] float32 probabilities; overwritten.
 
         Returns:
-            [...].
+            [...] float32; may share memory with `probs`.
         """
         if self.reduction == "mean":
             return self._raise(probs).mean(dim=0)
@@ -70,6 +81,7 @@ class Scoring:
         return self._raise(first)
 
     def _raise(self, probs: torch.Tensor) -> torch.Tensor:
+        """Raise probabilities to the power, in place."""
         if self.power == 1.0:
             return probs
         return probs.square_() if self.power == 2.0 else probs.pow_(self.power)
@@ -80,10 +92,10 @@ class PrefillSegment:
     """Several tokens of one request inside one epoch.
 
     Args:
-        start: First of its rows in the batch.
-        end: One past its last row.
+        start: Row of the segment's first token in the batch.
+        end: One past the row of its last token.
         block_ids: [num_blocks] int64 blocks in logical order, the segment's own included.
-        first_place: Logical place of the first query; as many keys precede the segment.
+        first_place: Logical place of the first query, which is the number of keys before it.
         carry: Factor on the scores kept so far.
         weights: [end - start] float32 weight of each query in the scores.
     """
@@ -98,7 +110,7 @@ class PrefillSegment:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """One token each of several requests; their blocks lie one after the other.
+    """One token of each of several requests; the blocks of all requests are in one list.
 
     Args:
         rows: [num_rows] int64 row of each query in the batch.
@@ -129,18 +141,25 @@ def prefill(
     scoring: Scoring | None,
     sinks: torch.Tensor | None = None,
 ) -> None:
-    """Attend one segment's queries to everything before them, and score the keys.
+    """Attend one segment's queries to themselves and all keys before them, and score the keys.
 
     Args:
         output: [num_tokens, num_heads, head_size_v]; the segment's rows are written.
         query: [num_tokens, num_heads, head_size] before RoPE.
-        pages: The layer's pages, the segment's keys and values already written.
+        pages: The layer's pages, the segment's keys and values already written. `score` is updated
+            if `scoring` is given.
         segment: Which rows and blocks.
         rotary: The layer's rotary table.
         scale: Factor on the logits.
-        scoring: How to score, or None for none.
-        sinks: [num_heads] float32 logits of sinks without value, or None.
+        scoring: How to score; None to keep no scores.
+        sinks: [num_heads] float32 natural logits that only take part in the softmax's denominator,
+            or None.
+
+    Raises:
+        ValueError: If scores are to be kept in pages without room for them.
     """
+    if scoring is not None and pages.score is None:
+        raise ValueError("to keep scores, pages need room for them")
     num_queries, num_heads = segment.end - segment.start, query.shape[1]
     head_size, num_keys = query.shape[2], segment.first_place + segment.end - segment.start
     _, num_kv_heads, block_size, _ = pages.kv.shape
@@ -200,7 +219,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     )
     if num_queries == num_keys:
         return attend(query[None], key[None], value[None], is_causal=True)[0]
-    # With a mask all its pairs are computed, seen or not: few queries waste few.
+    # With a mask PyTorch computes all pairs, seen or not: with few queries at once it wastes few.
     parts = []
     for first in range(0, num_queries, MASKED_QUERIES):
         some = query[None, :, first : first + MASKED_QUERIES]
@@ -210,7 +229,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     return torch.cat(parts, dim=1)
 
 
-@lru_cache(maxsize=16)  # all layers of a step ask for the same
+@lru_cache(maxsize=16)  # all layers of a step need the same masks
 def _seen(num_queries: int, num_keys: int) -> torch.Tensor:
     """[num_queries, num_keys] bool: which keys each query sees."""
     return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
@@ -221,7 +240,7 @@ def _softmax_(logits: torch.Tensor, sinks: torch.Tensor | None) -> None:
 
     Args:
         logits: [..., num_keys] float32.
-        sinks: Logits that take part in the denominator alone, as broadcast to [...]; or None.
+        sinks: Logits that only take part in the denominator, broadcast to [...]; or None.
     """
     share = None if sinks is None else torch.sigmoid(logits.logsumexp(-1) - sinks)
     torch.softmax(logits, dim=-1, out=logits)
@@ -230,10 +249,10 @@ def _softmax_(logits: torch.Tensor, sinks: torch.Tensor | None) -> None:
 
 
 def _product(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """[m, k] times the transpose of [n, k], in float32.
+    """Multiply [m, k] by the transpose of [n, k], in float32.
 
-    oneDNN's product where PyTorch has it: `torch.mm` goes to MKL, which on processors not made by
-    its vendor runs at less than half their speed.
+    oneDNN multiplies where PyTorch has it: `torch.mm` calls Intel's MKL, which runs at less than
+    half speed on other vendors' processors.
     """
     if torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(rows, columns, None, "none", [], "")
@@ -243,7 +262,14 @@ def _product(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 def _store_scores(
     pages: Pages, segment: PrefillSegment, gained: torch.Tensor, block_size: int
 ) -> None:
-    """Add what a segment gained to its keys' scores; its own keys had none before."""
+    """Add what a segment's keys gained to their scores.
+
+    Args:
+        pages: The layer's pages, with scores.
+        segment: Which blocks. The keys of the segment's own tokens had no scores before.
+        gained: [num_kv_heads, num_keys] float32.
+        block_size: Tokens of a block.
+    """
     assert pages.score is not None
     num_kv_heads, num_keys = gained.shape
     num_blocks = len(segment.block_ids)
@@ -266,21 +292,28 @@ def decode(
     scoring: Scoring | None,
     sinks: torch.Tensor | None = None,
 ) -> None:
-    """Attend one query of each row to all it holds, and score the keys.
+    """Attend one query of each row to all keys that the row holds, and score the keys.
 
-    Blocks of all rows are worked through as one ragged batch: keys and values are never padded to
-    the longest row, only attention weights and partial outputs are.
+    Blocks of all rows are one ragged batch: keys and values are never padded to the longest row,
+    only attention weights and partial outputs are.
 
     Args:
         output: [num_tokens, num_heads, head_size_v]; the batch's rows are written.
         query: [num_tokens, num_heads, head_size] before RoPE.
-        pages: The layer's pages, the queries' own keys and values already written.
+        pages: The layer's pages, the queries' own keys and values already written. `score` is
+            updated if `scoring` is given.
         batch: Which rows and blocks.
         rotary: The layer's rotary table.
         scale: Factor on the logits.
-        scoring: How to score, or None for none.
-        sinks: [num_heads] float32 logits of sinks without value, or None.
+        scoring: How to score; None to keep no scores.
+        sinks: [num_heads] float32 natural logits that only take part in the softmax's denominator,
+            or None.
+
+    Raises:
+        ValueError: If scores are to be kept in pages without room for them.
     """
+    if scoring is not None and pages.score is None:
+        raise ValueError("to keep scores, pages need room for them")
     num_rows, num_heads = len(batch.rows), query.shape[1]
     head_size = query.shape[2]
     _, num_kv_heads, block_size, _ = pages.kv.shape
@@ -326,9 +359,11 @@ def decode(
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> torch.Tensor:
     """Rotate the first ``2 * cos.shape[-1]`` channels of `x`, in float32.
 
+    Source: RoPE, arXiv 2104.09864, equation 34.
+
     Args:
         x: [..., head_size] keys or queries, any floating dtype.
-        cos: [..., rotary_dim / 2] float32, broadcasts against `x`.
+        cos: [..., rotary_dim / 2] float32, broadcast against `x`.
         sin: As `cos`.
         is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
 

@@ -1,4 +1,8 @@
-"""Choosing the survivors of merge groups and moving them, in plain PyTorch on a CPU."""
+"""Chooses the survivors of merge groups and moves them, in plain PyTorch on a CPU.
+
+Source: arXiv 2406.17808, where one of two neighbours survives a sub-cache by its score, and, for
+distinctiveness, KeyDiff, arXiv 2504.15364. Here half of a window survives, by up to three ranks.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ class MergeBatch:
     Args:
         groups: [num_groups, blocks_per_group] int64 block ids, oldest first.
         group_request: [num_groups] int64 index into `held`.
-        held: Per request, [num_blocks] int64 block ids of all it holds, in logical order, every
-            block full.
+        held: For each request [num_blocks] int64 block ids of all that it holds, in logical order;
+            every block is full.
     """
 
     groups: torch.Tensor
@@ -28,7 +32,7 @@ class MergeBatch:
 
 
 def rank(x: torch.Tensor) -> torch.Tensor:
-    """For each element of the last dimension, how many are smaller, or equal and to its left.
+    """Count for each element of the last dimension those that are smaller, or equal and older.
 
     Args:
         x: [..., window] float32, oldest first. NaN is smaller than everything.
@@ -48,8 +52,8 @@ def select(terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
             oldest first.
 
     Returns:
-        [..., window / 2] int64 positions of the survivors in ascending order. A tie in the sum
-        goes to the newer.
+        [..., window / 2] int64 positions of the survivors in ascending order. In a tie the newer
+        token survives.
     """
     worth = sum(weight * rank(values).float() for weight, values in terms)
     half = worth.shape[-1] // 2
@@ -58,10 +62,10 @@ def select(terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors scaled to length one, in float32; a zero vector stays zero.
+    """Scale vectors to length one, in float32; a zero vector stays zero.
 
     Args:
-        vectors: [..., head_size].
+        vectors: [..., head_size], any floating dtype.
 
     Returns:
         [..., head_size] float32; NaN where a vector is not finite.
@@ -70,12 +74,15 @@ def unit(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def mean_direction(pool: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """The direction of the mean of a request's unit vectors, at the places of the mean.
+    """Return the direction of the mean of a request's unit keys or unit values.
+
+    The mean is over the places that `kernels.weights` names.
 
     Args:
         pool: [num_blocks, num_kv_heads, block_size, head_size] keys or values; a vector that is not
             finite counts as zero.
-        held: Block ids of all that the request holds, in logical order, every block full.
+        held: [num_blocks held] int64 block ids of all that the request holds, in logical order;
+            every block is full.
 
     Returns:
         [num_kv_heads, head_size] float32.
@@ -93,11 +100,14 @@ def merge_groups(
     """Write the survivors of every group into the first half of the group's own blocks.
 
     Args:
-        pages: The layer's pages.
+        pages: The layer's pages; `kv` and, if there, `score` and `token` are moved.
         batch: Which blocks.
         head_size: Channels of a key.
-        window: Neighbours of which half survive.
-        weights: Of what they are ranked by, at least one above 0.
+        window: Neighbours of which half survive; divides the tokens of a group.
+        weights: Weights of the ranks, at least one above 0.
+
+    Raises:
+        ValueError: If scores weigh something and pages have none.
     """
     blocks = batch.groups.shape[1]
     block_size, channels = pages.kv.shape[2:]
@@ -112,7 +122,8 @@ def merge_groups(
     # [num_groups, num_kv_heads, tokens] each
     terms = []
     if weights.score:
-        assert score is not None
+        if score is None:
+            raise ValueError("a weight of scores needs pages with scores")
         terms.append((weights.score, score))
     for weight, part in (
         (weights.key, slice(head_size)),

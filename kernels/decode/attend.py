@@ -1,16 +1,20 @@
 """One query of each of several requests attends to its paged keys and scores them, exactly.
 
-Two launches. The first splits each row's keys over programs, which leave a normalised partial
-output, its log-sum-exp and, where scores are kept, every logit. The second joins the splits and
-turns the logits into scores with the log-sum-exp of all keys, and of a sink if there is one. A row
-of a single split has its output after the first, unless there are scores or sinks. How
-many programs there are depends on the number of rows and on the bound of the scratch, never on
-lengths, so both can be captured in a CUDA graph; programs beyond a row's length return at once.
+Two launches. The first splits each row's keys over programs, each of which leaves a normalised
+partial output, its log-sum-exp and, where scores are kept, every logit. The second launch joins the
+splits and turns the logits into scores with the log-sum-exp of all keys and of the sink, if there
+is one. Where a row has a single split, the first launch writes the row's output, unless there are
+scores or sinks. How many programs there are depends on the number of rows and on the bound of the
+scratch, never on lengths. So a CUDA graph can capture both launches; programs beyond a row's length
+return at once.
 
-Keys lie in the pages before RoPE. Turning a key at place ``base + o`` by its whole angle takes a
-row of the rotary table per key, as much traffic as the keys themselves. As rotations compose,
-``<R(place) q, R(base + o) k> = <R(place - base) q, R(o) k>``: a tile of keys is turned by the
-angles of its first places, which stay in registers, and the few queries by the rest.
+Pages hold keys before RoPE. To turn a key at place ``base + o`` by its whole angle takes a row of
+the rotary table per key, as much traffic as the keys themselves. But rotations compose:
+``<R(place) q, R(base + o) k> = <R(place - base) q, R(o) k>``. So a tile of keys is turned by the
+angles of places 0, 1, 2 and so on, which stay in registers, and the few queries by the rest.
+
+Source: Flash-Decoding, which splits the keys of a query over programs and joins the partial outputs
+by their log-sum-exps; the online softmax within a split is FlashAttention's (arXiv 2205.14135).
 """
 
 from __future__ import annotations
@@ -34,9 +38,10 @@ from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import LOG2_E
 from vllm_cascade.kernels.segments import DecodeRows
 
+# What callers need of paged decode, in one place.
 __all__ = ["Config", "Scratch", "decode", "launch_config", "make_scratch"]
 
-# What tl.dot asks of every dimension.
+# The smallest dimension that tl.dot takes.
 MIN_DOT = 16
 
 
@@ -80,8 +85,38 @@ def _split_kernel(
     DIRECT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Attend one row's query heads of a KV head to one split of the row's keys.
+
+    Grid: (KV heads, rows, splits). A program leaves a partial output, its log-sum-exp and, if
+    SCORED, the logits of its keys. A program whose split is past the row's end returns, as do all
+    programs of a row at place -1.
+
+    Args:
+        output_ptr: [tokens, query heads, HEAD_SIZE], written where DIRECT and there is one split.
+        partial_ptr: [rows, query heads, max_splits, HEAD_SIZE] float32 normalised outputs, written.
+        lse_ptr: [rows, query heads, max_splits] float32 log-sum-exps, base 2, written.
+        logits_ptr: [rows, query heads, logits_stride_head] float32 scaled logits, base 2, written
+            if SCORED.
+        rows_ptr: `DecodeRows.rows`; the next two pointers are fields likewise.
+        splits_ptr: `Splits.table`.
+        scale_log2: Factor on a dot product that gives a logit in units of log 2.
+        num_positions: Rows of the rotary table.
+        GROUP: Query heads that share a KV head.
+        HALF: Pairs of channels that are rotated.
+        HEADS: GROUP rounded up to a power of two, at least MIN_DOT.
+        KEYS: Keys of a tile.
+        PAIRS: HALF rounded up to a power of two, at least MIN_DOT.
+        REST: Channels that are not rotated, rounded up likewise.
+        CHANNELS: HEAD_SIZE rounded up to a power of two.
+        ROWS: Most rows of a launch, rounded up to a power of two.
+        IS_NEOX: Whether channel i pairs with i + HALF (else 2i with 2i + 1).
+        BY_PLACE: Whether each key is turned by the angles of its own place.
+        SCORED: Whether scores are kept.
+        DIRECT: Whether to write the output of a row that has a single split.
+        PRECISION: Input precision of tl.dot for float32.
+    """
     kv_head = tl.program_id(0)
-    # Splits last: all rows' first splits start before any that may be empty.
+    # Splits are the last dimension: the first splits of all rows start before any empty split.
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     place = tl.load(places_ptr + row)
@@ -131,15 +166,15 @@ def _split_kernel(
         key_sin = tl.load(sin_ptr + table_at, mask=within, other=0.0).to(tl.float32)
 
     top = tl.full([HEADS], float("-inf"), tl.float32)
-    # Summed over keys at the end: a sum per tile would be an exchange between warps.
+    # Summed over keys after the last tile: a sum in every tile would make warps exchange data.
     norms = tl.zeros([HEADS, KEYS], tl.float32)
     acc = tl.zeros([HEADS, CHANNELS], tl.float32)
     table_at_row = block_table_ptr + row * table_stride_row
     logits_at = logits_ptr + (row * tl.num_programs(0) + kv_head) * GROUP * logits_stride_head
     logits_at += (group * logits_stride_head)[:, None]
 
-    # Block ids are carried from tile to tile: were they loaded where they are used, the compiler
-    # would copy them asynchronously, and to wait for them is to wait for all keys on their way.
+    # Block ids are loaded one tile ahead. If they were loaded where they are used, the compiler
+    # would copy them asynchronously, and a wait for them would wait for all keys on their way.
     TILE_BLOCKS: tl.constexpr = (KEYS + BLOCK_SIZE - 1) // BLOCK_SIZE
     tile_block = tl.arange(0, TILE_BLOCKS)
     begin = start + tile_block * BLOCK_SIZE
@@ -185,7 +220,7 @@ def _split_kernel(
             logits = tl.dot(query_rest, key_rest, logits, input_precision=PRECISION)
         logits *= scale_log2
         if SCORED:
-            # Past the end too, in wide words: rows of logits have room for whole tiles.
+            # Not masked by keys, so that words are wide: rows of logits have room for whole tiles.
             tl.store(logits_at + key_place[None, :], logits, mask=in_group)
         logits = tl.where(valid[None, :], logits, float("-inf"))
 
@@ -208,7 +243,7 @@ def _split_kernel(
     attended = acc / norm[:, None]
     written = in_group & (channel < HEAD_SIZE)[None, :]
     if DIRECT and split_keys >= length:
-        # There is nothing to join.
+        # A single split: its output is the row's.
         output_at = output_ptr + token * output_stride_token
         output_at += ((kv_head * GROUP + group) * output_stride_head)[:, None] + channel[None, :]
         tl.store(output_at, attended.to(output_ptr.dtype.element_ty), mask=written)
@@ -237,25 +272,28 @@ def decode(
     sinks: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> None:
-    """Attend one query of each row to all it holds, and score the keys.
+    """Attend one query of each row to all keys that the row holds, and score the keys.
+
+    More rows than `scratch` has room for are processed in turn.
 
     Args:
-        output: [num_tokens, num_heads, head_size]; the batch's rows are written.
+        output: [num_tokens, num_heads, head_size], channels dense; the batch's rows are written.
         query: [num_tokens, num_heads, head_size] before RoPE, channels dense.
-        pages: The layer's pages, the queries' own keys and values already written.
+        pages: The layer's pages, dense within a block, the queries' own keys and values already
+            written. `score` is updated if `scored`.
         batch: Which rows and blocks. Rows at place -1 are neither read nor written.
-        cos: [num_positions, rotary_dim / 2]. In float32 rotations compose; a table in the model's
-            dtype is too coarse for that and is read at every key's place.
+        cos: [num_positions, rotary_dim / 2], contiguous. In float32 rotations compose. A table in
+            the model's dtype is too coarse to compose rotations; it is read at every key's place.
         sin: As `cos`.
         is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
         scale: Factor on the logits.
         power: Exponent on the probability in the score.
         reduction: "max" or "mean" over the query heads of a KV head.
-        scratch: From `make_scratch`.
+        scratch: From `make_scratch`; earlier results in it are overwritten.
         scored: Whether to update the scores.
         counter: [1] int64, or None. Gains the number of keys of each row and KV head.
-        sinks: [num_heads] logits that only take part in the softmax's denominator, or None.
-        config: The launch; by default `launch_config`'s.
+        sinks: [num_heads] natural logits that only take part in the softmax's denominator, or None.
+        config: How to launch; None for `launch_config`'s choice.
 
     Raises:
         ValueError: If a shape, stride or dtype does not fit.
@@ -270,17 +308,25 @@ def decode(
             f"fit pages of {list(pages.kv.shape)}"
         )
     if pages.kv.stride()[1:] != (block_size * channels, channels, 1):
-        raise ValueError("pages must be dense within a block")
+        raise ValueError(f"pages must be dense within a block, got strides {pages.kv.stride()}")
     if query.stride(2) != 1 or output.stride(2) != 1 or batch.block_table.stride(1) != 1:
-        raise ValueError("the last dimension of query, output and block table must be dense")
+        raise ValueError(
+            "the last dimension of query, output and block table must be dense, got strides "
+            f"{query.stride()}, {output.stride()} and {batch.block_table.stride()}"
+        )
     if not cos.is_contiguous() or not sin.is_contiguous():
-        raise ValueError("the rotary table must be contiguous")
+        raise ValueError(
+            f"the rotary table must be contiguous, got strides {cos.stride()} and {sin.stride()}"
+        )
     if block_size > MAX_BLOCK_SIZE or block_size & (block_size - 1):
         raise ValueError(f"block_size is a power of two up to {MAX_BLOCK_SIZE}, got {block_size}")
     if reduction not in ("max", "mean"):
         raise ValueError(f"reduction is 'max' or 'mean', got {reduction!r}")
     if scratch.partial.shape[1] != num_heads or scratch.partial.shape[3] != head_size:
-        raise ValueError(f"scratch is for {list(scratch.partial.shape)}")
+        raise ValueError(
+            f"scratch is for [rows, heads, splits, channels] {list(scratch.partial.shape)}, "
+            f"not for {num_heads} heads of {head_size} channels"
+        )
     if sinks is not None and sinks.shape != (num_heads,):
         raise ValueError(f"one sink for each of {num_heads} heads, got {list(sinks.shape)}")
     if scored and (pages.score is None or scratch.logits.shape[2] < scratch.max_places):

@@ -1,4 +1,4 @@
-"""Second launch of paged decode: joins the splits of a row, and scores its keys."""
+"""Second launch of paged decode: joins the splits of a row, and scores the row's keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from vllm_cascade.kernels.segments import DecodeRows
 
 @triton.jit
 def _join(lse_ptr, active, sinks_ptr, member, SPLITS: tl.constexpr):
-    """Log-sum-exp (base 2) of a query head over its splits and, if there is one, its sink."""
+    """Return the log-sum-exp (base 2) of a query head over its splits and its sink.
+
+    Args:
+        lse_ptr: Pointer to the log-sum-exp, base 2, of the head's first split.
+        active: Splits that the row has.
+        sinks_ptr: Pointer to the sink of the KV head's first query head, or None.
+        member: Which of the KV head's query heads.
+        SPLITS: Most splits of a row, rounded up to a power of two.
+    """
     split = tl.arange(0, SPLITS)
     lse = tl.load(lse_ptr + split, mask=split < active, other=float("-inf"))
     top = tl.max(lse, axis=0)
@@ -59,11 +67,38 @@ def _combine_kernel(
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SCORED: tl.constexpr,
     DIRECT: tl.constexpr,
     MEAN: tl.constexpr,
-    COUNTED: tl.constexpr,
 ):
+    """Join the splits of one query head, and score a piece of the row's keys.
+
+    Grid: (KV heads, rows, pieces). Program p of a row and KV head writes the output of the KV
+    head's query head p, if there is one, and updates the scores of the p-th part of the row's keys.
+    Programs of a row at place -1 return.
+
+    Args:
+        output_ptr: [tokens, query heads, HEAD_SIZE], written.
+        score_ptr: `Pages.score`, whose blocks lie `score_stride_block` elements apart; None where
+            scores are not kept.
+        counter_ptr: [1] int64 that gains each row's keys, once per KV head; or None.
+        partial_ptr: [rows, query heads, max_splits, HEAD_SIZE] float32 normalised outputs.
+        lse_ptr: [rows, query heads, max_splits] float32 log-sum-exps, base 2.
+        logits_ptr: [rows, query heads, logits_stride_head] float32 scaled logits, base 2; read
+            where scores are kept.
+        rows_ptr: `DecodeRows.rows`; the next four pointers are fields likewise.
+        sinks_ptr: [query heads] natural logits, or None.
+        splits_ptr: `Splits.table`.
+        power: Exponent on the probability in the score.
+        GROUP: Query heads that share a KV head.
+        KEYS: Keys of a tile of the first launch.
+        SPLITS: Most splits of a row, rounded up to a power of two.
+        SPLIT_TILE: Splits joined at a time.
+        CHANNELS: HEAD_SIZE rounded up to a power of two.
+        ROWS: Most rows of a launch, rounded up to a power of two.
+        BLOCKS: Blocks scored at a time.
+        DIRECT: Whether the first launch wrote the output of a row that has a single split.
+        MEAN: Whether the gain is the mean over query heads, else the maximum.
+    """
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     piece = tl.program_id(2)
@@ -95,10 +130,10 @@ def _combine_kernel(
         output_at += (kv_head * GROUP + piece) * output_stride_head + channel
         tl.store(output_at, output.to(output_ptr.dtype.element_ty), mask=channel < HEAD_SIZE)
 
-    if COUNTED:
+    if counter_ptr is not None:
         tl.atomic_add(counter_ptr, length.to(tl.int64), mask=piece == 0)
 
-    if SCORED:
+    if score_ptr is not None:
         carry = tl.load(carry_ptr + row)
         weight = tl.load(weights_ptr + row)
         TILE: tl.constexpr = BLOCKS * BLOCK_SIZE
@@ -109,8 +144,8 @@ def _combine_kernel(
             slot = tl.arange(0, BLOCK_SIZE)
             # [BLOCKS, BLOCK_SIZE]
             key_place = first[:, None] + slot[None, :]
-            # Whole blocks are loaded and stored, in wide words; what lies past the end keeps its
-            # bits.
+            # Whole blocks are loaded and stored, so that words are wide; slots past the row's end
+            # get back the bits that they had.
             held = (first < length)[:, None]
             logits_at = logits_ptr + head * logits_stride_head + key_place
             best = tl.full([BLOCKS, BLOCK_SIZE], float("-inf"), tl.float32)
@@ -129,7 +164,7 @@ def _combine_kernel(
             score_at = score_ptr + (block * score_stride_block + kv_head * BLOCK_SIZE)[:, None]
             score_at += slot[None, :]
             score = tl.load(score_at, mask=held, other=0.0)
-            # The query's own key has no score yet: whatever its slot holds is dropped.
+            # The query's own key has no score yet: what its slot holds is dropped.
             kept = tl.where(key_place < place, score * carry, 0.0)
             score = tl.where(key_place < length, kept + gained * weight, score)
             tl.store(score_at, score, mask=held)
@@ -153,32 +188,34 @@ def combine(
     sinks: torch.Tensor | None,
     config: Config,
 ) -> None:
-    """Write the rows' outputs and, from their logits, what their keys' scores become.
+    """Write the rows' outputs and update the scores of their keys, after the first launch.
+
+    `decode` has checked the arguments.
 
     Args:
-        output: [num_tokens, num_heads, head_size]; the batch's rows are written.
-        pages: The layer's pages.
-        batch: Which rows and blocks.
+        output: [num_tokens, num_heads, head_size], channels dense; the batch's rows are written.
+        pages: The layer's pages; `score` is updated if `scored`.
+        batch: Which rows and blocks, at most as many rows as `scratch` has.
         power: Exponent on the probability in the score.
         reduction: "max" or "mean" over the query heads of a KV head.
-        splits: Of the first launch.
+        splits: The splits of the first launch.
         scratch: What the first launch left.
         scored: Whether to update the scores.
         counter: [1] int64, or None. Gains the number of keys of each row and KV head.
-        sinks: [num_heads] logits that only take part in the softmax's denominator, or None.
-        config: The launch.
+        sinks: [num_heads] natural logits that only take part in the softmax's denominator, or None.
+        config: How the first launch ran, and how this one does.
     """
     _, num_kv_heads, block_size, _ = pages.kv.shape
     _, num_heads, max_splits, head_size = scratch.partial.shape
     group = num_heads // num_kv_heads
-    score = pages.score if scored and pages.score is not None else scratch.lse
+    score = pages.score if scored else None
     pieces = max(group, config.score_pieces) if scored else group
     launch(
         _combine_kernel,
         (num_kv_heads, len(batch.rows), pieces),
         output,
         score,
-        counter if counter is not None else batch.rows,
+        counter,
         scratch.partial,
         scratch.lse,
         scratch.logits,
@@ -192,7 +229,7 @@ def combine(
         float(power),
         output.stride(0),
         output.stride(1),
-        score.stride(0),
+        0 if score is None else score.stride(0),
         batch.block_table.stride(0),
         scratch.logits.stride(1),
         max_splits,
@@ -205,9 +242,7 @@ def combine(
         CHANNELS=next_power_of_2(head_size),
         ROWS=next_power_of_2(splits.max_rows),
         BLOCKS=max(1, config.score_tile // block_size),
-        SCORED=scored,
         DIRECT=is_direct(scored, sinks),
         MEAN=reduction == "mean",
-        COUNTED=counter is not None,
         num_warps=config.score_warps if scored else 1,
     )

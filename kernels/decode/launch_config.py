@@ -11,22 +11,34 @@ import triton.language as tl
 
 from vllm_cascade.kernels.launch import cdiv
 
-# Rows of logits end on a whole block, and on a whole tile, of any size up to this.
+# Most tokens of a block, and most keys of a tile. A row of logits ends on a multiple of this, so
+# whole blocks and tiles fit.
 MAX_BLOCK_SIZE = 128
+# Splits are chosen as if at least this many quarters of a launch's rows had a token.
+MIN_BUSY_QUARTERS = 3
+_MIN_BUSY_QUARTERS = tl.constexpr(MIN_BUSY_QUARTERS)
 
 
 @triton.jit
 def keys_per_split(
     length, places_ptr, splits_ptr, num_rows, KEYS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Keys per split of a row: even, whole tiles, and no fewer than pay for a program.
+    """Return the keys of each split of a row: even, whole tiles, no fewer than pay for a program.
 
-    How many splits a full row has depends on how many rows have a token: a CUDA graph has others,
-    whose programs return at once.
+    How many splits a full row has depends on how many rows have a token. A CUDA graph may have
+    other rows as well; their programs return at once.
+
+    Args:
+        length: Keys of the row.
+        places_ptr: [num_rows] int32 `DecodeRows.places`.
+        splits_ptr: `Splits.table`.
+        num_rows: Rows of the launch.
+        KEYS: Keys of a tile.
+        ROWS: Most rows of a launch, rounded up to a power of two.
     """
     row = tl.arange(0, ROWS)
     has_token = tl.load(places_ptr + row, mask=row < num_rows, other=-1) >= 0
-    busy = tl.maximum(tl.sum(has_token.to(tl.int32)), 3 * num_rows // 4)
+    busy = tl.maximum(tl.sum(has_token.to(tl.int32)), _MIN_BUSY_QUARTERS * num_rows // 4)
     num_splits = tl.load(splits_ptr + 2 * busy)
     min_keys = tl.load(splits_ptr + 2 * busy + 1)
     active = tl.maximum(tl.minimum(tl.cdiv(length, min_keys), num_splits), 1)
@@ -34,8 +46,8 @@ def keys_per_split(
 
 
 def fewest_busy(num_rows: int) -> int:
-    """Rows with a token that splits are chosen for, if fewer have one."""
-    return 3 * num_rows // 4
+    """Return how many rows splits are chosen for where fewer of `num_rows` rows have a token."""
+    return MIN_BUSY_QUARTERS * num_rows // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +56,8 @@ class Splits:
 
     Args:
         table: [max_rows + 1, 2] int32 splits of a full row, and fewest keys worth a program.
-        most: By the rows of a launch, with a token or not: most splits that they can have.
+        most: Most splits of a row in a launch of 0 rows, 1 row and so on, of which any number may
+            have a token.
     """
 
     table: torch.Tensor
@@ -52,7 +65,13 @@ class Splits:
 
     @classmethod
     def of(cls, choices: Sequence[tuple[int, int]], device: torch.device) -> Splits:
-        """From splits and fewest keys for no row, one row, and so on."""
+        """Put a choice for each number of rows with a token on the device.
+
+        Args:
+            choices: Splits of a full row and fewest keys worth a program, for 0 rows, 1 row, and so
+                on up to the most rows of a launch.
+            device: Where.
+        """
         most = (
             max(splits for splits, _ in choices[fewest_busy(rows) : rows + 1])
             for rows in range(len(choices))
@@ -70,12 +89,12 @@ class Scratch:
     """Intermediate results of `decode`, shared by all layers.
 
     Args:
-        partial: [max_rows, num_heads, max_splits, head_size] float32 partial outputs.
+        partial: [max_rows, num_heads, max_splits, head_size] float32 normalised partial outputs.
         lse: [max_rows, num_heads, max_splits] float32 log-sum-exps, base 2.
-        logits: [max_rows, num_heads, max_places] float32 scaled logits, base 2; `max_places` is
-            rounded up.
+        logits: [max_rows, num_heads, width] float32 scaled logits, base 2; `width` is `max_places`
+            rounded up to whole tiles of `MAX_BLOCK_SIZE`, or 0 where no call keeps scores.
         max_places: Most keys of a row.
-        splits: What `launch_config` says of every number of rows.
+        splits: What `launch_config` chooses for every number of rows.
     """
 
     partial: torch.Tensor
@@ -99,7 +118,7 @@ def make_scratch(
     """Allocate all that `decode` needs beside its arguments.
 
     Args:
-        max_rows: Rows per launch; more are processed in turn.
+        max_rows: Most rows of a launch; `decode` processes more in turn.
         num_heads: Query heads.
         num_kv_heads: KV heads.
         head_size: Channels of a head.
@@ -110,7 +129,7 @@ def make_scratch(
         scored: Whether any call keeps scores; else there is no room for logits.
 
     Returns:
-        Uninitialised tensors.
+        The scratch, but for `splits` uninitialised.
     """
     padded = cdiv(max_places, MAX_BLOCK_SIZE) * MAX_BLOCK_SIZE if scored else 0
     kinds = {"dtype": torch.float32, "device": device}
@@ -145,7 +164,7 @@ class Config:
         num_stages: Depth of its loads.
         max_registers: Registers of its threads, or None for as many as it wants. Composed rotations
             keep a table in registers: bounds that were tried made it spill.
-        score_tile: Keys of a tile of the second launch.
+        score_tile: Keys of a tile of the second launch, where scores are kept.
         score_pieces: Programs per row and KV head of the second launch, where scores are kept.
         score_warps: Warps of such a program.
     """
@@ -163,7 +182,9 @@ class Config:
 
 
 def choose_splits(programs: int, max_places: int, min_keys: int, slots: int) -> int:
-    """Programs per row and KV head: those of a full row, all rows alike, end together.
+    """Choose the programs per row and KV head so that all programs end together.
+
+    The choice supposes that all rows are full.
 
     Args:
         programs: Rows times KV heads.
@@ -175,11 +196,11 @@ def choose_splits(programs: int, max_places: int, min_keys: int, slots: int) -> 
         Number of splits, from 1 to 64.
     """
     most = max(1, min(64, max_places // min_keys))
-    # Several rounds of programs, or a long row among short ones would end alone.
+    # Several rounds of programs: in a single round a long row among short ones would end alone.
     fewest = min(most, cdiv(7 * slots, 2 * programs))
 
     def cost(splits: int) -> float:
-        # A program starts as long as it takes for some 64 keys.
+        # To start a program takes as long as some 64 keys do.
         return cdiv(programs * splits, slots) * (max_places / splits + 64)
 
     return min(range(fewest, min(most, 2 * fewest) + 1), key=cost)
@@ -208,10 +229,10 @@ def launch_config(
     Returns:
         Tile sizes and numbers of programs.
     """
-    # Two warps hold the offset table of a tile and its keys without spilling. A thread takes all
-    # the registers it can have, so a multiprocessor runs eight warps.
+    # Two warps hold a tile's keys and rotary angles without spilling. A thread takes all the
+    # registers it can have, so a multiprocessor runs eight warps.
     num_warps = 2 if element_size == 2 and head_size <= 128 else 4
-    # With many rows short ones are not split at all, with few even a short split pays.
+    # With many rows a short row is not split at all; with few rows even a short split pays.
     programs = num_rows * num_kv_heads
     min_keys = 4096 if programs >= 512 else 512 if programs >= 64 else 256
     return Config(

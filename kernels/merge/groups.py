@@ -1,8 +1,10 @@
 """Moves the survivors of merge groups, in at most two launches of fixed size.
 
-Nearly every step has nothing to merge, and the launches sit in a CUDA graph all the same. So both
-are small grids of persistent programs that look at the number of groups of all rows first, and
-walk over (row, KV head, part of the work) only where there are any.
+Nearly every step has nothing to merge, but a CUDA graph has the launches in every step. So both
+launches are small grids of persistent programs. A program first looks at the number of groups of
+all rows; only where there are any does it walk over rows, KV heads and parts of the work.
+
+Source: arXiv 2406.17808, in which a full sub-cache hands half of what leaves it to the next one.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
 from vllm_cascade.kernels.weights import Weights
 
+# Most tokens of a window.
 MAX_WINDOW = 1024
+# Programs of a launch per multiprocessor; all of them are resident at once.
 PROGRAMS_PER_SM = 4
 
 
@@ -47,12 +51,22 @@ def _move(
     MOVE: tl.constexpr,
     MOVE_CHANNELS: tl.constexpr,
 ):
-    """Bring the survivors of a group into its first half.
+    """Move the survivors of a group into its first half.
 
     Survivor d goes to place d from source(d), and source(d) >= d because survivors stay in order.
-    The tile of survivors [t, t + MOVE) writes places below t + MOVE alone, and every later tile
-    reads places source(d) >= d >= t + MOVE: nothing is overwritten before a later tile reads it.
-    Within a tile, and against earlier tiles' reads, the barrier parts all reads from the writes.
+    The tile of survivors [t, t + MOVE) writes only places below t + MOVE, and every later tile
+    reads places source(d) >= d >= t + MOVE. So no tile overwrites what a later tile reads. The
+    barrier separates the reads of a tile, and of earlier tiles, from the tile's writes.
+
+    Args:
+        kv_ptr: `Pages.kv`, whose blocks lie `kv_stride_block` elements apart; the next two pointers
+            are `Pages.score` and `Pages.token` likewise, each None where pages have none.
+        source_at: Pointer to [GROUP / 2] int32 places of the survivors in the group.
+        groups_at: Pointer to the group's block ids, int32.
+        head: KV head.
+        GROUP: Tokens of a group.
+        MOVE: Survivors moved at a time.
+        MOVE_CHANNELS: Channels of a key and value together, rounded up to a power of two.
     """
     channels = tl.arange(0, MOVE_CHANNELS)
     has_channel = channels[None, :] < 2 * HEAD_SIZE
@@ -89,7 +103,16 @@ def _zero_sums(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Set the sums of all rows that had groups back to zero."""
+    """Set the sums of all rows that had groups back to zero.
+
+    Args:
+        sums_ptr: [>= num_rows, ROW] int64.
+        num_groups_ptr: [num_rows] int32 `Merges.num_groups`.
+        num_rows: Rows.
+        ROW: Elements of a row of sums.
+        TILE: Elements set at a time.
+        ROWS: Rows looked at together.
+    """
     for start in range(0, num_rows, ROWS):
         rows = start + tl.arange(0, ROWS)
         counts = tl.load(num_groups_ptr + rows, mask=rows < num_rows, other=0)
@@ -143,6 +166,33 @@ def _merge_kernel(
     HAS_KEY: tl.constexpr,
     HAS_VALUE: tl.constexpr,
 ):
+    """Choose the survivors of all groups, and move them.
+
+    Grid: (programs,), of any number. Program p takes items p, p + programs, p + 2 * programs and so
+    on, with scratch of its own; an item is a group and a KV head. The last program to end sets the
+    sums back to zero.
+
+    Args:
+        kv_ptr: `Pages.kv`, whose blocks lie `kv_stride_block` elements apart; the next two pointers
+            are `Pages.score` and `Pages.token` likewise, each None where pages have none.
+        groups_ptr: `Merges.groups`; the next pointer is `Merges.num_groups`.
+        sums_ptr: `Scratch.sums`; the next three pointers are fields likewise.
+        counters_ptr: [2] int64 that gains groups merged and tokens dropped, or None.
+        score_weight: Weight of the score's rank; the next two are those of key and value.
+        values_stride: Most tokens of a group: columns of `values_ptr` and of `sources_ptr`.
+        CHANNELS: HEAD_SIZE rounded up to a power of two.
+        GROUP: Tokens of a group.
+        WINDOW: Tokens of a window, of which half survive.
+        KEYS: Tokens of a tile whose cosine to the mean is taken.
+        TOKENS: Tokens compared with as many at a time.
+        SPAN: The larger of WINDOW and TOKENS.
+        MOVE: Survivors moved at a time.
+        MOVE_CHANNELS: Channels of a key and value together, rounded up to a power of two.
+        ROWS: Rows looked at together.
+        HAS_SCORE: Whether scores are ranked.
+        HAS_KEY: Whether keys are ranked.
+        HAS_VALUE: Whether values are ranked.
+    """
     total_rows = rows_with_groups(num_groups_ptr, num_rows, ROWS)
     if total_rows == 0:
         return
@@ -213,13 +263,13 @@ def _merge_kernel(
             )
             merged += 1
     if HAS_KEY or HAS_VALUE:
-        # The last program to come here finds that nobody reads the sums any more.
+        # Once the last program is here, no program reads the sums any more.
         tl.debug_barrier()
         if tl.atomic_add(finished_ptr, 1) == tl.num_programs(0) - 1:
             _zero_sums(sums_ptr, num_groups_ptr, num_rows, NUM_KV_HEADS * 2 * HEAD_SIZE, 1024, ROWS)
             tl.store(finished_ptr, 0)
     if counters_ptr is not None:
-        # Integers, so the order of the programs does not matter.
+        # The counters are integers, so the order of the programs does not matter.
         merged = merged.to(tl.int64)
         tl.atomic_add(counters_ptr, merged, mask=merged > 0)
         tl.atomic_add(counters_ptr + 1, merged * (GROUP // 2), mask=merged > 0)
@@ -232,9 +282,9 @@ class Scratch:
     Args:
         sums: [max_rows, num_kv_heads, 2, head_size] int64, from `make_sums`; zero between merges.
         finished: [1] int32 programs that are done with the sums; zero between merges.
-        values: [num_programs, 3, group] float32 per token distinctiveness of key and of value, and
-            worth.
-        sources: [num_programs, group] int32 places of a group's survivors.
+        values: [num_programs, 3, max_group] float32 for each token of a group: distinctiveness of
+            the key and of the value, and worth.
+        sources: [num_programs, max_group] int32 places of a group's survivors.
     """
 
     sums: torch.Tensor
@@ -267,12 +317,15 @@ class LaunchConfig:
 
 
 def launch_config(head_size: int, element_size: int, group: int) -> LaunchConfig:
-    """Choose the tiles.
+    """Choose the sizes of tiles.
 
     Args:
         head_size: Channels of a key.
-        element_size: Bytes of one.
-        group: Tokens of a merge group.
+        element_size: Bytes of a channel.
+        group: Tokens of a merge group, a power of two.
+
+    Returns:
+        Sizes that divide the group, or half of it where survivors move.
     """
     channels = next_power_of_2(head_size)
     keys = max(8192 // channels, 16)
@@ -306,6 +359,9 @@ def make_scratch(
         device: Where.
         max_group: Most tokens of a merge group.
         programs_per_sm: Programs of a launch per multiprocessor.
+
+    Returns:
+        The scratch: sums and the number of finished programs are zero, the rest uninitialised.
     """
     num_programs = 3
     if device.type == "cuda":
@@ -334,7 +390,7 @@ def _check(
     if channels != 2 * head_size:
         raise ValueError(f"pages have {channels} channels, not K and V of {head_size} each")
     if pages.kv.stride()[1:] != (block_size * channels, channels, 1):
-        raise ValueError("pages must be dense within a block")
+        raise ValueError(f"pages must be dense within a block, got strides {pages.kv.stride()}")
     if weights.score and pages.score is None:
         raise ValueError("a weight of scores needs pages with scores")
     if not any(weights) or min(weights) < 0:
@@ -355,9 +411,15 @@ def _check(
             f"not {(num_kv_heads, 2, head_size)}"
         )
     if merges.groups.stride(2) != 1 or merges.block_table.stride(1) != 1:
-        raise ValueError("the blocks of a group and of a row must be dense")
+        raise ValueError(
+            "the blocks of a group and of a row must be dense, got strides "
+            f"{merges.groups.stride()} and {merges.block_table.stride()}"
+        )
     if merges.num_groups.shape != (num_rows,) or merges.num_keys.shape != (num_rows,):
-        raise ValueError(f"num_groups and num_keys must have {num_rows} rows")
+        raise ValueError(
+            f"num_groups and num_keys must be [{num_rows}], "
+            f"got {list(merges.num_groups.shape)} and {list(merges.num_keys.shape)}"
+        )
 
 
 def merge_groups(
@@ -374,21 +436,23 @@ def merge_groups(
 ) -> None:
     """Write the survivors of every group into the first half of the group's own blocks.
 
-    Of every `window` neighbours the half with the highest sum of weighted ranks survives, a tie in
-    the sum to the newer. What a row keeps does not depend on which other rows merge at the same
+    Of every `window` neighbours the half with the highest sums of weighted ranks survives; in a tie
+    the newer token does. What a row keeps does not depend on which other rows merge at the same
     time.
 
     Args:
-        pages: The layer's pages.
-        merges: Which groups of which rows.
-        head_size: Channels of a key.
-        window: Neighbours of which half survive.
-        weights: Of what they are ranked by.
-        scratch: From `make_scratch`, for at least as many rows and tokens a group.
+        pages: The layer's pages, dense within a block; `kv` and, if there, `score` and `token` are
+            moved.
+        merges: Which groups of which rows. A group is a power of two of blocks, at least two.
+        head_size: Channels of a key; values have as many.
+        window: Neighbours of which half survive: a power of two, at most `MAX_WINDOW`, that divides
+            the tokens of a group.
+        weights: Weights of the ranks, none negative and at least one above 0.
+        scratch: From `make_scratch`, for at least as many rows, and as many tokens a group.
         counters: [2] int64, or None: gains the groups merged and the tokens dropped, each counted
             once per KV head.
-        has_sums: Whether ``scratch.sums`` holds the rows' unit keys and values already, which
-            otherwise takes a launch here.
+        has_sums: Whether ``scratch.sums`` holds the sums already, as after `workspace.prepare`;
+            else one more launch adds them up.
         config: Sizes of tiles; None for those of `launch_config`.
 
     Raises:

@@ -1,12 +1,14 @@
-"""Directions of the mean of a row's unit keys and unit values, and how far each lies from them.
+"""Mean directions of a row's unit keys and unit values, and each token's cosine to them.
 
-The mean is over the places that `weights` names, a quarter of all that a row holds.
+The mean is over the places that `kernels.weights` names, a quarter of all that a row holds.
 
-Sums of unit vectors are integers, so they are the same to the bit in whatever order and by however
-many programs they are added up, as long as a tile has at least 16 bytes of a vector for each
-thread: then the length of a vector is summed in the same order too. Prefill adds them where it
-reads keys and values anyway (`prefill_workspace`); single tokens have a launch of their own
-(`add_units`). Whoever merges sets the sums back to zero.
+Sums of unit vectors are integers. So the sums are the same to the bit whatever the order and the
+number of programs, as long as a tile has at least 16 bytes of a vector for each thread: then the
+squares of a vector are summed in the same order too. Prefill adds units up where it reads keys and
+values anyway (`kernels.prefill.workspace`); for single tokens there is a launch (`add_units`). The
+merge kernel sets the sums back to zero.
+
+Source: KeyDiff, arXiv 2504.15364, which keeps the keys that are least similar to the mean key.
 """
 
 from __future__ import annotations
@@ -20,25 +22,31 @@ from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
 from vllm_cascade.kernels.weights import MEAN_PERIOD, MEAN_RUN
 
-# Rows looked at together, at most.
+# Most rows that a program looks at together.
 ROWS_AT_A_TIME = 1024
-# A row's keys are summed by at most this many programs.
+# Most programs that share the keys of a row.
 MAX_PARTS = 64
 
 _RUN = tl.constexpr(MEAN_RUN)
 _PERIOD = tl.constexpr(MEAN_PERIOD)
-# Elements of unit vectors are counted in units of 2**-24, which 64 bits never overflow.
+# Sums are in units of 2**-24: no sum of elements of unit vectors overflows 64 bits.
 _SCALE = tl.constexpr(float(2**24))
 
 
 def rows_at_a_time(max_rows: int) -> int:
-    """Rows that a program looks at together, where there are at most `max_rows`."""
+    """Return how many rows a program looks at together, where there are at most `max_rows`."""
     return min(max(next_power_of_2(max_rows), 16), ROWS_AT_A_TIME)
 
 
 @triton.jit
 def rows_with_groups(num_groups_ptr, num_rows, ROWS: tl.constexpr):
-    """How many rows have something to merge."""
+    """Count the rows that have groups to merge.
+
+    Args:
+        num_groups_ptr: [num_rows] int32 `Merges.num_groups`.
+        num_rows: Rows.
+        ROWS: Rows looked at together.
+    """
     total = 0
     for start in range(0, num_rows, ROWS):
         rows = start + tl.arange(0, ROWS)
@@ -49,7 +57,7 @@ def rows_with_groups(num_groups_ptr, num_rows, ROWS: tl.constexpr):
 
 @triton.jit
 def is_in_mean(place):
-    """Whether the mean is over what lies at a place."""
+    """Whether the mean is also over the token at a logical place."""
     return place % _PERIOD < _RUN
 
 
@@ -66,21 +74,21 @@ def add_units_of(
     """Add the units of some tokens' keys and values to their sums in memory.
 
     Args:
-        sums_at: Pointer to the first channel of the keys' sum; the values' follows.
+        sums_at: Pointer to [2, HEAD_SIZE] int64 sums of keys and of values, in units of 2**-24.
         key: [M, CHANNELS] of at most 128 tokens; zeros add nothing.
         value: As `key`.
-        CHANNELS: Columns of `key`.
-        HEAD_SIZE: How many of them there are in a sum.
+        CHANNELS: HEAD_SIZE rounded up to a power of two.
+        HEAD_SIZE: Channels of a key or value.
         HAS_KEY: Whether keys are summed.
         HAS_VALUE: Whether values are summed.
     """
     part = tl.arange(0, 2)
     channel = tl.arange(0, CHANNELS)
-    # [M, CHANNELS, 2]: both at once, for threads wait for each other in a sum over tokens
+    # [M, CHANNELS, 2]: keys and values at once, for each sum over tokens makes threads wait
     x = tl.join(key, value).to(tl.float32)
     # [M, 2]
     length = tl.sqrt_rn(tl.sum(x * x, 1))
-    # What is not finite has no direction.
+    # A vector that is not finite has no direction: it adds nothing.
     is_finite = length < float("inf")
     length = tl.where(is_finite, tl.where(length < 1e-30, 1e-30, length), 1.0)
     scale = tl.div_rn(tl.zeros_like(length) + _SCALE, length)
@@ -96,7 +104,13 @@ def add_units_of(
 
 @triton.jit
 def mean_direction(sums_at, HEAD_SIZE: tl.constexpr, CHANNELS: tl.constexpr):
-    """Direction of a sum of unit vectors: [CHANNELS] float32."""
+    """Scale a sum of unit vectors to length one: [CHANNELS] float32; a zero sum stays zero.
+
+    Args:
+        sums_at: Pointer to [HEAD_SIZE] int64, in units of 2**-24.
+        HEAD_SIZE: Channels of a key or value.
+        CHANNELS: HEAD_SIZE rounded up to a power of two.
+    """
     channel = tl.arange(0, CHANNELS)
     total = tl.load(sums_at + channel, mask=channel < HEAD_SIZE, other=0).to(tl.float32) / _SCALE
     length = tl.sqrt(tl.sum(total * total))
@@ -105,11 +119,11 @@ def mean_direction(sums_at, HEAD_SIZE: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _unit(x):
-    """Rows of `x` [M, N] float32 scaled to length one; a zero row stays zero.
+    """Scale the rows of `x` [M, N] float32 to length one; a zero row stays zero.
 
     A row that is not finite becomes NaN.
     """
-    # Correctly rounded: vectors alike but for their length should stay alike.
+    # Correctly rounded, so that vectors that differ in length alone have the same unit vector.
     length = tl.sqrt_rn(tl.sum(x * x, 1))
     length = tl.where(length < 1e-30, 1e-30, length)
     return x * tl.div_rn(tl.zeros_like(length) + 1.0, length)[:, None]
@@ -132,7 +146,21 @@ def store_distinctiveness(
     HAS_KEY: tl.constexpr,
     HAS_VALUE: tl.constexpr,
 ):
-    """Store minus the cosine of each of a group's keys and values to the mean of all."""
+    """Store the distinctiveness of a group's keys and values: minus the cosine to the mean.
+
+    Args:
+        key_at: Pointer to [GROUP] float32 for keys, written if HAS_KEY.
+        value_at: Pointer to [GROUP] float32 for values, written if HAS_VALUE.
+        kv_ptr: `Pages.kv`, whose blocks lie `kv_stride_block` elements apart.
+        groups_at: Pointer to the group's block ids, int32.
+        sums_at: Pointer to the [2, HEAD_SIZE] int64 sums of the row and KV head.
+        head: KV head.
+        CHANNELS: HEAD_SIZE rounded up to a power of two.
+        GROUP: Tokens of a group.
+        KEYS: Tokens of a tile.
+        HAS_KEY: Whether keys are ranked.
+        HAS_VALUE: Whether values are ranked.
+    """
     channels = tl.arange(0, CHANNELS)
     in_head = channels[None, :] < HEAD_SIZE
     if HAS_KEY:
@@ -145,7 +173,7 @@ def store_distinctiveness(
         slots = head * BLOCK_SIZE + places % BLOCK_SIZE
         at = (kv_ptr + blocks * kv_stride_block + slots * (2 * HEAD_SIZE))[:, None]
         at += channels[None, :]
-        # [KEYS, CHANNELS]; both are on their way before the first is looked at
+        # [KEYS, CHANNELS]; both loads are issued before either result is needed
         if HAS_KEY:
             key = tl.load(at, mask=in_head, other=0.0)
         if HAS_VALUE:
@@ -181,11 +209,26 @@ def _add_units_kernel(
     HAS_KEY: tl.constexpr,
     HAS_VALUE: tl.constexpr,
 ):
-    """Persistent programs walk over (row with groups, part of its keys, KV head)."""
+    """Add up the units of the mean, for all rows that have groups to merge.
+
+    Grid: (programs,), of any number. Program p takes items p, p + programs, p + 2 * programs and so
+    on; an item is a row with groups, a part of the row's keys and a KV head.
+
+    Args:
+        kv_ptr: `Pages.kv`, whose blocks lie `kv_stride_block` elements apart.
+        num_groups_ptr: `Merges.num_groups`; the next two pointers are fields likewise.
+        sums_ptr: [>= num_rows, NUM_KV_HEADS, 2, HEAD_SIZE] int64, in units of 2**-24; gains units.
+        CHANNELS: HEAD_SIZE rounded up to a power of two.
+        KEYS: Keys of a tile.
+        ROWS: Rows looked at together.
+        MAX_PARTS: Most parts of a row's keys.
+        HAS_KEY: Whether keys are summed.
+        HAS_VALUE: Whether values are summed.
+    """
     total_rows = rows_with_groups(num_groups_ptr, num_rows, ROWS)
     if total_rows == 0:
         return
-    # Enough work for every program, and no more sums in memory than that takes.
+    # As many parts as keep every program busy. More parts would add to memory more often.
     parts = tl.cdiv(2 * tl.num_programs(0), total_rows * NUM_KV_HEADS)
     parts = tl.minimum(parts, MAX_PARTS)
     channels = tl.arange(0, CHANNELS)
@@ -194,7 +237,7 @@ def _add_units_kernel(
         counts = tl.load(num_groups_ptr + rows, mask=rows < num_rows, other=0)
         has_groups = (counts > 0).to(tl.int32)
         ends = tl.cumsum(has_groups, 0)
-        # Heads go fastest: they share blocks.
+        # KV heads vary fastest, for they share blocks.
         num_items = tl.sum(has_groups) * parts * NUM_KV_HEADS
         for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
             head = item % NUM_KV_HEADS
@@ -204,7 +247,7 @@ def _add_units_kernel(
             num_keys = tl.load(num_keys_ptr + row)
             table_at = block_table_ptr + row * table_stride_row
             sums_at = sums_ptr + (row * NUM_KV_HEADS + head) * (2 * HEAD_SIZE)
-            # The places of the mean, counted without those between.
+            # Only the places that the mean is over are counted; `places` skips the others.
             num_counted = num_keys // _PERIOD * _RUN + tl.minimum(num_keys % _PERIOD, _RUN)
             share = tl.cdiv(tl.cdiv(num_counted, KEYS), parts) * KEYS
             last = tl.minimum(part * share + share, num_counted)
@@ -226,7 +269,7 @@ def _add_units_kernel(
 def make_sums(
     max_rows: int, num_kv_heads: int, head_size: int, device: torch.device
 ) -> torch.Tensor:
-    """Sums of unit vectors for as many rows as merge at once, all zero.
+    """Allocate sums of unit vectors, all zero, for as many rows as merge at once.
 
     Args:
         max_rows: Most rows of a call.
@@ -235,7 +278,8 @@ def make_sums(
         device: Where.
 
     Returns:
-        [max_rows, num_kv_heads, 2, head_size] int64 in units of 2**-24; keys, then values.
+        [max_rows, num_kv_heads, 2, head_size] int64 in units of 2**-24: sums of keys, then sums of
+        values.
     """
     shape = (max_rows, num_kv_heads, 2, head_size)
     return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -255,10 +299,12 @@ def add_units(
 ) -> None:
     """Add up the unit keys and unit values of the mean, of every row that has groups to merge.
 
+    The caller has checked pages, merges and sums, as `merge_groups` does.
+
     Args:
-        pages: The layer's pages.
-        merges: Which rows merge, and all they hold.
-        sums: From `make_sums`, at least a row for each; zero before.
+        pages: The layer's pages, dense within a block.
+        merges: Which rows merge, and the blocks that each row holds.
+        sums: [>= num_rows, num_kv_heads, 2, head_size] int64 from `make_sums`; zero before.
         num_programs: Programs that share the work.
         has_key: Whether keys are summed.
         has_value: Whether values are summed.

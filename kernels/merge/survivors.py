@@ -1,4 +1,8 @@
-"""Which tokens of a merge group survive: device functions of the merge kernel."""
+"""Which tokens of a merge group survive: device functions of the merge kernel.
+
+Source: arXiv 2406.17808, where one of two neighbours survives a sub-cache by its score. Here half
+of a window survives, by up to three ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,13 @@ _SMALLEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 @triton.jit
 def _comparable(x):
-    """NaN below everything, infinities as the extreme finite values of their sign or beyond."""
+    """Make values comparable: NaN becomes the lowest, -inf the lowest finite value."""
     return tl.where(x != x, float("-inf"), tl.where(x < _SMALLEST, _SMALLEST, x))
 
 
 @triton.jit
 def _load_score(score_ptr, groups_at, places, head, score_stride_block, BLOCK_SIZE: tl.constexpr):
+    """Load the scores of tokens at some places in a group, made comparable."""
     blocks = tl.load(groups_at + places // BLOCK_SIZE).to(tl.int64)
     slots = head * BLOCK_SIZE + places % BLOCK_SIZE
     return _comparable(tl.load(score_ptr + blocks * score_stride_block + slots))
@@ -24,7 +29,18 @@ def _load_score(score_ptr, groups_at, places, head, score_stride_block, BLOCK_SI
 
 @triton.jit
 def _count_below(x, places, others, other_places, WINDOW: tl.constexpr):
-    """How many `others` of the same window are smaller than each `x`, or equal and older."""
+    """Count for each `x` the `others` of its window that are smaller, or equal and older.
+
+    Args:
+        x: [M] float32 values.
+        places: [M] their places in the group, oldest first.
+        others: [N] float32 values.
+        other_places: [N] their places in the group.
+        WINDOW: Tokens of a window.
+
+    Returns:
+        [M] int32.
+    """
     # [len(x), len(others)]
     mine, other = x[:, None], others[None, :]
     place, other_place = places[:, None], other_places[None, :]
@@ -54,7 +70,26 @@ def store_worth(
     HAS_KEY: tl.constexpr,
     HAS_VALUE: tl.constexpr,
 ):
-    """Store the sum of weighted ranks of each token of a group."""
+    """Store the worth of each token of a group: the sum of its weighted ranks within its window.
+
+    Args:
+        worth_at: Pointer to [GROUP] float32, written.
+        score_ptr: `Pages.score`, whose blocks lie `score_stride_block` elements apart; read if
+            HAS_SCORE.
+        key_at: Pointer to [GROUP] float32 distinctiveness of keys; read if HAS_KEY.
+        value_at: Pointer to [GROUP] float32 distinctiveness of values; read if HAS_VALUE.
+        groups_at: Pointer to the group's block ids, int32.
+        head: KV head.
+        score_weight: Weight of the score's rank; the next two are those of key and value.
+        GROUP: Tokens of a group.
+        WINDOW: Tokens of a window.
+        TOKENS: Tokens compared with as many at a time.
+        SPAN: Tokens that have all the neighbours of any of them: a window, or TOKENS where a
+            window is smaller.
+        HAS_SCORE: Whether scores are ranked.
+        HAS_KEY: Whether keys are ranked.
+        HAS_VALUE: Whether values are ranked.
+    """
     for start in range(0, GROUP, TOKENS):
         places = start + tl.arange(0, TOKENS)
         score_rank = tl.zeros([TOKENS], tl.int32)
@@ -99,7 +134,16 @@ def store_sources(
     TOKENS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Store the survivors' places in a group, in order: the better half of every window."""
+    """Store the survivors' places in a group, in order: the better half of every window.
+
+    Args:
+        source_at: Pointer to [GROUP / 2] int32, written.
+        worth_at: Pointer to [GROUP] float32 from `store_worth`; the newer token wins a tie.
+        GROUP: Tokens of a group.
+        WINDOW: Tokens of a window.
+        TOKENS: Tokens compared with as many at a time.
+        SPAN: As in `store_worth`.
+    """
     taken = 0
     for start in range(0, GROUP, TOKENS):
         places = start + tl.arange(0, TOKENS)

@@ -1,4 +1,8 @@
-"""Causal attention of a wave's segments over the workspace, where FlashAttention-3 is not there."""
+"""Causal attention of a wave's segments over the workspace, where FlashAttention-3 is missing.
+
+Source: FlashAttention-2, arXiv 2307.08691, section 3.1: a tile of queries meets the tiles of keys
+in turn and, where a tile has a new maximum, rescales what it has summed so far.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +44,23 @@ def _attend_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Attend a tile of one segment's queries to all keys that they see.
+
+    Grid: (query heads, tiles of the longest segment's queries, segments). A program writes the
+    outputs and log-sum-exps of BLOCK_Q queries of one head; one past its segment's end returns.
+
+    Args:
+        out_ptr: The tensors and strides up to `value_ptr` are those of `attend`.
+        query_spans_ptr: `Segments.query_spans`.
+        key_spans_ptr: `Segments.key_spans`.
+        sinks_ptr: [query heads] natural logits, or None.
+        factor: Factor on a dot product that gives a logit in units of log 2.
+        lse_stride: Elements between two heads of `lse_ptr`.
+        GROUP: Query heads that share a KV head.
+        BLOCK_Q: Queries of a program.
+        BLOCK_K: Keys looked at together.
+        BLOCK_D: HEAD_SIZE rounded up to a power of two, at least 16.
+    """
     head = tl.program_id(0)
     segment = tl.program_id(2)
     query_start = tl.load(query_spans_ptr + 2 * segment)
@@ -84,7 +105,7 @@ def _attend_kernel(
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
         seen = place[None, :] <= (prefix + index)[:, None]
         logit = tl.where(seen & (place < key_len)[None, :], logit, float("-inf"))
-        # Key 0 is in the first tile and everyone sees it: finite from there on.
+        # Every query sees key 0, which is in the first tile: `higher` is finite from there on.
         higher = tl.maximum(highest, tl.max(logit, axis=1))
         shrink = tl.exp2(highest - higher)
         weight = tl.exp2(logit - higher[:, None])
@@ -93,7 +114,7 @@ def _attend_kernel(
         attended += tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         highest = higher
     if sinks_ptr is not None:
-        # A key that everyone sees, without value.
+        # A sink is a key that every query sees, with a value of zero.
         sink = load_sink(sinks_ptr, head)
         higher = tl.maximum(highest, sink)
         shrink = tl.exp2(highest - higher)
@@ -121,29 +142,43 @@ def attend(
     scale: float,
     sinks: torch.Tensor | None = None,
 ) -> None:
-    """Attend causally in every segment, aligned at the end as FlashAttention does.
+    """Attend causally in every segment; the last query of a segment sees the segment's last key.
 
-    Query i of a segment of q queries and k keys sees keys 0 to k - q + i.
+    Query i of a segment of q queries and k keys sees keys 0 to k - q + i, as with FlashAttention.
 
     Args:
-        out: [>= num_queries, num_heads, head_size] in the dtype of `query`, written.
-        lse: [num_heads, >= num_queries] float32, written: natural log of the summed exponentials,
-            the sink's included.
-        query: [>= num_queries, num_heads, head_size], rotated and packed.
-        key: [>= num_rows, num_kv_heads, head_size], rotated.
-        value: As `key`.
+        out: [>= num_queries, num_heads, head_size] in the dtype of `query`, channels dense; the
+            first num_queries rows are written.
+        lse: [num_heads, >= num_queries] float32, queries dense; written: natural log of the summed
+            exponentials, the sink's included.
+        query: [>= num_queries, num_heads, head_size], rotated and packed, channels dense.
+        key: [>= num_rows, num_kv_heads, head_size] in the dtype of `query`, rotated, channels
+            dense.
+        value: As `key`, but not rotated.
         segments: Where each segment's queries and keys start.
         scale: Factor on the logits.
-        sinks: [num_heads] logits that only take part in the softmax's denominator, or None.
+        sinks: [num_heads] natural logits that only take part in the softmax's denominator, or None.
+
+    Raises:
+        ValueError: If a shape, stride or dtype does not fit.
     """
     _, num_heads, head_size = query.shape
     num_segments = len(segments.carry)
     if num_segments == 0 or segments.num_queries == 0:
         return
-    assert out.shape[1:] == query.shape[1:] and lse.shape[0] == num_heads
-    assert lse.dtype == torch.float32 and lse.stride(1) == 1
-    assert sinks is None or sinks.shape == (num_heads,)
-    assert out.stride(2) == query.stride(2) == key.stride(2) == value.stride(2) == 1
+    if out.shape[1:] != query.shape[1:]:
+        raise ValueError(
+            f"out must have the heads of query, {list(query.shape[1:])}, got {list(out.shape[1:])}"
+        )
+    if lse.shape[0] != num_heads or lse.dtype != torch.float32 or lse.stride(1) != 1:
+        raise ValueError(
+            f"lse must be float32 with {num_heads} dense rows, got {lse.dtype} of "
+            f"{list(lse.shape)} with strides {lse.stride()}"
+        )
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"sinks must be [{num_heads}], got {list(sinks.shape)}")
+    if not out.stride(2) == query.stride(2) == key.stride(2) == value.stride(2) == 1:
+        raise ValueError("the channels of out, query, key and value must be dense")
     block_d = max(16, next_power_of_2(head_size))
     is_single = query.dtype == torch.float32
     block_q, block_k = (32, 32) if is_single else (128, 64 if block_d <= 128 else 32)

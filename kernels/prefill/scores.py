@@ -1,4 +1,8 @@
-"""Exact scores per key: a second pass over the workspace with the log-sum-exps of the first."""
+"""Exact scores per key: a second pass over the workspace with the log-sum-exps of attention.
+
+Source: arXiv 2406.17808, which ranks tokens by an exponential moving average of the attention that
+they get. Here a probability may be raised to a power first.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,16 @@ from vllm_cascade.kernels.segments import Segments
 class ScoreConfig:
     """How `score_keys` is cut and launched.
 
+    A program looks at its keys in steps: at each step it loads some queries, with all query heads
+    of the KV head.
+
     Args:
         block_k: Keys of a program.
-        columns: Queries times query heads of one step, a power of two; split by the group.
+        columns: Queries of a step times query heads of a KV head (rounded up to a power of two); a
+            power of two.
         num_warps: Warps of a program.
         num_stages: Steps whose queries are in flight.
-        key_in_registers: Keep the keys in registers instead of shared memory.
+        key_in_registers: Whether keys stay in registers; else each step reads shared memory.
         max_registers: Bound on registers per thread, or None.
     """
 
@@ -36,23 +44,22 @@ class ScoreConfig:
     max_registers: int | None = None
 
 
-SCORE_CONFIGS = {
-    "k128_c64_w4": ScoreConfig(128, 64, 4, 4),
-    "k128_c64_w8": ScoreConfig(128, 64, 8, 4, max_registers=128),
-    "k128_c128_w4_shared": ScoreConfig(128, 128, 4, 2, key_in_registers=False),
-}
+# By name, for benchmarks.
+SCORE_CONFIGS = {"k128_c64_w8": ScoreConfig(128, 64, 8, 4, max_registers=128)}
+# Most `columns` of a configuration, where a KV head has no more query heads than that.
+MAX_COLUMNS = 128
 
 
 def launch_config(dtype: torch.dtype, head_size: int, group: int) -> ScoreConfig:
-    """Tile sizes of `score_keys`.
+    """Choose how `score_keys` is launched.
 
     Args:
-        dtype: Of queries and keys.
+        dtype: The dtype of queries and keys.
         head_size: Channels of a key.
         group: Query heads per KV head.
 
     Returns:
-        The tiles that suit a Hopper GPU.
+        The tiles that suit a Hopper GPU, with at most `MAX_COLUMNS` columns.
     """
     heads = next_power_of_2(group)
     if dtype == torch.float32:
@@ -60,9 +67,9 @@ def launch_config(dtype: torch.dtype, head_size: int, group: int) -> ScoreConfig
     if head_size > 128:
         return ScoreConfig(128, 64, 8, 3)
     if heads > 8:
-        # With fewer than eight queries a step, their heads would lie in several threads.
-        return ScoreConfig(128, 128, 8, 3)
-    # Sums are kept per query of a step: the fewer heads, the more registers they take.
+        # With fewer than eight queries a step, several threads would hold the heads of a query.
+        return ScoreConfig(128, MAX_COLUMNS, 8, 3)
+    # A sum is kept for each query of a step: the fewer heads, the more registers the sums take.
     return ScoreConfig(128, 64, 8, 4) if heads == 1 else SCORE_CONFIGS["k128_c64_w8"]
 
 
@@ -84,10 +91,26 @@ def _shifts_kernel(
     HEADS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """What is subtracted from a scaled logit so that exp2 gives a weighted, raised probability.
+    """Store the shift of each query: exp2(logit - shift) is a weighted, raised probability.
 
-    One row of HEADS * BLOCK_Q per KV head and step of `score_keys`, in the order of its columns;
-    infinite where there is no query or head.
+    Grid: (steps of the longest segment, segments, KV heads). A program writes the HEADS * BLOCK_Q
+    columns of one step, in the order in which `_gain` reads them; a shift is infinite where there
+    is no query or head.
+
+    Args:
+        shift_ptr: [KV heads, num_slots, HEADS * BLOCK_Q] float32, written.
+        lse_ptr: [query heads, queries] float32 natural log-sum-exps.
+        query_spans_ptr: `Segments.query_spans`.
+        exponents_ptr: `Segments.exponents`.
+        lse_factor: The score's power, times log2(e).
+        log2_decay: Base-2 logarithm of the decay per query.
+        offset: Base-2 logarithm of what a gain is divided by: the heads of a mean, or 1.
+        lse_stride: Elements between two heads of `lse_ptr`.
+        num_slots: Slots of a KV head. Step t of segment s takes the slot
+            ``first query // BLOCK_Q + s + t``, so that segments do not share slots.
+        GROUP: Query heads that share a KV head.
+        HEADS: GROUP rounded up to a power of two.
+        BLOCK_Q: Queries of a step.
     """
     tile = tl.program_id(0)
     segment = tl.program_id(1)
@@ -138,7 +161,23 @@ def _gain(
     MEAN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add what the queries of steps `begin` to `end` give the keys to `acc` [BLOCK_K, BLOCK_Q]."""
+    """Add what the queries of the steps from `begin` up to `end` give the keys.
+
+    Args:
+        acc: [BLOCK_K, BLOCK_Q] float32 gains of each key, by the query's position in its step.
+        key: [BLOCK_K, BLOCK_D] rotated keys.
+        shift_ptr: Shifts of the segment's first step; from `_shifts_kernel`.
+        first_query: Row of the segment's first query.
+        last_query: Row of the segment's last query.
+        place: [BLOCK_K] logical places of the keys.
+        prefix: Logical place of the segment's first query.
+        factor: Factor on a dot product that gives the base-2 logarithm of a raised exponential.
+        MEAN: Whether the gain is the mean over query heads, else the maximum.
+        MASKED: Whether some query does not see some key, or a step has too few queries.
+
+    Returns:
+        `acc`, with the gains.
+    """
     # [HEADS * BLOCK_Q] head and query of each column. One head's queries lie side by side: then a
     # thread holds all heads of a query and a key, and reduces over them without a shuffle.
     column = tl.arange(0, HEADS * BLOCK_Q)
@@ -146,8 +185,8 @@ def _gain(
     head = kv_head * GROUP + tl.minimum(column // BLOCK_Q, GROUP - 1)
     channel = tl.arange(0, BLOCK_D)
     for step in tl.range(begin, end):
-        # [HEADS * BLOCK_Q, BLOCK_D]. Past the end the last query again: columns that count for
-        # nothing, but stay finite.
+        # [HEADS * BLOCK_Q, BLOCK_D]. Past the end the last query is loaded again: such columns
+        # count for nothing, but stay finite.
         row = tl.minimum(first_query + step * BLOCK_Q + column % BLOCK_Q, last_query)
         lines = query_ptr + row.to(tl.int64) * query_stride_token + head * query_stride_head
         if HEAD_SIZE == BLOCK_D:
@@ -208,9 +247,30 @@ def _score_keys_kernel(
     MEAN: tl.constexpr,
     KEY_IN_REGISTERS: tl.constexpr,
 ):
+    """Add to the scores of a tile of keys what the queries of their segment give them.
+
+    Grid: (KV heads times segments, tiles of the longest segment's keys). A program updates the
+    scores of BLOCK_K keys of one KV head in the pages; one past its segment's end returns.
+
+    Args:
+        score_ptr: `Pages.score`, whose blocks lie `score_stride_block` elements apart.
+        query_ptr: [queries, query heads, HEAD_SIZE], rotated and packed.
+        key_ptr: [workspace rows, KV heads, HEAD_SIZE], rotated.
+        shift_ptr: [KV heads, num_slots, HEADS * BLOCK_Q] float32 from `_shifts_kernel`.
+        query_spans_ptr: `Segments.query_spans`; the next three pointers are fields likewise.
+        counter_ptr: [1] int64 that gains the pairs of a query and a key it sees, or None.
+        factor: Factor on a dot product that gives the base-2 logarithm of a raised exponential.
+        GROUP: Query heads that share a KV head.
+        HEADS: GROUP rounded up to a power of two.
+        BLOCK_K: Keys of a program.
+        BLOCK_Q: Queries of a step.
+        BLOCK_D: HEAD_SIZE rounded up to a power of two, at least 16.
+        MEAN: Whether the gain is the mean over query heads, else the maximum.
+        KEY_IN_REGISTERS: `ScoreConfig.key_in_registers`.
+    """
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     segment = tl.program_id(0) // NUM_KV_HEADS
-    # Early keys are seen by the most queries: they go first, so that the last programs are short.
+    # The most queries see early keys: these go first, so that the last programs are short.
     first_place = tl.program_id(1) * BLOCK_K
     key_start = tl.load(key_spans_ptr + 2 * segment)
     key_len = tl.load(key_spans_ptr + 2 * segment + 1) - key_start
@@ -220,7 +280,7 @@ def _score_keys_kernel(
     query_len = tl.load(query_spans_ptr + 2 * segment + 1) - query_start
     prefix = key_len - query_len
 
-    # [BLOCK_K, BLOCK_D]. Past the end the last key again, never stored.
+    # [BLOCK_K, BLOCK_D]. Past the end the last key is loaded again; the store below masks it there.
     place = first_place + tl.arange(0, BLOCK_K)
     row = (key_start + tl.minimum(place, key_len - 1)).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
@@ -237,8 +297,8 @@ def _score_keys_kernel(
         right = tl.zeros([16, BLOCK_D], key.dtype)
         key = tl.dot(left, right, acc=key.to(tl.float32)).to(key.dtype)
 
-    # Steps of BLOCK_Q queries. The first sees this program's first key, those before `clear` do
-    # not see its last.
+    # Steps of BLOCK_Q queries. Step `begin` is the first with a query that sees the program's first
+    # key; from step `clear` on every query sees the program's last key.
     steps = tl.cdiv(query_len, BLOCK_Q)
     begin = tl.maximum(first_place - prefix, 0) // BLOCK_Q
     clear = tl.cdiv(tl.maximum(first_place + BLOCK_K - 1 - prefix, 0), BLOCK_Q)
@@ -273,20 +333,19 @@ def _score_keys_kernel(
 
 
 def shifts_elements(num_queries: int, num_segments: int, num_heads: int, num_kv_heads: int) -> int:
-    """Most elements that `score_keys` needs of `shifts`, whatever its configuration.
+    """Count the elements that `score_keys` needs of `shifts`, whatever `launch_config` chooses.
 
     Args:
-        num_queries: Queries of a wave.
-        num_segments: Segments of a wave.
+        num_queries: Most queries of a wave.
+        num_segments: Most segments of a wave.
         num_heads: Query heads.
         num_kv_heads: KV heads.
 
     Returns:
-        Number of float32.
+        Number of float32 elements.
     """
     heads = num_kv_heads * next_power_of_2(num_heads // num_kv_heads)
-    widest = max(config.columns for config in SCORE_CONFIGS.values())
-    return heads * num_queries + num_kv_heads * num_segments * widest
+    return heads * num_queries + num_kv_heads * num_segments * MAX_COLUMNS
 
 
 def score_keys(
@@ -303,43 +362,56 @@ def score_keys(
     shifts: torch.Tensor | None = None,
     config: ScoreConfig | str | None = None,
 ) -> None:
-    """Add to every key's score what the queries of its segment give it.
+    """Add to every key's score what the queries of the key's segment give the key.
 
     With ``p[h, i, j] = exp(scale * q[h, i] . k[j] - lse[h, i])``, query i gives a key j that it
     sees ``decay ** (exponent - i)`` times the maximum (or mean) of ``p ** power`` over the query
-    heads of the KV head. The sums go to the pages: ``score = score * carry + gained``; the
-    segment's own keys had no score before, theirs is assigned.
+    heads of the KV head. The sums go to the pages: ``score = score * carry + gained``. A key of the
+    segment's own tokens had no score before: ``score = gained``.
 
     Args:
-        pages: The layer's pages; `score` is updated.
+        pages: The layer's pages; `score`, dense within a block, is updated.
         segments: Where queries and keys start, and the blocks that hold the scores.
-        query: [>= num_queries, num_heads, head_size], rotated and packed.
-        key: [>= num_rows, num_kv_heads, head_size], rotated.
-        lse: [num_heads, >= num_queries] float32 natural log of each query's summed exponentials.
+        query: [>= num_queries, num_heads, head_size], rotated and packed, channels dense.
+        key: [>= num_rows, num_kv_heads, head_size] in the dtype of `query`, rotated, channels
+            dense.
+        lse: [num_heads, >= num_queries] float32 natural log of each query's summed exponentials,
+            queries dense.
         scale: Factor on the logits.
         decay: Base of the queries' weights, positive.
         power: Exponent on the probability, positive.
-        reduction: "max" or "mean".
-        counter: [1] int64 or None; grows by the pairs of a query and a key it sees, once per KV
-            head.
-        shifts: Scratch of at least `shifts_elements` float32; None allocates it.
-        config: How to launch, or a name in `SCORE_CONFIGS`; None chooses.
+        reduction: "max" or "mean" over the query heads of a KV head.
+        counter: [1] int64 or None; gains the pairs of a query and a key it sees, once per KV head.
+        shifts: [>= shifts_elements(...)] float32 scratch, dense; None allocates it.
+        config: How to launch, or a name in `SCORE_CONFIGS`; None for `launch_config`'s choice.
 
     Raises:
-        ValueError: If `reduction` is unknown.
+        ValueError: If `reduction` is unknown, pages have no scores, or a shape, stride or dtype
+            does not fit.
     """
     if reduction not in ("max", "mean"):
         raise ValueError(f"reduction is 'max' or 'mean', got {reduction!r}")
-    assert pages.score is not None
+    if pages.score is None:
+        raise ValueError("to keep scores, pages need room for them")
     _, num_heads, head_size = query.shape
     num_kv_heads, block_size = pages.score.shape[1:]
     num_segments = len(segments.carry)
     if num_segments == 0 or segments.num_queries == 0:
         return
-    assert key.shape[1:] == (num_kv_heads, head_size) and key.dtype == query.dtype
-    assert lse.shape[0] == num_heads and lse.dtype == torch.float32 and lse.stride(1) == 1
-    assert query.stride(2) == key.stride(2) == 1
-    assert pages.score.stride()[1:] == (block_size, 1)
+    if key.shape[1:] != (num_kv_heads, head_size) or key.dtype != query.dtype:
+        raise ValueError(
+            f"key must be [num_rows, {num_kv_heads}, {head_size}] of {query.dtype}, "
+            f"got {list(key.shape)} of {key.dtype}"
+        )
+    if lse.shape[0] != num_heads or lse.dtype != torch.float32 or lse.stride(1) != 1:
+        raise ValueError(
+            f"lse must be float32 with {num_heads} dense rows, got {lse.dtype} of "
+            f"{list(lse.shape)} with strides {lse.stride()}"
+        )
+    if not query.stride(2) == key.stride(2) == 1:
+        raise ValueError("the channels of query and key must be dense")
+    if pages.score.stride()[1:] != (block_size, 1):
+        raise ValueError(f"scores must be dense in a block, got strides {pages.score.stride()}")
     group = num_heads // num_kv_heads
     heads = next_power_of_2(group)
     if config is None:
@@ -352,7 +424,11 @@ def score_keys(
     elements = num_kv_heads * num_slots * config.columns
     if shifts is None:
         shifts = torch.empty(elements, dtype=torch.float32, device=query.device)
-    assert shifts.numel() >= elements and shifts.is_contiguous()
+    if shifts.numel() < elements or not shifts.is_contiguous():
+        raise ValueError(
+            f"shifts must be {elements} dense elements or more, got {list(shifts.shape)} with "
+            f"strides {shifts.stride()}"
+        )
 
     grid = (cdiv(segments.max_query_len, block_q), num_segments, num_kv_heads)
     launch(

@@ -1,9 +1,10 @@
 """Prepares a wave of prefill in one launch: all that attention reads, and what pages keep.
 
-A segment's own queries, keys and values come from the activations: queries and keys go to the
-workspace rotated, keys and values to their pages as they are. What the segment finds in the pages
-is gathered into the workspace. Where a boundary follows, unit keys and unit values are added up on
-the way, for the mean that tokens are then compared with.
+A segment's own queries, keys and values come from the activations. The launch writes queries and
+keys to the workspace rotated, values as they are; and it writes keys (before RoPE) and values to
+their pages. It gathers into the workspace what the segment finds in the pages. Where a boundary
+follows, the launch also adds up unit keys and unit values, for the mean that the merge compares
+tokens with.
 
 The caller owns the workspace and keeps it. Its shapes, all of the model's dtype: query
 [num_queries, num_heads, head_size]; key and value, each [num_rows, num_kv_heads, head_size].
@@ -22,11 +23,11 @@ from vllm_cascade.kernels.primitives import load_angles, rotate_tile
 from vllm_cascade.kernels.segments import KEY_PADDING, Segments
 from vllm_cascade.kernels.weights import Weights
 
-# Tokens of a program: of a segment's own, and of those in the pages.
+# Tokens of a program that takes a segment's own tokens, and of one that takes tokens in the pages.
 OWN_TOKENS = 16
 PAGE_TOKENS = 16
 NUM_WARPS = 2
-# Heads of a program, which share the angles of its tokens.
+# Heads of a program; all of them use the angles that it loads for its tokens.
 QUERY_HEADS = 8
 KV_HEADS = 4
 
@@ -54,7 +55,16 @@ def _take_own_queries(
     IS_NEOX: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Pack and rotate some query heads of a segment's own tokens."""
+    """Pack and rotate some query heads of a segment's own tokens.
+
+    Args:
+        packed: [rows] int64 row of each token among the packed queries.
+        row: [rows] int64 row of each token in the batch.
+        place: [rows] logical place of each token.
+        valid: [rows] which rows there are.
+        first_head: First query head of this program, which takes HEADS of them.
+        HEADS: Most query heads of a program.
+    """
     line = place.to(tl.int64) * cos_stride
     cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
     for head in range(first_head, tl.minimum(first_head + HEADS, NUM_HEADS)):
@@ -111,14 +121,29 @@ def _take_own_keys(
     SUM_KEYS: tl.constexpr,
     SUM_VALUES: tl.constexpr,
 ):
-    """Bring some KV heads of a segment's own tokens to the workspace and to their pages."""
+    """Bring some KV heads of a segment's own tokens to the workspace and to their pages.
+
+    Args:
+        token_ptr: `Pages.token`, or None where tokens are not traced.
+        sums_at: Pointer to the segment's sums, [KV heads, 2, HEAD_SIZE] int64.
+        tokens_ptr: [queries] int32 index of each token in its request; read if traced.
+        table_at: Pointer to the segment's row of the block table.
+        packed: [rows] int64 row of each token among the packed queries.
+        row: [rows] int64 row of each token in the batch.
+        place: [rows] logical place of each token.
+        out_row: [rows] row of each token in the workspace.
+        valid: [rows] which rows there are.
+        summed: Whether groups of the segment merge, so that its unit vectors are added up.
+        first_head: First KV head of this program, which takes HEADS of them.
+        HEADS: Most KV heads of a program.
+    """
     channel = tl.arange(0, BLOCK_V)
     held = valid[:, None] & (channel < HEAD_SIZE)[None, :]
     in_mean = is_in_mean(place)
     counted = held & in_mean[:, None]
     summed = summed & (tl.max((valid & in_mean).to(tl.int32), 0) > 0)
     line = place.to(tl.int64) * cos_stride
-    # They serve all heads.
+    # Loaded once for all heads.
     cos, sin = load_angles(cos_ptr + line, sin_ptr + line, valid, ROTARY_DIM, BLOCK_D)
     block = tl.load(table_at + place // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
     for head in range(first_head, tl.minimum(first_head + HEADS, NUM_KV_HEADS)):
@@ -183,7 +208,19 @@ def _take_held(
     SUM_KEYS: tl.constexpr,
     SUM_VALUES: tl.constexpr,
 ):
-    """Bring some KV heads of tokens in the pages to the workspace; zeros where there are none."""
+    """Bring some KV heads of tokens in the pages to the workspace.
+
+    Args:
+        sums_at: Pointer to the segment's sums, [KV heads, 2, HEAD_SIZE] int64.
+        table_at: Pointer to the segment's row of the block table.
+        place: [rows] logical place of each token.
+        out_row: [rows] row of each token in the workspace.
+        valid: [rows] which tokens are in the pages.
+        written: [rows] which values are written: those of `valid`, and zeros as padding.
+        summed: Whether groups of the segment merge, so that its unit vectors are added up.
+        first_head: First KV head of this program, which takes HEADS of them.
+        HEADS: Most KV heads of a program.
+    """
     channel = tl.arange(0, BLOCK_V)
     in_head = (channel < HEAD_SIZE)[None, :]
     held = valid[:, None] & in_head
@@ -279,6 +316,31 @@ def _prepare_kernel(
     SUM_KEYS: tl.constexpr,
     SUM_VALUES: tl.constexpr,
 ):
+    """Prepare some heads of a tile of one segment's tokens.
+
+    Grid: (tiles times parts of the heads, segments). The first ``own_tiles * OWN_PARTS`` programs
+    of a segment take OWN_T of its own tokens, with HEADS query heads or KV_HEADS KV heads. The
+    others take PAGE_T tokens that the segment finds in the pages, or rows of padding, with KV_HEADS
+    KV heads. A program past its segment's last tile returns.
+
+    Args:
+        query_out_ptr: The first three pointers are the workspace, of `prepare`'s shapes.
+        token_ptr: `Pages.token`, or None where tokens are not traced.
+        sums_ptr: [>= segments, KV heads, 2, HEAD_SIZE] int64 from `means.make_sums`.
+        rows_ptr: [queries] int32 row in the batch of each packed query.
+        tokens_ptr: [queries] int32 index of each token in its request; read if traced.
+        query_spans_ptr: `Segments.query_spans`; the next three pointers are fields likewise.
+        own_tiles: Tiles of the longest segment's own tokens.
+        OWN_T: Own tokens of a program.
+        PAGE_T: Tokens in the pages, or rows of padding, of a program.
+        HEADS: Query heads of a program.
+        KV_HEADS: KV heads of a program.
+        BLOCK_D: At least half of either the rotated or the other channels; a power of two.
+        BLOCK_V: HEAD_SIZE rounded up to a power of two.
+        PADDING: `segments.KEY_PADDING`.
+        SUM_KEYS: Whether the mean of keys is needed at a boundary.
+        SUM_VALUES: Whether the mean of values is needed at a boundary.
+    """
     QUERY_PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_PARTS: tl.constexpr = (NUM_KV_HEADS + KV_HEADS - 1) // KV_HEADS
     OWN_PARTS: tl.constexpr = QUERY_PARTS + KV_PARTS
@@ -325,7 +387,7 @@ def _prepare_kernel(
         program = tl.program_id(0) - own_tiles * OWN_PARTS
         prefix_tiles = tl.cdiv(prefix, PAGE_T)
         tile = program // KV_PARTS
-        # [PAGE_T] places in the pages; behind the last tile of them, rows past the segment's end
+        # [PAGE_T] places in the pages; after the last tile of these, rows past the segment's end
         past = num_keys + (tile - prefix_tiles) * PAGE_T
         place = tl.where(tile < prefix_tiles, tile * PAGE_T, past) + tl.arange(0, PAGE_T)
         valid = place < prefix
@@ -358,43 +420,77 @@ def prepare(
     weights: Weights,
     sums: torch.Tensor,
 ) -> None:
-    """Write a wave's keys and values into their pages, and all that attention reads.
+    """Write a wave's keys and values into their pages, and into the workspace what attention reads.
 
     Args:
-        pages: The layer's pages; the segments' own keys (before RoPE) and values are written.
-        segments: Which blocks; row ``key_spans[s, 0] + j`` of the workspace is place j of s.
+        pages: The layer's pages, dense within a block; the segments' own keys (before RoPE) and
+            values are written and, if there, their token indices.
+        segments: The wave; row ``key_spans[s, 0] + j`` of the workspace is place j of segment s.
         query: [num_tokens, num_heads, head_size] before RoPE; channels dense.
         key: [num_tokens, num_kv_heads, head_size] before RoPE; channels dense.
         value: As `key`.
         rows: [num_queries] int32 row of each packed query in `query`, `key` and `value`.
-        tokens: [num_queries] int32 index of each token in its request; read if traced.
-        cos: [num_positions, rotary_dim / 2] in any floating dtype; channels dense.
+        tokens: [num_queries] int32 index of each token in its request; read if pages have token
+            indices.
+        cos: [num_positions, rotary_dim / 2] in any floating dtype; columns dense.
         sin: As `cos`.
         is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
-        query_out: [>= num_queries, num_heads, head_size] in the dtype of `query`; its first rows
-            are written, packed, rotated in float32 and rounded once.
-        key_out: [>= num_rows, num_kv_heads, head_size] in the pages' dtype; rotated likewise.
-            Padding is left.
-        value_out: As `key_out`; padding becomes zero.
-        weights: What is ranked at a boundary; the units of what weighs nothing are not summed.
-        sums: From `means.make_sums`; row s gains the units of segment s's mean, if groups of it
-            merge.
+        query_out: [>= num_queries, num_heads, head_size] in the dtype of `query`, channels dense;
+            the first num_queries rows are written, packed, rotated in float32 and rounded once.
+        key_out: [>= num_rows, num_kv_heads, head_size] in the pages' dtype, channels dense; written
+            likewise. Rows of padding keep what they have.
+        value_out: As `key_out`, with its strides, but not rotated; rows of padding become zero.
+        weights: What is ranked at a boundary. Units of keys, or of values, are added up only if
+            their weight is above 0.
+        sums: [>= num_segments, num_kv_heads, 2, head_size] int64 from `means.make_sums`. Row s
+            gains the units of segment s's mean if groups of segment s merge.
+
+    Raises:
+        ValueError: If a shape, stride or dtype does not fit.
     """
     _, num_heads, head_size = query.shape
     _, num_kv_heads, block_size, channels = pages.kv.shape
     num_segments = len(segments.num_groups)
-    assert channels == 2 * head_size and key.shape[1:] == value.shape[1:]
-    assert key.shape[1:] == key_out.shape[1:] == value_out.shape[1:] == (num_kv_heads, head_size)
-    assert query_out.shape[0] >= segments.num_queries and query_out.shape[1:] == query.shape[1:]
-    assert key_out.shape[0] >= segments.num_rows and value_out.shape[0] >= segments.num_rows
-    assert query_out.dtype == query.dtype and key_out.dtype == value_out.dtype == pages.kv.dtype
-    assert query.stride(2) == key.stride(2) == value.stride(2) == query_out.stride(2) == 1
-    assert key_out.stride(2) == 1 and key_out.stride() == value_out.stride()
-    assert pages.kv.stride()[1:] == (block_size * channels, channels, 1)
-    assert cos.stride() == sin.stride() and cos.stride(1) == 1
+    head_shape = (num_kv_heads, head_size)
+    if channels != 2 * head_size or not key.shape[1:] == value.shape[1:] == head_shape:
+        raise ValueError(
+            f"key and value of {list(key.shape)} and {list(value.shape)}, and queries of "
+            f"{head_size} channels, do not fit pages of {list(pages.kv.shape)}"
+        )
+    if query_out.shape[0] < segments.num_queries or query_out.shape[1:] != query.shape[1:]:
+        raise ValueError(
+            f"query_out must be [{segments.num_queries} or more, {num_heads}, {head_size}], "
+            f"got {list(query_out.shape)}"
+        )
+    has_rows = key_out.shape[0] >= segments.num_rows and value_out.shape[0] >= segments.num_rows
+    if not has_rows or not key_out.shape[1:] == value_out.shape[1:] == head_shape:
+        raise ValueError(
+            f"key_out and value_out must be [{segments.num_rows} or more, {num_kv_heads}, "
+            f"{head_size}], got {list(key_out.shape)} and {list(value_out.shape)}"
+        )
+    if query_out.dtype != query.dtype or not key_out.dtype == value_out.dtype == pages.kv.dtype:
+        raise ValueError(
+            f"the workspace must be of {query.dtype} (query) and {pages.kv.dtype} (key, value), "
+            f"got {query_out.dtype}, {key_out.dtype} and {value_out.dtype}"
+        )
+    if not query.stride(2) == key.stride(2) == value.stride(2) == query_out.stride(2) == 1:
+        raise ValueError("the channels of query, key, value and query_out must be dense")
+    if key_out.stride(2) != 1 or key_out.stride() != value_out.stride():
+        raise ValueError(
+            "key_out and value_out must have the same strides and dense channels, "
+            f"got {key_out.stride()} and {value_out.stride()}"
+        )
+    if pages.kv.stride()[1:] != (block_size * channels, channels, 1):
+        raise ValueError(f"pages must be dense within a block, got strides {pages.kv.stride()}")
+    if cos.stride() != sin.stride() or cos.stride(1) != 1:
+        raise ValueError(
+            "cos and sin must have the same strides and dense columns, "
+            f"got {cos.stride()} and {sin.stride()}"
+        )
     if num_segments == 0 or segments.num_queries == 0:
         return
-    assert len(sums) >= num_segments or not (weights.key or weights.value)
+    if len(sums) < num_segments and (weights.key or weights.value):
+        raise ValueError(f"sums must have {num_segments} rows or more, got {len(sums)}")
     heads, kv_heads = min(num_heads, QUERY_HEADS), min(num_kv_heads, KV_HEADS)
     kv_parts = cdiv(num_kv_heads, kv_heads)
     own_tiles = cdiv(segments.max_query_len, OWN_TOKENS)

@@ -22,10 +22,10 @@ def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     Only where prefill's preparation is not itself what is tested.
     """
     if not torch.cuda.is_available() and request.path.stem != "test_scored_prefill":
-        from vllm_cascade.kernels.prefill import workspace as prefill_workspace
+        from vllm_cascade.kernels.prefill import workspace
 
-        monkeypatch.setattr(prefill_workspace, "OWN_TOKENS", 64)
-        monkeypatch.setattr(prefill_workspace, "PAGE_TOKENS", 64)
+        monkeypatch.setattr(workspace, "OWN_TOKENS", 64)
+        monkeypatch.setattr(workspace, "PAGE_TOKENS", 64)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

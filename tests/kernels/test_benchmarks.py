@@ -22,6 +22,7 @@ from records import Counts, RefusalError, percentiles, predict
 from reference.cascade import Cascade, CascadeParameters
 from vllm_cascade.attention.gpu_layer import GpuLayer
 from vllm_cascade.attention.gpu_workspace import Shape
+from vllm_cascade.kernels.merge.groups import merge_groups
 from vllm_cascade.structure.layout import build_layout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,7 +102,6 @@ def test_device_counts_what_is_predicted(policy: str) -> None:
 
 def test_layer_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
-    merge_groups = GpuLayer._merge.__globals__["compaction"].merge_groups
 
     def without_values(
         pages: Any, merges: Any, size: int, window: int, weights: Any, *more: Any, **named: Any

@@ -10,9 +10,9 @@ import torch
 
 from reference import compaction as reference
 from reference.selection import rank
-from vllm_cascade.kernels.cpu import merge as cpu_compaction
-from vllm_cascade.kernels.merge import groups as compaction
+from vllm_cascade.kernels.cpu import merge
 from vllm_cascade.kernels.merge import means
+from vllm_cascade.kernels.merge.groups import launch_config, make_scratch, merge_groups
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
 from vllm_cascade.kernels.weights import Weights
@@ -44,7 +44,7 @@ class Case:
         pages = copy(self.pages)
         num_rows = len(self.merges.num_groups)
         group = self.merges.groups.shape[2] * pages.kv.shape[2]
-        scratch = compaction.make_scratch(
+        scratch = make_scratch(
             max_rows or num_rows,
             pages.kv.shape[1],
             self.head_size,
@@ -54,9 +54,7 @@ class Case:
         # What is left from before must not matter.
         scratch.values.fill_(torch.nan)
         scratch.sources.fill_(2**30)
-        compaction.merge_groups(
-            pages, self.merges, self.head_size, self.window, weights, scratch, **options
-        )
+        merge_groups(pages, self.merges, self.head_size, self.window, weights, scratch, **options)
         # For the next layer.
         assert not scratch.sums.any() and not scratch.finished.any()
         return pages
@@ -204,12 +202,12 @@ def test_merges_as_on_a_cpu(device: torch.device, weights: Weights) -> None:
     )
     groups = case.merges.groups.cpu().long()
     table = case.merges.block_table.cpu().long()
-    batch = cpu_compaction.MergeBatch(
+    batch = merge.MergeBatch(
         torch.cat([groups[0, :1], groups[1, :3]]),
         torch.tensor([0, 1, 1, 1]),
         [table[row, : int(num_keys[row]) // 16] for row in range(2)],
     )
-    cpu_compaction.merge_groups(host, batch, case.head_size, case.window, weights)
+    merge.merge_groups(host, batch, case.head_size, case.window, weights)
     assert_same(case.run(weights), host)
 
 
@@ -408,7 +406,7 @@ def test_as_many_rows_as_scratch_has_sums(device: torch.device) -> None:
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("group", [32, 64, 256, 1024])
 def test_launch_config_fits(head_size: int, element_size: int, group: int) -> None:
-    config = compaction.launch_config(head_size, element_size, group)
+    config = launch_config(head_size, element_size, group)
     assert group % config.group_keys == 0
     assert group % config.tokens == 0
     assert (group // 2) % config.move == 0
@@ -417,7 +415,7 @@ def test_launch_config_fits(head_size: int, element_size: int, group: int) -> No
 
 def test_refusals(device: torch.device) -> None:
     case = make_case(device, [1], window=32)
-    scratch = compaction.make_scratch(1, 2, 16, device, max_group=32)
+    scratch = make_scratch(1, 2, 16, device, max_group=32)
     small = replace(scratch, sums=scratch.sums[:0])
     narrow = replace(scratch, sources=scratch.sources[:, :16])
     wide = replace(case.merges, groups=torch.zeros(1, 1, 128, dtype=torch.int32, device=device))
@@ -433,7 +431,7 @@ def test_refusals(device: torch.device) -> None:
             "scratch": scratch,
         }
         with pytest.raises(ValueError, match=match):
-            compaction.merge_groups(**(arguments | changes))
+            merge_groups(**(arguments | changes))
 
     refuse("MAX_WINDOW = 1024", merges=wide, window=2048)
     refuse("power of two", window=24)
@@ -461,10 +459,10 @@ def test_in_a_graph_and_beyond_two_gib(device: torch.device) -> None:
     assert blocks * stride * 2 > 2**31
     pages = Pages.view(kv, True, True)
     merges = replace(few.merges, num_groups=torch.zeros_like(few.merges.num_groups))
-    scratch = compaction.make_scratch(3, 2, 128, device)
+    scratch = make_scratch(3, 2, 128, device)
 
     def step() -> None:
-        compaction.merge_groups(pages, merges, 128, 16, BOTH, scratch)
+        merge_groups(pages, merges, 128, 16, BOTH, scratch)
 
     step()
     torch.cuda.synchronize()

@@ -94,6 +94,8 @@ def test_refuses_what_does_not_fit(device: torch.device) -> None:
         kv_write.write(pages, strided, strided, rows, rows.long(), rows)
     with pytest.raises(ValueError, match="indices"):
         kv_write.write(pages, key, key, rows, rows.long(), None)
+    with pytest.raises(ValueError, match="indices"):
+        pages.write(key[:1], key[:1], rows.long(), rows.long(), None)
 
 
 @pytest.mark.gpu

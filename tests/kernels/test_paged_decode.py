@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from reference import paged_decode as reference
-from vllm_cascade.kernels.decode import attend as paged_decode
-from vllm_cascade.kernels.decode import combine as decode_combine
+from vllm_cascade.kernels.decode import attend, combine
 from vllm_cascade.kernels.decode.launch_config import Splits
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import DecodeRows
@@ -105,8 +104,8 @@ class Case:
         self.scale = shape.head_size**-0.5
         self.sinks: torch.Tensor | None = None
 
-    def scratch(self, max_rows: int = 8, max_splits: int = 8) -> paged_decode.Scratch:
-        scratch = paged_decode.make_scratch(
+    def scratch(self, max_rows: int = 8, max_splits: int = 8) -> attend.Scratch:
+        scratch = attend.make_scratch(
             max_rows,
             self.shape.num_heads,
             self.shape.num_kv_heads,
@@ -127,7 +126,7 @@ class Case:
         arguments = [output, query, pages, self.batch]
         arguments += [options.pop("cos", self.cos), options.pop("sin", self.sin)]
         arguments += [self.shape.is_neox, self.scale, self.shape.power, self.shape.reduction]
-        if module is paged_decode:
+        if module is attend:
             options.setdefault("scratch", self.scratch())
         module.decode(*arguments, counter=counter, sinks=self.sinks, **options)
         return output, counter
@@ -157,7 +156,7 @@ def check(case: Case, **options: object) -> None:
     eager_pages = case.copied()
     eager, _ = case.run(reference, eager_pages, case.query, dtype=case.shape.dtype)
     pages = case.copied()
-    output, count = case.run(paged_decode, pages, case.query, **options)
+    output, count = case.run(attend, pages, case.query, **options)
 
     eps = torch.finfo(case.shape.dtype).eps
     rounding = eps / 2 * float(exact.nan_to_num(0).abs().max())
@@ -197,9 +196,9 @@ def test_is_as_exact_as_eager_pytorch(shape: Shape, by_place: bool, device: torc
     check(case, config=config)
 
 
-def launch(case: Case, **changes: object) -> paged_decode.Config:
+def launch(case: Case, **changes: object) -> attend.Config:
     """Small tiles, so that short rows have several splits of several tiles."""
-    config = paged_decode.Config(
+    config = attend.Config(
         keys=32,
         splits=3,
         min_keys=64,
@@ -247,7 +246,7 @@ def test_sinks_join_the_denominator(shape: Shape, splits: int, device: torch.dev
     check(case, config=launch(case, splits=splits, min_keys=32))
     case.sinks = case.sinks[:-1]
     with pytest.raises(ValueError, match="one sink for each"):
-        case.run(paged_decode, case.copied(), case.query)
+        case.run(attend, case.copied(), case.query)
 
 
 def test_rows_without_a_token_take_no_splits(device: torch.device) -> None:
@@ -256,15 +255,15 @@ def test_rows_without_a_token_take_no_splits(device: torch.device) -> None:
     choices = [(1, 32), (8, 32), (7, 32), (6, 32), (5, 32), (4, 32), (3, 32), (2, 32), (1, 512)]
     scratch = replace(case.scratch(), splits=Splits.of(choices, device))
     assert scratch.splits.most == (1, 8, 8, 7, 6, 6, 5, 4, 3)
-    graph, _ = case.run(paged_decode, case.copied(), case.query, scratch=scratch, scored=False)
+    graph, _ = case.run(attend, case.copied(), case.query, scratch=scratch, scored=False)
     busy = [row for row, place in enumerate(case.shape.places) if place >= 0]
     parts = (getattr(case.batch, name)[busy] for name in DecodeRows.__slots__)
     case.batch = DecodeRows(*parts)
-    alone, _ = case.run(paged_decode, case.copied(), case.query, scratch=scratch, scored=False)
+    alone, _ = case.run(attend, case.copied(), case.query, scratch=scratch, scored=False)
     rows = case.batch.rows.long()
     assert torch.equal(graph[rows], alone[rows])
     always = replace(scratch, splits=Splits.of([choices[8]] * 9, device))
-    other, _ = case.run(paged_decode, case.copied(), case.query, scratch=always, scored=False)
+    other, _ = case.run(attend, case.copied(), case.query, scratch=always, scored=False)
     assert not torch.equal(graph[rows], other[rows])
 
 
@@ -285,14 +284,14 @@ def test_without_scores_nothing_is_written_to_pages(has_sinks: bool, device: tor
         case.sinks = torch.tensor([0.5, 40.0, 6.0, -60.0], device=device)
     exact, _ = case.run(reference, case.in_dtype(torch.float64), case.query.double(), scored=False)
     eager, _ = case.run(reference, case.copied(), case.query, scored=False, dtype=torch.float32)
-    scratch = paged_decode.make_scratch(8, 4, 2, 64, 4, MAX_PLACES, 4, device, scored=False)
+    scratch = attend.make_scratch(8, 4, 2, 64, 4, MAX_PLACES, 4, device, scored=False)
     pages = replace(case.copied(), score=None)
     output, _ = case.run(
-        paged_decode, pages, case.query, scored=False, scratch=scratch, config=launch(case)
+        attend, pages, case.query, scored=False, scratch=scratch, config=launch(case)
     )
     assert worst(output, exact) <= 2 * worst(eager, exact) + 1e-7
     again = case.copied()
-    case.run(paged_decode, again, case.query, scored=False, config=launch(case))
+    case.run(attend, again, case.query, scored=False, config=launch(case))
     assert torch.equal(again.score.isnan(), case.pages.score.isnan())
     held = ~case.pages.score.isnan()
     assert torch.equal(again.score[held], case.pages.score[held])
@@ -301,11 +300,11 @@ def test_without_scores_nothing_is_written_to_pages(has_sinks: bool, device: tor
 def test_nan_stays_in_its_row(device: torch.device) -> None:
     case = Case(Shape(places=(40, 70, 90)), device)
     expected_pages = case.copied()
-    expected, _ = case.run(paged_decode, expected_pages, case.query, config=launch(case))
+    expected, _ = case.run(attend, expected_pages, case.query, config=launch(case))
     block = case.batch.block_table[1, 0].long()
     case.pages.kv[block, :, 3] = float("nan")
     pages = case.copied()
-    output, _ = case.run(paged_decode, pages, case.query, config=launch(case))
+    output, _ = case.run(attend, pages, case.query, config=launch(case))
     row = case.batch.rows[1].long()
     assert output[row].isnan().all()
     output[row] = expected[row]
@@ -318,8 +317,8 @@ def test_nan_stays_in_its_row(device: torch.device) -> None:
 def test_is_deterministic(device: torch.device) -> None:
     case = Case(Shape(), device)
     first, second = case.copied(), case.copied()
-    a, _ = case.run(paged_decode, first, case.query, config=launch(case))
-    b, _ = case.run(paged_decode, second, case.query, config=launch(case))
+    a, _ = case.run(attend, first, case.query, config=launch(case))
+    b, _ = case.run(attend, second, case.query, config=launch(case))
     assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
     assert torch.equal(first.score.nan_to_num(9.0), second.score.nan_to_num(9.0))
 
@@ -336,18 +335,18 @@ def test_table_in_the_models_dtype(device: torch.device) -> None:
 def test_refuses_what_does_not_fit(device: torch.device) -> None:
     case = Case(Shape(), device)
     with pytest.raises(ValueError, match="do not fit"):
-        case.run(paged_decode, case.copied(), case.query[..., :32].contiguous())
+        case.run(attend, case.copied(), case.query[..., :32].contiguous())
     with pytest.raises(ValueError, match="keep scores"):
-        case.run(paged_decode, replace(case.copied(), score=None), case.query)
-    other = paged_decode.make_scratch(8, 8, 2, 64, 4, MAX_PLACES, 4, device)
+        case.run(attend, replace(case.copied(), score=None), case.query)
+    other = attend.make_scratch(8, 8, 2, 64, 4, MAX_PLACES, 4, device)
     with pytest.raises(ValueError, match="scratch"):
-        case.run(paged_decode, case.copied(), case.query, scratch=other)
+        case.run(attend, case.copied(), case.query, scratch=other)
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 64, 256])
 @pytest.mark.parametrize("max_places", [64, 1_100, 17_408])
 def test_launch_config_covers_any_row(num_rows: int, max_places: int) -> None:
-    config = paged_decode.launch_config(num_rows, 8, 128, max_places, 2, True)
+    config = attend.launch_config(num_rows, 8, 128, max_places, 2, True)
     assert 1 <= config.splits <= 64 and config.splits * config.min_keys <= max(
         max_places, config.min_keys
     )
@@ -372,9 +371,9 @@ def test_any_number_of_rows_launches_the_same_variants(
         ]
         seen.add((kernel.__name__, *kinds, *meta.items()))
 
-    for module in (paged_decode, decode_combine):
+    for module in (attend, combine):
         monkeypatch.setattr(module, "launch", note)
-    scratch = paged_decode.make_scratch(64, 32, 8, 64, 4, 17_472, 64, device, scored=scored)
+    scratch = attend.make_scratch(64, 32, 8, 64, 4, 17_472, 64, device, scored=scored)
     pages = Pages(torch.empty(1, 8, 16, 128, device=device), torch.empty(1, 8, 16), None)
     cos = torch.empty(17_472, 32, device=device)
     for num_rows in (*range(1, 65), 100):
@@ -382,7 +381,7 @@ def test_any_number_of_rows_launches_the_same_variants(
         place = torch.zeros(num_rows, dtype=torch.int32, device=device)
         table = torch.zeros(num_rows, 1092, dtype=torch.int32, device=device)
         batch = DecodeRows(place, place, table, query[:, 0, 0], query[:, 0, 0])
-        paged_decode.decode(
+        attend.decode(
             query, query, pages, batch, cos, cos, True, 1.0, 2.0, "max", scratch, scored=scored
         )
     assert len(seen) == 2, seen
@@ -392,7 +391,7 @@ def test_any_number_of_rows_launches_the_same_variants(
 def test_programs_of_full_rows_end_together(num_rows: int) -> None:
     """The last round of programs is nearly full: 26 requests took 9% longer where it was not."""
     programs, slots = 8 * num_rows, 4 * 132
-    config = paged_decode.launch_config(num_rows, 8, 128, 17_472, 2, True)
+    config = attend.launch_config(num_rows, 8, 128, 17_472, 2, True)
     rounds = programs * config.splits / slots
     assert rounds / math.ceil(rounds) > (0.9 if num_rows > 1 else 0.4)
     assert num_rows == 1 or rounds >= 3.5
@@ -413,5 +412,5 @@ def test_long_rows_in_far_blocks(by_place: bool, device: torch.device) -> None:
     )
     case = Case(shape, device, num_blocks=70_000)
     assert case.batch.block_table[0, 0] >= 0
-    exact = paged_decode.launch_config(5, 8, 128, 16_384, 2, True)
+    exact = attend.launch_config(5, 8, 128, 16_384, 2, True)
     check(case, config=replace(exact, by_place=by_place))

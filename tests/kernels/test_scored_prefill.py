@@ -7,6 +7,7 @@ The bound on an error is that of the same computation by eager PyTorch in the ke
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,12 +15,10 @@ import torch
 from torch import Tensor
 
 from reference import scored_prefill as reference
-from vllm_cascade.kernels.merge import groups as compaction
 from vllm_cascade.kernels.merge import means
+from vllm_cascade.kernels.merge.groups import launch_config
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.kernels.prefill import attention as prefill_attention
-from vllm_cascade.kernels.prefill import scores as key_scores
-from vllm_cascade.kernels.prefill import workspace as prefill_workspace
+from vllm_cascade.kernels.prefill import attention, scores, workspace
 from vllm_cascade.kernels.segments import KEY_PADDING, Merges, Segments
 from vllm_cascade.kernels.weights import Weights
 from vllm_cascade.structure.options import CascadeOptions
@@ -201,7 +200,7 @@ def check_prepared(shape, rotary_dim, is_neox, weights, device):
 
     outs = [torch.full_like(x, NAN) for x in (case.query, case.key, case.value)]
     sums = means.make_sums(len(segments.num_groups), num_kv_heads, head_size, device)
-    prefill_workspace.prepare(pages, segments, *where, *outs, weights, sums)
+    workspace.prepare(pages, segments, *where, *outs, weights, sums)
     results = []
     for precision in (torch.float64, torch.float32):
         right = [torch.full_like(x, NAN, dtype=precision) for x in outs]
@@ -224,7 +223,7 @@ def check_prepared(shape, rotary_dim, is_neox, weights, device):
     num_keys = segments.key_spans[:, 1] - segments.key_spans[:, 0]
     groups = torch.empty(len(num_keys), 0, 2, dtype=torch.int32, device=device)
     merges = Merges(groups, segments.num_groups, segments.block_table, num_keys)
-    config = compaction.launch_config(head_size, dtype.itemsize, 64)
+    config = launch_config(head_size, dtype.itemsize, 64)
     again = torch.zeros_like(sums)
     means.add_units(
         pages,
@@ -282,9 +281,7 @@ def test_attention(shape, has_sinks, device):
     out = torch.full_like(case.query, NAN)
     lse = torch.full((shape.num_heads, num_queries + 9), NAN, device=device)
     sinks = sinks_of(shape.num_heads, shape.dtype, device) if has_sinks else None
-    prefill_attention.attend(
-        out, lse, case.query, case.key, case.value, case.segments, case.scale, sinks
-    )
+    attention.attend(out, lse, case.query, case.key, case.value, case.segments, case.scale, sinks)
     check_attention(case, out[:num_queries], lse[:, :num_queries], sinks)
     assert out[num_queries:].isnan().all() and lse[:, num_queries:].isnan().all()
 
@@ -354,7 +351,7 @@ def scored(case: Case, dtype: torch.dtype, lse: Tensor, **how: Any) -> Tensor:
     return pages.score
 
 
-def check_scores(case: Case, config: key_scores.ScoreConfig | str | None, **how: Any) -> None:
+def check_scores(case: Case, config: scores.ScoreConfig | str | None, **how: Any) -> None:
     score = case.pages.score
     assert score is not None
     lse = normalizers(case, torch.float32)
@@ -365,7 +362,7 @@ def check_scores(case: Case, config: key_scores.ScoreConfig | str | None, **how:
     # Past the end of the workspace: NaN.
     padded = torch.full((lse.shape[0], lse.shape[1] + 5), NAN, device=lse.device)
     padded[:, : lse.shape[1]] = lse
-    key_scores.score_keys(
+    scores.score_keys(
         case.pages,
         case.segments,
         case.query,
@@ -403,7 +400,7 @@ def test_powers_and_reductions(power, reduction, device):
     check_scores(make_case(shape, device), None, decay=0.99, power=power, reduction=reduction)
 
 
-@pytest.mark.parametrize("name", sorted(key_scores.SCORE_CONFIGS))
+@pytest.mark.parametrize("name", sorted(scores.SCORE_CONFIGS))
 def test_every_configuration(name, device):
     shape = Shape(8, 2, 128, dtype=HALF, lengths=((70, 301), (33, 40)))
     check_scores(make_case(shape, device), name, **DEFAULT)
@@ -413,12 +410,11 @@ def test_every_configuration(name, device):
 @pytest.mark.parametrize("query_len", [1, 15, 16, 17])
 def test_boundaries_of_tiles(query_len, key_len, device):
     shape = Shape(2, 1, 16, lengths=((query_len, key_len), (5, 5)))
-    config = key_scores.ScoreConfig(32, 32, 4, 1, key_in_registers=False)
+    config = scores.ScoreConfig(32, 32, 4, 1, key_in_registers=False)
     check_scores(make_case(shape, device), config, **DEFAULT)
 
 
-@pytest.mark.parametrize("config", [None, "k128_c64_w4"])
-def test_nan_stays_in_its_request(config, device):
+def test_nan_stays_in_its_request(device):
     # A prefix of whole tiles: nothing masks what the first one's last step reads past the end.
     shape = Shape(8, 2, 128, dtype=HALF, lengths=((5, 300), (7, 7), (20, 40)))
     clean = make_case(shape, device)
@@ -429,7 +425,7 @@ def test_nan_stays_in_its_request(config, device):
     bad_lse = lse.clone()
     bad_lse[:, 5:12] = NAN
     for case, normal in ((clean, lse), (spoilt, bad_lse)):
-        key_scores.score_keys(
+        scores.score_keys(
             case.pages,
             case.segments,
             case.query,
@@ -437,7 +433,6 @@ def test_nan_stays_in_its_request(config, device):
             normal,
             case.scale,
             counter=None,
-            config=config,
             **DEFAULT,
         )
     own = clean.segments.block_table[1].long()
@@ -451,10 +446,8 @@ def test_nan_stays_in_its_request(config, device):
     bad_out, bad_lse_out = torch.empty_like(clean.query), torch.empty_like(lse)
     value, bad_value = clean.value, clean.value.clone()
     bad_value[300:307] = NAN
-    prefill_attention.attend(
-        out, lse_out, clean.query, clean.key, value, clean.segments, clean.scale
-    )
-    prefill_attention.attend(
+    attention.attend(out, lse_out, clean.query, clean.key, value, clean.segments, clean.scale)
+    attention.attend(
         bad_out, bad_lse_out, spoilt.query, spoilt.key, bad_value, spoilt.segments, clean.scale
     )
     rest = torch.cat((torch.arange(5), torch.arange(12, 32))).to(device)
@@ -465,13 +458,16 @@ def test_nan_stays_in_its_request(config, device):
 def test_scratch_suffices(device):
     shape = Shape(9, 3, 64, dtype=HALF)
     case = make_case(shape, device)
-    size = key_scores.shifts_elements(case.segments.num_queries, len(LENGTHS), 9, 3)
+    num_queries = case.segments.num_queries
     lse = normalizers(case, torch.float32)
-    for config in key_scores.SCORE_CONFIGS.values():
-        needed = case.segments.num_queries // (config.columns // 4) + len(LENGTHS)
+    for dtype, head_size, heads in product((torch.float32, HALF), (64, 256), (1, 4, 16, 64)):
+        config = scores.launch_config(dtype, head_size, heads)
+        needed = num_queries // (config.columns // heads) + len(LENGTHS)
+        size = scores.shifts_elements(num_queries, len(LENGTHS), 3 * heads, 3)
         assert 3 * needed * config.columns <= size
+    size = scores.shifts_elements(num_queries, len(LENGTHS), 9, 3)
     shifts = torch.full((size,), NAN, device=device)
-    key_scores.score_keys(
+    scores.score_keys(
         case.pages,
         case.segments,
         case.query,
@@ -488,13 +484,57 @@ def test_unknown_reduction_is_refused(device):
     case = make_case(Shape(), device)
     lse = torch.zeros(4, case.segments.num_queries, device=device)
     with pytest.raises(ValueError, match="'sum'"):
-        key_scores.score_keys(
+        scores.score_keys(
             case.pages, case.segments, case.query, case.key, lse, case.scale, 1.0, 1.0, "sum", None
         )
 
 
+def test_refuses_what_does_not_fit(device):
+    case = make_case(Shape(), device)
+    query, key, value, segments = case.query, case.key, case.value, case.segments
+    lse = torch.zeros(4, segments.num_queries, device=device)
+
+    def attend(**changes):
+        given = {"out": query, "lse": lse, "query": query, "key": key, "value": value} | changes
+        attention.attend(**given, segments=segments, scale=case.scale)
+
+    def score(pages=case.pages, key=key, lse=lse, **scratch):
+        how = (case.scale, 1.0, 1.0, "max", None)
+        scores.score_keys(pages, segments, query, key, lse, *how, **scratch)
+
+    def prepare(**changes):
+        cos, sin = table_of(64, torch.float32, device)
+        rows = torch.arange(segments.num_queries, device=device).int()
+        given = {"query": query, "key": key, "value": value, "rows": rows, "tokens": rows}
+        given |= {"cos": cos, "sin": sin, "query_out": query, "key_out": key, "value_out": value}
+        given |= {"weights": Weights(0.0, 1.0, 1.0)}
+        given |= {"sums": means.make_sums(len(LENGTHS), 2, 64, device), **changes}
+        workspace.prepare(case.pages, segments, is_neox=True, **given)
+
+    wide = torch.zeros(*query.shape[:2], 128, device=device)[..., ::2]
+    sums = means.make_sums(len(LENGTHS) - 1, 2, 64, device)
+    for refused, match in (
+        (lambda: attend(out=query[:, :2]), "out must have the heads"),
+        (lambda: attend(lse=lse.double()), "lse must be float32 with 4 dense rows"),
+        (lambda: attend(sinks=lse[:2, 0]), r"sinks must be \[4\]"),
+        (lambda: attend(out=wide), "must be dense"),
+        (lambda: score(pages=replace(case.pages, score=None)), "need room"),
+        (lambda: score(key=key[:, :1]), "key must be"),
+        (lambda: score(lse=lse[:2]), "lse must be float32 with 4 dense rows"),
+        (lambda: score(shifts=lse[0]), "shifts must be"),
+        (lambda: prepare(key=key[..., :32]), "do not fit pages"),
+        (lambda: prepare(query_out=query[:3]), "query_out must be"),
+        (lambda: prepare(key_out=key[:3]), "key_out and value_out must be"),
+        (lambda: prepare(query_out=query.double()), "must be of torch.float32"),
+        (lambda: prepare(query=wide), "must be dense"),
+        (lambda: prepare(sums=sums), "sums must have 4 rows"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            refused()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", sorted(key_scores.SCORE_CONFIGS))
+@pytest.mark.parametrize("name", sorted(scores.SCORE_CONFIGS))
 @pytest.mark.parametrize("lengths", [((1024, 3000),), ((700, 700), (513, 1027), (1, 2048))])
 def test_long_segments(name, lengths):
     device = torch.device("cuda")

@@ -123,7 +123,7 @@ def test_views_of_what_is_replaced_cannot_be_recorded(compiled: list[Compiled]) 
 
 
 def test_recordings_do_not_nest() -> None:
-    with Recording(()), pytest.raises(AssertionError, match="nest"), Recording(()):
+    with Recording(()), pytest.raises(RuntimeError, match="nest"), Recording(()):
         pass
     with Recording(()):
         pass
