@@ -1,4 +1,4 @@
-"""The name that users give: ``worker_extension_cls="vllm_cascade.trace.WorkerExtension"``."""
+"""The name that users write: ``worker_extension_cls="vllm_cascade.trace.WorkerExtension"``."""
 
 from vllm_cascade.attention.trace import WorkerExtension
 

@@ -1,1 +1,1 @@
-"""The worker's side: each step prepared, keys and values written, attended to and merged."""
+"""The worker's side: it prepares each step, writes keys and values, attends and merges."""

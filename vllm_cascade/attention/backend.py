@@ -1,4 +1,4 @@
-"""The attention backend CASCADE: what vLLM asks of it, and the plan of each step."""
+"""The attention backend CASCADE: what vLLM asks a backend class."""
 
 from __future__ import annotations
 
@@ -32,16 +32,19 @@ class CascadeBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
+        """Give the name by which users select the backend."""
         return BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type[CascadeImpl]:
+        """Give the class of a layer's forward pass, which rotates queries and keys itself."""
         from vllm_cascade.attention.impl import CascadeImpl
 
         return CascadeImpl
 
     @staticmethod
     def get_builder_cls() -> type[CascadeMetadataBuilder]:
+        """Give the class that cuts each step into waves, once for all layers."""
         from vllm_cascade.attention.builder import CascadeMetadataBuilder
 
         return CascadeMetadataBuilder
@@ -50,24 +53,37 @@ class CascadeBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> list[int | MultipleOf]:
-        # A page with a tail cannot be split, so any multiple is taken whole.
+        """Give all multiples of 16 tokens: a page with a tail cannot be split into smaller ones."""
         return [MultipleOf(16)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Give the one layout that `Pages` reads: a block's heads, slots, then channels."""
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def supports_sink(cls) -> bool:
+        """True: a model's sink logits join the softmax. CASCADE's own sinks are tokens."""
         return True
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
+        """False: a block holds what survived, which a connector cannot find by hash."""
         return False
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Turn vLLM's spec of a layer into the cascade's, for the model loaded last."""
+        """Turn vLLM's spec of a layer into the cascade's, for the model loaded last.
+
+        Args:
+            spec: vLLM's spec of the layer.
+
+        Returns:
+            The spec with the model's resolved configuration.
+
+        Raises:
+            ConfigError: The configuration does not fit the spec's block size.
+        """
         from vllm_cascade.attention.impl import CascadeImpl
 
         config = CascadeImpl.resolve_config(spec.block_size)
@@ -81,7 +97,8 @@ class CascadeBackend(AttentionBackend):
                 cascade_spec.page_size_bytes,
                 sum(isinstance(getattr(layer, "impl", None), CascadeImpl) for layer in layers),
             ),
-            # By every rank, not by the first of each host: it shows where CASCADE is active.
+            # Every rank logs the line, not only the first of each host: so the log shows where
+            # CASCADE is active.
             scope="process",
         )
         return cascade_spec

@@ -1,4 +1,4 @@
-"""What every layer is told of a step."""
+"""The builder that vLLM asks once a step for what all layers are told."""
 
 from __future__ import annotations
 
@@ -25,12 +25,18 @@ if TYPE_CHECKING:
 class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
     """Prepares each step, once for all layers.
 
+    Args:
+        kv_cache_spec: The spec of CASCADE's layers, which carries the configuration.
+        layer_names: The layers, as vLLM names them.
+        vllm_config: vLLM's complete configuration.
+        device: Where the layers are.
+
     Raises:
-        RuntimeError: A layer's rotary embedding was not handed over, so its keys would be
-            rotated by their position in the request, which outgrows the model's positions.
+        RuntimeError: A layer did not get its rotary embedding. The model would rotate the layer's
+            keys by their position in the text, which outgrows the model's positions.
     """
 
-    # What single tokens need is worked out on the device, from the tensors that a graph reads.
+    # A batch of single tokens is resolved on the device, from the tensors that a CUDA graph reads.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
@@ -70,6 +76,16 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CascadeMetadata | GpuMetadata:
+        """Cut a step's batch into waves, where vLLM's builders copy lengths and block tables.
+
+        Args:
+            common_prefix_len: Not used: no two requests share blocks.
+            common_attn_metadata: vLLM's description of the step.
+            fast_build: Not used.
+
+        Returns:
+            The step, for `CpuLayer` or `GpuLayer`.
+        """
         if self.planner is not None:
             return self._build_on_device(self.planner, common_attn_metadata)
         num_reqs = common_attn_metadata.num_reqs
@@ -90,7 +106,7 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
         seq_lens_cpu = step.seq_lens_cpu_upper_bound[:num_reqs].numpy()
         block_table = step.block_table_tensor[:num_reqs]
         if self.seen is not None:
-            # Tracing alone waits for the device.
+            # Only tracing waits for the device.
             self.seen.note(block_table.cpu().numpy(), step.seq_lens[:num_reqs].cpu().numpy())
         return planner.plan(
             step.query_start_loc[: num_reqs + 1],

@@ -16,12 +16,12 @@ class CpuLayer:
     """Attends the batches of one layer.
 
     Args:
-        config: The cascade.
-        scale: Factor on the logits.
-        cos: [num_positions, rotary_dim / 2] float32.
-        sin: As `cos`.
-        is_neox: Which channels are paired.
-        sinks: [num_heads] learned logits that join the softmax's denominator, or None.
+        config: A valid configuration.
+        scale: Factor on the attention logits.
+        cos: [num_positions, rotary_dim / 2] float32 cosines.
+        sin: [num_positions, rotary_dim / 2] float32 sines.
+        is_neox: Whether channel i is paired with i + rotary_dim / 2, or 2i with 2i + 1.
+        sinks: [num_heads] sink logits, which join the softmax's denominator, or None.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class CpuLayer:
             value: [num_tokens, num_kv_heads, head_size_v].
             pages: The layer's pages.
             metadata: The step.
-            output: [num_tokens, num_heads, head_size_v], the batch's rows are written.
+            output: [num_tokens, num_heads, head_size_v], written where the batch has tokens.
         """
         config, rotary, scale, scoring = self.config, self.rotary, self.scale, self.scoring
-        # Each time, for the weights may be loaded again.
+        # In every step, because the model's weights may be loaded again.
         sinks = None if self.sinks is None else self.sinks.float()
         for wave in metadata.waves:
             pages.write(key[wave.rows], value[wave.rows], wave.block_ids, wave.offsets, wave.tokens)

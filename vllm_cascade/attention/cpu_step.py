@@ -1,8 +1,8 @@
-"""What one engine step does in every cascade layer: waves of segments, prepared once per step.
+"""What one engine step does in every cascade layer on a CPU: waves of segments, for all layers.
 
 A chunk that crosses boundaries is worked through in waves. In each wave a request has at most one
-segment: write its keys and values, attend, score the keys where scores are kept, and merge if the
-segment ends at a boundary.
+segment. The layer writes the segment's keys and values, attends, scores the keys where scores are
+kept, and merges groups if the segment ends at a boundary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_cascade.structure.layout import Layout, Segment
 
 Ints = npt.NDArray[np.int64]
 
-# Keys gathered at once for single-token rows; more rows go in further batches.
+# Most keys gathered at once for segments of one token; more segments go in further batches.
 DECODE_TOKENS = 1 << 15
 
 
@@ -28,13 +28,13 @@ class Wave:
     """One segment of each of several requests.
 
     Args:
-        rows: [num_tokens] int64 rows of the batch computed in this wave.
-        block_ids: [num_tokens] int64 block that takes each row's key and value.
+        rows: [num_tokens] int64 row in the batch of each token of the wave.
+        block_ids: [num_tokens] int64 block that takes each token's key and value.
         offsets: [num_tokens] int64 slot in that block.
-        tokens: [num_tokens] int32 index of each row's token in its request.
+        tokens: [num_tokens] int32 index of each token in its request.
         prefills: Segments of several tokens.
-        decodes: Segments of one token, batched.
-        merge: Groups to merge once all have attended, or None.
+        decodes: Segments of one token, in batches.
+        merge: Groups to merge once all segments have attended, or None.
     """
 
     rows: torch.Tensor
@@ -48,7 +48,11 @@ class Wave:
 
 @dataclass(frozen=True, slots=True)
 class CascadeMetadata:
-    """The waves of one step, in order."""
+    """One step on a CPU.
+
+    Args:
+        waves: The step's waves, in the order in which they run.
+    """
 
     waves: list[Wave]
 
@@ -62,13 +66,13 @@ class _Draft:
     offsets: list[Ints] = field(default_factory=list)
     tokens: list[Ints] = field(default_factory=list)
     prefills: list[PrefillSegment] = field(default_factory=list)
-    # row, place, blocks, carry, weight of each single token
+    # of each segment of one token: row in the batch, place, blocks, carry, weight
     singles: list[tuple[int, int, Ints, float, float]] = field(default_factory=list)
     groups: list[Ints] = field(default_factory=list)
     held: list[Ints] = field(default_factory=list)
 
     def add(self, layout: Layout, segment: Segment, first_row: int, row_blocks: Ints) -> None:
-        """Add one request's segment; its tokens are the batch's rows from `first_row` on."""
+        """Add one request's segment; its tokens have the rows of the batch from `first_row` on."""
         config, epoch = layout.config, layout.epochs[segment.epoch]
         tokens = np.arange(segment.start, segment.end)
         places = epoch.prefix_tokens + tokens - epoch.start
@@ -77,7 +81,8 @@ class _Draft:
         self.block_ids.append(blocks[places // config.block_size])
         self.offsets.append(places % config.block_size)
         self.tokens.append(tokens)
-        # Scores are kept relative to the last grid point passed (design: decay per token).
+        # A score decays with every token. Pages keep scores as of the last grid point passed, so
+        # only a segment that passes a grid point has to decay older scores (`carry`).
         passed = layout.boundaries_before(segment.end)
         exponent = passed * config.stride - (tokens - config.num_sink_tokens) - 1.0
         weights = config.score_decay**exponent
@@ -102,7 +107,14 @@ class _Draft:
             self.held.append(blocks)
 
     def wave(self, block_size: int) -> Wave:
-        """The collected wave as tensors."""
+        """Turn the draft into a wave of tensors.
+
+        Args:
+            block_size: Tokens in a KV block.
+
+        Returns:
+            The wave.
+        """
         merge = None
         if self.groups:
             counts = [len(groups) for groups in self.groups]
@@ -132,12 +144,12 @@ def plan_step(
 
     Args:
         layout: The cascade's structure.
-        query_start_loc: [num_requests + 1] first row of each request in the batch.
-        seq_lens: [num_requests] tokens of each request once the step is done.
-        block_table: [num_requests, width] block ids of each request's row.
+        query_start_loc: [num_requests + 1] integers, first row of each request in the batch.
+        seq_lens: [num_requests] integers, tokens of each request once the step is done.
+        block_table: [num_requests, width] int32 block ids of each request's block-table row.
 
     Returns:
-        The waves; empty where the batch has no tokens.
+        The step; without waves if the batch has no tokens.
     """
     drafts: list[_Draft] = []
     for index, end in enumerate(seq_lens.tolist()):

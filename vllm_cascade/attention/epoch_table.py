@@ -1,4 +1,4 @@
-"""The cascade's structure on the device, filled as far as requests have come."""
+"""The cascade's structure on the device, filled as far as the longest request so far has come."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from vllm_cascade.kernels.block_tables import CascadeTable
 from vllm_cascade.structure.layout import Layout
 
-# Epochs filled at once, at least: some 20 ms of work on the host.
+# Least epochs to fill at a time: some 20 ms of work on the host.
 EPOCHS_AT_ONCE = 64
 
 
 class EpochTable:
     """The epochs of a layout as tensors.
 
-    Room for all of them is taken at once, since CUDA graphs hold the addresses. An epoch takes a
-    third of a millisecond to lay out: it is laid out once a request is about to reach it.
+    Room for all epochs is allocated at once, because CUDA graphs hold the tensors' addresses. The
+    host takes a third of a millisecond for an epoch, so it lays out an epoch only when a request
+    is about to reach it.
 
     Args:
         layout: The cascade's structure.
@@ -27,7 +28,7 @@ class EpochTable:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout, self._filled = layout, 0
         config, number = layout.config, len(layout.epochs)
-        # Half the size where row entries are small enough, up to half a million places.
+        # int16 halves the table, and suffices for rows of up to half a million places.
         kind = torch.int16 if layout.max_blocks < 1 << 15 else torch.int32
         group_blocks = config.group_tokens // config.block_size
         groups = (number, max(1, layout.max_groups), group_blocks)
@@ -46,13 +47,13 @@ class EpochTable:
         self.cover(1)
 
     def cover(self, num_tokens: int) -> None:
-        """Fill the table for requests of up to so many tokens; it does not wait for the device.
+        """Fill the table for requests of up to `num_tokens` tokens, without waiting for the device.
 
         Args:
             num_tokens: Tokens that the longest request has once the step is done.
         """
         layout, table = self._layout, self.table
-        # The epoch after a boundary too, where the request's next token will lie.
+        # One epoch more: after a boundary the request's next token lies in the next epoch.
         needed = layout.epoch_of(num_tokens) + 2
         if needed <= self._filled or self._filled == len(layout.epochs):
             return

@@ -26,14 +26,14 @@ class GpuLayer:
     """Attends the batches of one layer.
 
     Args:
-        config: The cascade.
+        config: A valid configuration.
         shape: The layer's heads.
-        scale: Factor on the logits.
-        cos: [num_positions, rotary_dim / 2] float32.
-        sin: As `cos`.
-        is_neox: Which channels are paired.
-        workspace: Shared scratch.
-        sinks: [num_heads] learned logits that join the softmax's denominator, or None.
+        scale: Factor on the attention logits.
+        cos: [num_positions, rotary_dim / 2] float32 cosines.
+        sin: [num_positions, rotary_dim / 2] float32 sines.
+        is_neox: Whether channel i is paired with i + rotary_dim / 2, or 2i with 2i + 1.
+        workspace: Scratch that all layers of this shape share.
+        sinks: [num_heads] sink logits, which join the softmax's denominator, or None.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class GpuLayer:
         self.sinks = sinks
         self.weights = Weights(config.score_weight, config.key_weight, config.value_weight)
         self.flash = flash_attention(shape)
-        # Layers of one kind launch the same, but for tensors of their own.
+        # Layers of one kind launch the same kernels; only their tensors differ.
         self.kind = (config, shape, scale, is_neox, id(workspace))
 
     def forward(
@@ -72,16 +72,16 @@ class GpuLayer:
         Args:
             query: [num_tokens, num_heads, head_size] before RoPE.
             key: [num_tokens, num_kv_heads, head_size] before RoPE.
-            value: As `key`.
+            value: [num_tokens, num_kv_heads, head_size].
             pages: The layer's pages.
-            metadata: The step.
-            output: [num_tokens, num_heads, head_size], the batch's rows are written.
+            metadata: The step; the first layer of a kind leaves its launches in it.
+            output: [num_tokens, num_heads, head_size], written where the batch has tokens.
         """
         tensors = (query, key, value, output, *pages.tensors, self.cos, self.sin, self.sinks)
         recordings = metadata.recordings.setdefault((*self.kind, alike(tensors)), {})
 
         def once(part: Hashable, run: Callable[..., None], *args: Any, lse: Any = None) -> None:
-            """Launch a part of the step: a kind's first layer by `run`, others as it did."""
+            """Launch a part of the step: a kind's first layer calls `run`, others repeat it."""
             if part in recordings:
                 recordings[part].repeat((*tensors, lse))
                 return
@@ -139,7 +139,7 @@ class GpuLayer:
         launch: Launch,
         rows: Rows,
     ) -> None:
-        """Write keys and values into their pages, and all that attention reads to the workspace."""
+        """Write keys and values to their pages, and all that attention reads to the workspace."""
         prefill_workspace.prepare(
             pages,
             launch.segments,
@@ -159,7 +159,7 @@ class GpuLayer:
         )
 
     def _rows(self, segments: Segments) -> Rows:
-        """The rows of the workspace that some segments take."""
+        """The rows of the workspace that `segments` take."""
         space, num_rows, num_queries = self.workspace, segments.num_rows, segments.num_queries
         return Rows(
             query=space.query[:num_queries],
@@ -171,7 +171,7 @@ class GpuLayer:
         )
 
     def _finish(self, pages: Pages, launch: Launch, rows: Rows, lse: torch.Tensor) -> None:
-        """After attention: score the keys, where scores are kept, and merge at a boundary."""
+        """After attention: score the keys where scores are kept, and merge at a boundary."""
         config, space = self.config, self.workspace
         if config.needs_scores:
             key_scores.score_keys(
@@ -191,7 +191,7 @@ class GpuLayer:
             self._merge(pages, launch.merges, has_sums=True)
 
     def _attend_rows(self, launch: Launch, rows: Rows, output: torch.Tensor) -> torch.Tensor:
-        """Attend a wave's rows of the batch; the log-sum-exps as `_attend` returns them."""
+        """Attend a launch's rows of the batch; return the log-sum-exps, as `_attend` does."""
         if launch.span is not None:
             return self._attend(output[launch.span[0] : launch.span[1]], rows, launch.segments)
         lse = self._attend(rows.packed, rows, launch.segments)
@@ -199,7 +199,7 @@ class GpuLayer:
         return lse
 
     def _attend(self, output: torch.Tensor, rows: Rows, segments: Segments) -> torch.Tensor:
-        """Write `output`; return the log-sum-exps [num_heads, num_queries], sinks included."""
+        """Write `output`; return log-sum-exps [num_heads, num_queries], sink logits included."""
         if self.flash is None:
             lse = self.workspace.lse[:, : segments.num_queries]
             prefill_attention.attend(

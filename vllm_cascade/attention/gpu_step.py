@@ -1,8 +1,8 @@
 """What one engine step does in every cascade layer on a GPU, prepared once for all layers.
 
-Single tokens are resolved on the device from token counts that are already there: nothing is
-copied, waited for or allocated, so a step of them replays as one CUDA graph. Chunks of several
-tokens are cut into waves on the host, which knows their lengths before the device does.
+Single tokens are resolved on the device, from token counts that are there already. Nothing is
+copied, waited for or allocated, so a step of single tokens replays as one CUDA graph. Chunks of
+several tokens are cut into waves on the host, which knows their lengths before the device does.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """The single tokens of a batch; rows of other requests are marked as skipped.
+    """The single tokens of a batch; requests with no token or several are marked as skipped.
 
     Args:
-        rows: What attends.
+        rows: The tokens that attend.
         slots: [num_requests] int64 slot that takes each token's key and value, -1 for none.
         tokens: [num_requests] int32 index of each token in its request.
-        merges: What merges afterwards, or None where nothing ever chooses between tokens.
+        merges: Groups that merge once all tokens have attended; None if no request ever chooses
+            between tokens.
     """
 
     rows: DecodeRows
@@ -50,11 +51,11 @@ class Launch:
     """Segments of one wave that fit the workspace together.
 
     Args:
-        segments: The segments.
-        rows: [num_queries] int32 row of each packed query in the batch.
-        span: First and last + 1 of `rows` where they follow one another, or None.
-        tokens: [num_queries] int32 index of its token in the request.
-        merges: What merges afterwards, or None.
+        segments: The segments, resolved on the device.
+        rows: [num_queries] int32 row in the batch of each packed query.
+        span: First and last + 1 of `rows` if they follow one another; otherwise None.
+        tokens: [num_queries] int32 index of each query's token in its request.
+        merges: Groups that merge once all segments have attended, or None.
     """
 
     segments: Segments
@@ -66,16 +67,18 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a workspace that a launch takes; made once a step, for slices cost host time.
+    """The rows of a workspace that a launch takes; made once a step, because slices cost host time.
 
     Args:
-        query: [num_queries, num_heads, head_size].
-        key: [num_rows, num_kv_heads, head_size].
-        value: As `key`.
-        packed: As `query`, for outputs of rows that do not follow one another.
-        query_starts: [2 * num_segments] int32. Flattened, the spans read as starts: every other
-            segment is padding and has no queries.
-        key_starts: As `query_starts`.
+        query: [num_queries, num_heads, head_size] rotated queries.
+        key: [num_rows, num_kv_heads, head_size] rotated keys, `KEY_PADDING` rows after each
+            segment's.
+        value: [num_rows, num_kv_heads, head_size] values, padded as `key`.
+        packed: [num_queries, num_heads, head_size] outputs, used if the launch's rows of the batch
+            do not follow one another.
+        query_starts: [2 * num_segments] int32, the flattened spans of queries. FlashAttention
+            reads them as starts: every second segment is the gap between two, without queries.
+        key_starts: [2 * num_segments] int32, the flattened spans of keys.
     """
 
     query: torch.Tensor
@@ -88,13 +91,15 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class GpuMetadata:
-    """One step.
+    """One step on a GPU.
 
     Args:
-        decode: Its single tokens, or None.
-        launches: Its chunks, in the order in which they run.
-        recordings: What the first layer of each kind launched in each part, for those that follow.
-        rows: The rows of each workspace that each launch takes, once a layer has asked for them.
+        decode: The step's single tokens, or None.
+        launches: The step's chunks of several tokens, in the order in which they run.
+        recordings: Kind of layer -> part of the step -> what the first layer of this kind launched
+            in this part. Later layers of the kind repeat the recording.
+        rows: Workspace and number of a launch -> the rows of the workspace that the launch takes,
+            from the first layer that has asked for them.
     """
 
     decode: DecodeStep | None
@@ -108,10 +113,10 @@ class _Cut:
     """A segment and where it lies.
 
     Args:
-        request: Its request's row in the block table.
-        row: Row of its first token in the batch.
+        request: Number of the request in the step, which is its row's number in the block table.
+        row: Row in the batch of the segment's first token.
         segment: The segment.
-        place: Logical place of its first token.
+        place: Logical place of the segment's first token.
     """
 
     request: int
@@ -129,13 +134,13 @@ class _Cut:
 
 
 class Planner:
-    """Turns token counts into what the kernels are told.
+    """Turns a step's token counts into what the kernels are told.
 
     Args:
         layout: The cascade's structure.
         device: Where the engine's tensors are.
         max_num_seqs: Most requests of a step.
-        max_keys: Rows of keys that the workspace has, at least enough for one request.
+        max_keys: Rows of keys in the workspace; at least enough for one request.
     """
 
     def __init__(
@@ -158,15 +163,18 @@ class Planner:
         """Prepare one step.
 
         Args:
-            query_start_loc: [num_requests + 1] int32 on the device, first row of each request.
+            query_start_loc: [num_requests + 1] int32 on the device, first row in the batch of each
+                request.
             query_start_loc_cpu: The same on the host.
-            seq_lens: [num_requests] int32 on the device, tokens once the step is done.
-            seq_lens_cpu: The same on the host; exact for requests with several tokens, of others
-                not less.
-            block_table: [num_requests or more, width] int32 on the device.
+            seq_lens: [num_requests] int32 on the device, tokens of each request once the step is
+                done.
+            seq_lens_cpu: The same on the host; exact for requests with several tokens in the step,
+                an upper bound for the others.
+            block_table: [num_requests or more, width] int32 on the device, block ids of each
+                request's block-table row.
 
         Returns:
-            The step. What it says of single tokens is overwritten by the next call.
+            The step. The next call overwrites the tensors of single tokens.
         """
         num_requests = len(seq_lens)
         lengths = np.diff(query_start_loc_cpu)
@@ -194,7 +202,7 @@ class Planner:
         return GpuMetadata(decode, self._launches(list(waves.values()), block_table))
 
     def _launches(self, waves: list[list[_Cut]], block_table: torch.Tensor) -> list[Launch]:
-        """Waves, cut where the workspace is full; all of them resolved in one launch."""
+        """Cut waves where the workspace is full, and resolve all their segments in one launch."""
         parts: list[list[_Cut]] = []
         for wave in waves:
             parts.append([])
@@ -209,7 +217,7 @@ class Planner:
         cuts = [cut for part in parts for cut in part]
         num_segments, num_rows = len(cuts), sum(cut.length for cut in cuts)
 
-        # One copy to the device for everything; its parts are views.
+        # One copy to the device for all arrays; the tensors below are views of the copy.
         query_spans = [_spans([cut.length for cut in part]) for part in parts]
         key_spans = [_spans([cut.num_keys for cut in part], KEY_PADDING) for part in parts]
         owner = np.repeat(np.arange(num_segments), [cut.length for cut in cuts])
@@ -269,13 +277,13 @@ def _most_keys(layout: Layout) -> int:
 
 
 def _spans(lengths: list[int], padding: int = 0) -> npt.NDArray[np.int64]:
-    """[len(lengths), 2] first and last + 1 of several runs, with `padding` after each."""
+    """[len(lengths), 2] first and last + 1 of runs that follow one another, `padding` apart."""
     starts = np.cumsum([0, *lengths[:-1]]) + padding * np.arange(len(lengths))
     return np.stack([starts, starts + lengths], axis=1)
 
 
 def _span(part: list[_Cut]) -> tuple[int, int] | None:
-    """The rows of some segments, if each starts where the one before ends."""
+    """First and last + 1 of a part's rows in the batch if they follow one another, or None."""
     row = part[0].row
     for cut in part:
         if cut.row != row:
@@ -285,7 +293,7 @@ def _span(part: list[_Cut]) -> tuple[int, int] | None:
 
 
 def _send(values: Ints, device: torch.device) -> torch.Tensor:
-    """Copy to the device without waiting for it."""
+    """Copy `values` to the device without waiting for the device."""
     host = torch.from_numpy(values)
     if device.type == "cuda":
         host = host.pin_memory()

@@ -15,9 +15,10 @@ from vllm_cascade.kernels.prefill import scores as key_scores
 from vllm_cascade.kernels.segments import KEY_PADDING
 from vllm_cascade.structure.config import CascadeConfig
 
-# Rows whose logits are kept between the two launches of decode; more are processed in turn.
+# Rows of the batch whose logits are kept between the two launches of decode; further rows take
+# turns.
 MAX_DECODE_ROWS = 64
-# FlashAttention-3, as vLLM ships it.
+# Dtypes that FlashAttention-3, as vLLM ships it, takes.
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # FlashAttention-3 takes up to 64 sink logits, in bfloat16; a cast would disagree with decode.
 FLASH_MAX_SINKS = 64
@@ -25,14 +26,14 @@ FLASH_MAX_SINKS = 64
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the layers of a model have in common.
+    """What a model's layers have in common.
 
     Args:
         num_heads: Query heads on this rank.
         num_kv_heads: KV heads on this rank.
         head_size: Channels of a head.
-        dtype: Of activations and pages.
-        sinks: Dtype of the learned logits of sinks, or None where there are none.
+        dtype: Dtype of activations and pages.
+        sinks: Dtype of the sink logits, or None if the model has none.
     """
 
     num_heads: int
@@ -48,15 +49,17 @@ class Workspace:
 
     Args:
         query: [max_num_batched_tokens, num_heads, head_size] rotated queries.
-        output: As `query`; packed outputs where a launch's rows do not follow one another.
+        output: [max_num_batched_tokens, num_heads, head_size] packed outputs, used if a launch's
+            rows of the batch do not follow one another.
         key: [max_keys, num_kv_heads, head_size] rotated keys.
-        value: As `key`.
-        lse: [num_heads, max_num_batched_tokens] float32, where FlashAttention-3 is not used.
-        shifts: Scratch of the scores.
-        decode: Scratch of single tokens.
-        merge: Scratch of boundaries.
-        counters: [3] int64: pairs of a query and a key scored, groups merged, tokens dropped;
-            each per KV head, all layers together.
+        value: [max_keys, num_kv_heads, head_size].
+        lse: [num_heads, max_num_batched_tokens] float32 log-sum-exps; empty if FlashAttention-3,
+            which allocates its own, is used.
+        shifts: float32 scratch of the score kernels; empty if no scores are kept.
+        decode: Scratch of the decode kernels.
+        merge: Scratch of the merge kernels.
+        counters: [3] int64: pairs of a query and a key scored, groups merged, tokens dropped. Each
+            counts per KV head and sums over all layers.
     """
 
     query: torch.Tensor
@@ -71,22 +74,25 @@ class Workspace:
 
     @property
     def max_keys(self) -> int:
-        """Keys there is room for."""
+        """Rows of keys that there is room for."""
         return len(self.key)
 
 
 def max_workspace_keys(config: CascadeConfig, max_num_batched_tokens: int) -> int:
-    """Rows of keys for a launch's segments: two full caches, or a batch of short ones and padding.
+    """Choose the number of workspace rows for a launch's keys.
 
     Args:
-        config: The cascade.
+        config: A valid configuration.
         max_num_batched_tokens: Most tokens of a step.
+
+    Returns:
+        Rows, padding included: two full caches, or twice the tokens of a step if that is more.
     """
     places = min(config.max_places, config.max_model_len) + config.block_size + KEY_PADDING
     return 2 * max(places, max_num_batched_tokens)
 
 
-# Lives as long as a layer that uses it.
+# A workspace lives as long as some layer that uses it.
 _workspaces: WeakValueDictionary[tuple[Any, ...], Workspace] = WeakValueDictionary()
 
 
@@ -97,7 +103,18 @@ def shared_workspace(
     max_num_seqs: int,
     device: torch.device,
 ) -> Workspace:
-    """The scratch of all layers of one shape, allocated for the first of them; see its parts."""
+    """Give the scratch of all layers of one shape; the first layer that asks allocates it.
+
+    Args:
+        config: A valid configuration.
+        shape: The layers.
+        max_num_batched_tokens: Most tokens of a step.
+        max_num_seqs: Most requests of a step.
+        device: Where the layers are.
+
+    Returns:
+        The workspace, the same object for equal arguments.
+    """
     key = (config, shape, max_num_batched_tokens, max_num_seqs, device)
     workspace = _workspaces.get(key)
     if workspace is None:
@@ -115,11 +132,14 @@ def make_workspace(
     """Allocate the scratch of layers of one shape.
 
     Args:
-        config: The cascade.
+        config: A valid configuration.
         shape: The layers.
         max_num_batched_tokens: Most tokens of a step.
         max_num_seqs: Most requests of a step.
-        device: Where.
+        device: Where the layers are.
+
+    Returns:
+        A new workspace.
     """
     max_keys = max_workspace_keys(config, max_num_batched_tokens)
     max_places = min(config.max_places, config.max_model_len) + config.block_size
@@ -127,7 +147,7 @@ def make_workspace(
     keys = (max_keys, shape.num_kv_heads, shape.head_size)
     kind: dict[str, Any] = {"dtype": shape.dtype, "device": device}
     has_flash = flash_attention(shape) is not None
-    # A launch has at most one segment per request, and each has a query.
+    # A launch has at most one segment per request, and each segment has a query.
     num_shifts = key_scores.shifts_elements(
         max_num_batched_tokens,
         min(max_num_seqs, max_num_batched_tokens),
@@ -171,7 +191,7 @@ def make_workspace(
 
 
 def flash_attention(shape: Shape) -> Callable[..., Any] | None:
-    """vLLM's FlashAttention-3 if it is there and takes layers of this shape."""
+    """Give vLLM's FlashAttention-3 if it is there and takes layers of `shape`; otherwise None."""
     if shape.dtype not in FLASH_DTYPES or not torch.cuda.is_available():
         return None
     if torch.cuda.get_device_capability()[0] != 9:

@@ -26,13 +26,18 @@ if TYPE_CHECKING:
 
 
 class CascadeImpl(AttentionImpl[Any]):
-    """Writes, attends and merges, and scores where scores are kept, wave by wave.
+    """One layer's forward pass: hands each step to a `CpuLayer` or a `GpuLayer`.
 
-    Keys arrive and are kept before RoPE: the loader hands each layer its rotary embedding
-    (`bind_rope`) and takes it out of the model.
+    Keys arrive and are kept before RoPE: once the model is loaded, a patch takes each layer's
+    rotary embedding out of the model and hands it over (`bind_rope`).
+
+    Raises:
+        UnsupportedError: The layer is of a kind that CASCADE cannot serve.
+        ConfigError: The cascade's options cannot work with this model.
     """
 
-    # vLLM makes the KV cache specs after the layers, without a current configuration.
+    # vLLM makes the KV cache specs after the layers, and sets no current configuration then. So
+    # each layer leaves its configuration here.
     _vllm_config: ClassVar[VllmConfig]
     _alive: ClassVar[WeakSet[CascadeImpl]] = WeakSet()
 
@@ -68,26 +73,26 @@ class CascadeImpl(AttentionImpl[Any]):
         self.num_kv_heads = num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.sinks = sinks
-        # Made once the layer's rotary embedding is known.
+        # `bind_rope` makes the worker.
         self.worker: CpuLayer | GpuLayer | None = None
         self.pages: Pages | None = None
         self.seen: Seen | None = None
 
     @classmethod
     def resolve_config(cls, block_size: int) -> CascadeConfig:
-        """The configuration of the model loaded last, for blocks of `block_size` tokens."""
+        """Settle the options for the model loaded last, with blocks of `block_size` tokens."""
         return resolve_options(cls._vllm_config, block_size)
 
     @property
     def num_positions(self) -> int:
-        """Logical places that are ever rotated at."""
+        """Logical places that the layer can rotate at."""
         return min(self.config.max_places, self.config.max_model_len)
 
     def bind_rope(self, rope: Rope) -> None:
-        """Take over the rotary embedding that the model applied before this layer.
+        """Take over the rotary embedding that the model would apply before this layer.
 
         Args:
-            rope: Its table, at least `num_positions` long.
+            rope: The embedding, with a table of at least `num_positions` positions.
         """
         cos, sin = rope.tables
         if cos.device.type == "cpu":
@@ -130,18 +135,19 @@ class CascadeImpl(AttentionImpl[Any]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend a batch.
+        """Attend a batch, where vLLM's implementations expect rotated queries and keys.
 
         Args:
-            layer: The attention layer.
+            layer: Not used.
             query: [num_tokens, num_heads, head_size] before RoPE.
             key: [num_tokens, num_kv_heads, head_size] before RoPE.
             value: [num_tokens, num_kv_heads, head_size_v].
             kv_cache: [num_blocks, num_kv_heads, block_size, head_size + head_size_v].
-            attn_metadata: The step, for the layer's device; None in a profiling run.
+            attn_metadata: The step, for the layer's device; None in a profiling run, which gives
+                zeros.
             output: [num_tokens, num_heads, head_size_v], written in place.
-            output_scale: Not supported.
-            output_block_scale: Not supported.
+            output_scale: Not used: the backend supports no quantized output.
+            output_block_scale: Not used.
 
         Returns:
             `output`.
@@ -155,10 +161,14 @@ class CascadeImpl(AttentionImpl[Any]):
 
     @classmethod
     def pages_in(cls, kv_caches: Iterable[torch.Tensor]) -> list[Pages]:
-        """The pages of CASCADE layers that have served a request.
+        """Find the pages of a model's CASCADE layers.
 
         Args:
-            kv_caches: As `kv_cache` of `forward`, one for each of a model's layers.
+            kv_caches: A model's KV caches, as `kv_cache` of `forward`; other layers' may be among
+                them.
+
+        Returns:
+            The pages of each CASCADE layer that has attended before.
         """
         addresses = {kv_cache.data_ptr() for kv_cache in kv_caches}
         pages = [impl.pages for impl in cls._alive if impl.pages]
@@ -181,10 +191,17 @@ def check_layer(
 ) -> None:
     """Refuse an attention layer that only the model's code shows to be unsupported.
 
-    The arguments are those of vLLM's `AttentionImpl`.
+    Args:
+        alibi_slopes: As of vLLM's `AttentionImpl`; has to be None.
+        sliding_window: The layer's window in tokens; has to be None.
+        kv_cache_dtype: As --kv-cache-dtype; has to be "auto" or a floating-point type of 16 or 32
+            bits.
+        logits_soft_cap: As of vLLM's `AttentionImpl`; has to be None or 0.
+        attn_type: vLLM's `AttentionType`; has to be "decoder".
+        kv_sharing_target_layer_name: The layer whose KV cache this one reads; has to be None.
 
     Raises:
-        UnsupportedError: Names the argument.
+        UnsupportedError: The message names what the layer asks for.
     """
     if attn_type != "decoder":
         raise UnsupportedError(

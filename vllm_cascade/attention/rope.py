@@ -14,14 +14,14 @@ from vllm_cascade.support.rotation import RotationError, check_rotation
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """What it takes to rotate a head: a table by position, and how its rows are laid out.
+    """A rotary embedding: a table by position, and which channels of a head are paired.
 
     Args:
-        cos_sin_cache: [num_positions, rotary_dim]; a row is the cosines, then the sines. On
-            a CPU in the model's dtype, as vLLM rotates there; on a GPU in float32, because decode
-            composes rotations, which a rounded table does not allow.
-        is_neox_style: Whether element i is paired with i + rotary_dim / 2, or 2i with 2i + 1.
-        rotary_dim: Leading elements of a head that are rotated.
+        cos_sin_cache: [num_positions, rotary_dim] cosines of a position, then its sines. On a CPU
+            in the model's dtype, in which vLLM rotates there. On a GPU in float32: decode composes
+            two rotations into one, which a rounded table does not allow.
+        is_neox_style: Whether channel i is paired with i + rotary_dim / 2, or 2i with 2i + 1.
+        rotary_dim: Number of leading channels of a head that are rotated.
     """
 
     cos_sin_cache: torch.Tensor
@@ -30,7 +30,7 @@ class Rope:
 
     @cached_property
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [num_positions, rotary_dim / 2], float32; made once for all layers."""
+        """Cosines and sines, each [num_positions, rotary_dim / 2] float32, shared by all layers."""
         cos, sin = self.cos_sin_cache.float().chunk(2, dim=-1)
         return cos.contiguous(), sin.contiguous()
 
@@ -40,14 +40,17 @@ class Rope:
 
         Args:
             module: The model's rotary embedding.
-            layer_name: For the message.
-            num_positions: Positions the backend will rotate at.
+            layer_name: The layer's name, for the message.
+            num_positions: Positions that the backend will rotate at.
+
+        Returns:
+            The embedding, its table cut to `num_positions`.
 
         Raises:
-            RotationError: Not one of the classes whose result depends on the table and the position
-                alone, or its table is too short.
+            RotationError: The module is of a class whose result depends on more than its table and
+                the position, or its table is too short.
         """
-        # By exact class: a subclass may rotate differently.
+        # The exact class counts, because a subclass may rotate differently.
         if type(module) not in _position_tables():
             raise RotationError(
                 layer_name, f"has a {type(module).__name__}, which is no plain RoPE"
@@ -67,21 +70,31 @@ class Rope:
 
 
 class Unrotated(nn.Module):
-    """Stands where the model's rotary embedding stood; returns query and key as they come."""
+    """Stands in the model where its rotary embedding stood, and does not rotate."""
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return query and key unchanged.
+
+        Args:
+            positions: Not used.
+            query: Of any shape.
+            key: Of any shape.
+
+        Returns:
+            `query` and `key`.
+        """
         return query, key
 
 
 def take_over(model: nn.Module) -> None:
     """Move the rotary embedding of every CASCADE layer from the model to the layer's backend.
 
-    Layers of other backends keep theirs. A model without CASCADE layers is left as it is.
+    Layers of other backends keep their rotary embeddings.
 
     Args:
-        model: A loaded model.
+        model: A loaded model, changed in place.
 
     Raises:
         RotationError: A CASCADE layer's rotary embedding cannot be taken over.
@@ -94,7 +107,7 @@ def take_over(model: nn.Module) -> None:
         for name, child in parent.named_children()
         if isinstance(child, Attention) and is_cascade(child.attn_backend.get_name())
     ]
-    # Layers that share a module share its tables.
+    # Layers that share a rotary embedding share its tables.
     ropes: dict[tuple[nn.Module, int], Rope] = {}
     for parent, name, attention in layers:
         layer_name = attention.layer_name

@@ -18,7 +18,7 @@ from vllm_cascade.structure.layout import Layout
 
 
 class Seen:
-    """The rows that an engine's steps were given, so that their pages can be read later.
+    """The block-table rows that an engine's steps were given, to read their pages later.
 
     Args:
         layout: The cascade's structure.
@@ -26,18 +26,19 @@ class Seen:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        # First block of a request -> its blocks and its tokens when last seen, newest last.
+        # First block of a request -> its blocks and number of tokens when last seen. The request
+        # seen last comes last.
         self.requests: dict[int, tuple[npt.NDArray[np.int32], int]] = {}
 
     def note(self, block_table: npt.NDArray[np.int32], seq_lens: npt.NDArray[np.int64]) -> None:
-        """Take in one step.
+        """Note one step's requests.
 
         Args:
-            block_table: [num_requests, width] block ids.
-            seq_lens: [num_requests] tokens of each request once the step is done.
+            block_table: [num_requests, width] int32 block ids of each request's row.
+            seq_lens: [num_requests] int64 tokens of each request once the step is done.
         """
         for row, num_tokens in zip(block_table, seq_lens.tolist(), strict=True):
-            # Block 0 is never handed out; the rows of dummy runs consist of it.
+            # vLLM never hands out block 0; the rows of dummy runs hold nothing else.
             if num_tokens and row[0]:
                 blocks = row[: self.layout.need(num_tokens)].copy()
                 self.requests.pop(int(blocks[0]), None)
@@ -47,16 +48,16 @@ class Seen:
 def kept_in(
     pages: Pages, layout: Layout, row: npt.NDArray[np.int32], num_tokens: int
 ) -> torch.Tensor:
-    """Token indices that one request holds in one layer.
+    """Read the tokens that one request holds in one layer.
 
     Args:
         pages: The layer's pages, with token indices.
         layout: The cascade's structure.
-        row: Block ids of the request's row.
-        num_tokens: Tokens computed.
+        row: [num_blocks] block ids of the request's block-table row.
+        num_tokens: Tokens that the request has computed.
 
     Returns:
-        [num_kv_heads, num_kept] int32 tensor in logical order.
+        [num_kv_heads, num_kept] int32 token indices in logical order.
     """
     assert pages.token is not None
     entries, places = layout.held(num_tokens)
@@ -70,11 +71,12 @@ class WorkerExtension:
     model_runner: Any
 
     def kept_tokens(self) -> list[dict[str, Any]]:
-        """Kept tokens of the requests whose pages are still whole, the oldest first.
+        """List the kept tokens of each request none of whose blocks a later request has.
 
         Returns:
-            Per request ``num_tokens`` (computed) and ``layers``: layer name to
-            [num_kv_heads][num_kept] token indices in logical order, of this rank's heads.
+            A dictionary for each request, the request seen last at the end. ``num_tokens`` is the
+            number of tokens computed. ``layers`` maps a layer's name to [num_kv_heads][num_kept]
+            token indices in logical order, for the heads of this rank.
 
         Raises:
             ValueError: The engine runs without ``trace_tokens``.

@@ -1,20 +1,21 @@
 """Which requests go on from which ends, and which prompts are copied for others to go on from.
 
-A chat's next turn takes over the blocks of the turn before. Of what was a prompt alone a request
-gets a copy, as more requests may begin with it. For the same reason a long prompt is copied while
-it is computed, shortly before its end.
+A chat's next turn takes over the blocks of the turn before. If an end is that of a prompt without
+an answer, a request gets a copy instead, because more requests may begin with the same prompt. For
+the same reason a long prompt is copied while it is computed, shortly before the prompt's end.
 
-What vLLM calls for a request of a model with prefix caching, in this order:
+With prefix caching vLLM makes these calls for a request, in this order:
 
 1. The patch of `KVCacheManager.get_computed_blocks` asks `CascadeManager.continued_by` where the
-   waiting request can go on: `find`. It asks again in each step until the request is admitted.
-2. `get_num_blocks_to_allocate` counts the blocks to be copied as well: `Progress.copies`.
-3. On admission `add_local_computed_blocks` fills the row: `begin`, with blocks that are taken over
-   or with copies, then `allocate_new_blocks` adds others.
-4. `cache_blocks`, in each step: `step`, which may copy the prompt.
-5. `take_pending_cow_copies`, at the end of each step's scheduling: the worker makes these copies
-   before it computes anything.
-6. `free`: `end` keeps what the request held, for others to go on from.
+   waiting request can go on. `find` answers, in each step until the request is admitted.
+2. `get_num_blocks_to_allocate` counts the new blocks that the request needs, and the originals of
+   a copy (`Progress.copies`), which are not free until the copy is made.
+3. On admission `add_local_computed_blocks` fills the row, with blocks that `begin` takes over or
+   copies. Then `allocate_new_blocks` adds the blocks that are missing.
+4. `cache_blocks`, in each step, may have the prompt copied: `wants_copy`, then `copy_prompt`.
+5. `take_pending_cow_copies`, at the end of each step's scheduling, hands the copies to the worker,
+   which makes them before it computes anything.
+6. `free` lets `end` keep what the request held, for other requests to go on from.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
     Copies = list[tuple[KVCacheBlock, KVCacheBlock]]
 
-# The last tokens of a prompt, taken to be the request's own question. What stands before them may
-# be a text that other requests have too, and is worth a copy.
+# Trailing tokens of a prompt that are assumed to be the request's own question. The text before the
+# question may be that of other requests too, and is worth a copy.
 QUESTION_TOKENS = 256
 
 
@@ -40,11 +41,11 @@ class Progress:
     """What is known of a request beside its blocks.
 
     Args:
-        promised: Blocks that its prompt will hold, as promised on admission.
-        request: vLLM's request, once it runs with prefix caching.
-        copies: Whether it goes on from a copy, until it is admitted.
-        taken_tokens: Tokens that the blocks it took over stand for, until its first step.
-        was_copied: Whether there is a copy of its prompt.
+        promised: Blocks that the request's prompt will hold, counted on admission.
+        request: vLLM's request, once it runs with prefix caching; until then None.
+        copies: Whether the request will go on from a copy; False once it is admitted.
+        taken_tokens: Tokens of the end that the request took over; 0 after its first step.
+        was_copied: Whether the request's prompt was copied.
     """
 
     promised: int = 0
@@ -59,31 +60,31 @@ class Continuation:
 
     Args:
         ends: Where earlier requests ended.
-        least_copied: Fewest tokens of a prompt that are worth a copy: a copy costs as much
-            whatever is in it.
+        least_copied: Fewest tokens of a prompt that are worth a copy; a copy has a cost of its own,
+            however few tokens it saves.
     """
 
     def __init__(self, ends: Ends, least_copied: int) -> None:
         self._ends, self._least_copied = ends, least_copied
-        # Whether vLLM asks where requests can go on. False for models with other caches beside
-        # CASCADE's: the patch does not ask for them.
+        # Whether vLLM asks where requests can go on. False for hybrid models, which the patch
+        # `continued_requests` leaves out.
         self._is_asked = False
 
     def find(
         self, request: Request, progress: Progress, most: int, num_free: int, need: int
     ) -> tuple[list[KVCacheBlock], int]:
-        """Where a waiting request can go on.
+        """Find where a waiting request can go on.
 
         Args:
             request: A request that has computed nothing.
-            progress: Its own.
+            progress: The request's.
             most: Most tokens that may be taken as computed.
-            num_free: Free blocks.
-            need: Blocks that all of its tokens will take.
+            num_free: Free blocks of the pool.
+            need: Blocks that the request's row will hold with all its tokens.
 
         Returns:
-            Blocks to begin with, and the tokens they stand for; none and 0 if it has to begin at
-            the beginning.
+            Blocks to take over or to copy, and the number of tokens computed in them; no blocks
+            and 0 if the request has to begin at the beginning.
         """
         self._is_asked = True
         progress.copies = False
@@ -94,22 +95,22 @@ class Continuation:
         if end.is_prompt and num_unheld + need <= num_free:
             progress.copies = True
         elif num_unheld < len(end.blocks):
-            # Another request is about to get a copy, so these cannot be taken over.
+            # A copy of these blocks is pending for another request, so they cannot be taken over.
             return [], 0
         return end.blocks, end.num_tokens
 
     def begin(
         self, progress: Progress, blocks: list[KVCacheBlock], num_tokens: int
     ) -> tuple[list[KVCacheBlock], Copies]:
-        """Admit a request that goes on.
+        """Begin an admitted request with what `find` gave.
 
         Args:
-            progress: Its own.
+            progress: The request's.
             blocks: From `find`.
             num_tokens: From `find`.
 
         Returns:
-            The blocks of its row, and what the worker has to copy into them.
+            The first blocks of the request's row, and pairs (block, its copy) for the worker.
         """
         if progress.copies:
             progress.copies = False
@@ -120,17 +121,21 @@ class Continuation:
         return blocks, []
 
     def wants_copy(self, progress: Progress, num_tokens: int) -> int:
-        """Tokens of the request's prompt that are to be copied before the step runs, or 0.
+        """Decide whether a request's prompt is to be copied before the step runs.
 
         Args:
-            progress: Of a running request.
-            num_tokens: Tokens that it will have computed after the step.
+            progress: A running request's.
+            num_tokens: Tokens that the request will have computed after the step.
+
+        Returns:
+            Tokens of the prompt to copy, which are those computed so far; 0 for no copy.
         """
         request = progress.request
         assert request is not None
         num_held = request.num_computed_tokens or progress.taken_tokens
         progress.taken_tokens = 0
-        # The step leaves at most a question to compute, so all before it is held now.
+        # The step comes to the question: after it, less than a question is left to compute. What
+        # the request holds now lies before the question.
         is_last = num_held < request.num_prompt_tokens < num_tokens + QUESTION_TOKENS
         is_worth_it = self._is_asked and num_held >= self._least_copied
         return num_held if is_worth_it and is_last and not progress.was_copied else 0
@@ -138,30 +143,30 @@ class Continuation:
     def copy_prompt(
         self, progress: Progress, num_tokens: int, blocks: list[KVCacheBlock]
     ) -> Copies:
-        """Copy a running request's prompt, for others to go on from.
+        """Copy a running request's prompt, for other requests to go on from.
 
         Args:
-            progress: Its own.
+            progress: The request's.
             num_tokens: From `wants_copy`.
-            blocks: The blocks that hold them.
+            blocks: The blocks that hold these tokens.
 
         Returns:
-            What the worker has to copy.
+            Pairs (block, its copy) for the worker.
         """
         assert progress.request is not None
         progress.was_copied = True
         return self._ends.keep_copy(progress.request, num_tokens, blocks)
 
     def end(self, progress: Progress | None, blocks: list[KVCacheBlock]) -> bool:
-        """Keep what a request held, for others to go on from.
+        """Keep what a request held, for other requests to go on from.
 
         Args:
-            progress: Of a request that gives its blocks back; None if nothing is known of it.
-            blocks: All of them.
+            progress: Of the request that gives its blocks back; None if it never had one.
+            blocks: All blocks of the request.
 
         Returns:
-            Whether they were given back to the pool: not those of a request that is preempted, or
-            whose tokens do not tell what they hold.
+            Whether the blocks were given back to the pool. If not, nothing was done: the request
+            is preempted, or its tokens do not tell what the blocks hold.
         """
         request = None if progress is None else progress.request
         has_ended = request is not None and request.is_finished() and self._is_asked

@@ -1,9 +1,9 @@
 """What requests held when they ended, found by the tokens of a request that may go on from there.
 
-A block of a cascade holds what survived all that came after it, so no two requests can share one.
-But a request whose tokens begin with all those that an earlier one computed can go on from that
-one's blocks, if it takes them over or gets copies of them. All of these blocks count as free
-meanwhile: the pool hands them out when it has no others, and then the end is forgotten.
+A block of a cascade holds what has survived all later tokens, so two requests cannot share a block.
+But a request can go on from an earlier request's blocks if its tokens begin with all tokens that
+the earlier request computed. Then it takes the blocks over, or gets copies of them. The blocks of
+an end count as free: the pool hands them out when it has no other block, and the end is forgotten.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class End:
-    """Where a request has ended, or where a running one was copied.
+    """The point where a request ended, or where a running request was copied.
 
     Args:
         num_tokens: Tokens that the request had computed.
-        whole: vLLM's hash of its whole blocks of tokens, which counts adapter and salt in.
-        rest: Its tokens after those.
-        blocks: All that it held, or copies of all that it held.
-        is_prompt: Whether it had computed no token of an answer. Then others may begin like it.
-        is_copy: Whether `blocks` are copies, of a request that was still running.
+        whole: vLLM's hash of those of them in whole blocks; adapter and salt are in the hash.
+        rest: The tokens after the whole blocks.
+        blocks: All blocks that the request held, or copies of them, in the order of its row.
+        is_prompt: Whether the request had computed no token of an answer. Then other requests may
+            begin with the same tokens.
+        is_copy: Whether `blocks` are copies, made while the request was running.
     """
 
     num_tokens: int
@@ -42,60 +43,64 @@ class End:
 
 
 class Ends:
-    """The ends of requests whose blocks no other has taken yet.
+    """The ends whose blocks nobody has taken yet.
 
     Args:
         block_pool: vLLM's pool.
-        block_size: Tokens of a block that is hashed.
-        group_id: Of the layers among the model's.
+        block_size: Tokens in a block, which is what vLLM hashes.
+        group_id: vLLM's number of the KV cache group that CASCADE's layers are.
     """
 
     def __init__(self, block_pool: BlockPool, block_size: int, group_id: int) -> None:
         self._pool, self._block_size, self._group_id = block_pool, block_size, group_id
         # First block -> end.
         self._ends: dict[int, End] = {}
-        # Number of whole blocks of tokens -> their hash -> ends. Thousands may be kept, and each
-        # waiting request is looked up in each step.
+        # Number of whole blocks of tokens -> their hash -> ends. By hash, because thousands of ends
+        # may be kept, and each waiting request is looked up in each step.
         self._by_hash: dict[int, dict[BlockHash, list[End]]] = {}
         # First block of copies that the worker has yet to make -> the originals.
         self._originals: dict[int, list[KVCacheBlock]] = {}
         # The ends that are copies, by first block, the oldest first.
         self._copies: dict[int, End] = {}
-        # Blocks of the ends that are copies (True) and of the others (False).
+        # Whether an end is a copy -> number of blocks of all such ends.
         self._num_blocks = {True: 0, False: 0}
 
     @property
     def num_unused(self) -> int:
-        """Free blocks, those of droppable copies of prompts included."""
+        """Free blocks that can be taken without losing an end other than a prompt's copy."""
         return self._pool.get_num_free_blocks() - self._num_blocks[False]
 
     def new_blocks(self, number: int) -> list[KVCacheBlock]:
-        """Take blocks out of the pool; as long as there is a prompt's copy, no end is lost.
+        """Take blocks out of the pool; copies of prompts are dropped before any other end is.
 
         Args:
-            number: How many, of those that are free.
+            number: How many; at most the number of free blocks.
+
+        Returns:
+            The blocks, each with one reference.
         """
         missing = number - (self.num_unused - self._num_blocks[True])
         for copy in list(self._copies.values()) if missing > 0 else ():
             if missing > 0 and all(block.ref_cnt == 0 for block in copy.blocks):
                 missing -= len(copy.blocks)
                 self.take(copy.blocks)
-                # Without a hash they come first.
+                # The pool hands out blocks without a hash first.
                 self._pool.free_blocks(copy.blocks)
         return self._pool.get_new_blocks(number)
 
     def keep(self, request: Request, blocks: list[KVCacheBlock]) -> bool:
-        """Give the blocks of a finished request back to the pool, and remember what they hold.
+        """Give the blocks of a finished request back to the pool, and remember them as an end.
 
         Args:
             request: The request.
-            blocks: All that it held.
+            blocks: All blocks that it held.
 
         Returns:
-            Whether its tokens tell what the blocks hold. If not, nothing was done.
+            Whether the blocks were given back. If not, nothing was done: a block is still being
+            copied, or the request's tokens do not tell what the blocks hold.
         """
         num_tokens = request.num_computed_tokens
-        # Others with a reference are still being copied.
+        # A block with a second reference is still being copied.
         if not blocks or any(block.ref_cnt > 1 for block in blocks):
             return False
         if not self._is_told(request, num_tokens):
@@ -112,11 +117,11 @@ class Ends:
         Args:
             request: The running request.
             num_tokens: Tokens of its prompt that it has computed.
-            blocks: All blocks that hold them.
+            blocks: All blocks that hold these tokens.
 
         Returns:
-            As `copy`; nothing if there is such an end already, or if the request's tokens do not
-            tell what the blocks hold.
+            As `copy`; an empty list if there is an end of the same tokens already, or if the
+            request's tokens do not tell what the blocks hold.
         """
         found = self.find(request, num_tokens)
         is_there = found is not None and found.num_tokens == num_tokens
@@ -129,18 +134,19 @@ class Ends:
         return copied
 
     def copies_are_made(self) -> None:
-        """Note that the worker makes all copies so far before it computes anything else."""
+        """Note that the worker makes all copies listed so far before it computes anything else."""
         self._originals.clear()
 
     def find(self, request: Request, most: int) -> End | None:
-        """The longest end with which the tokens of a request begin.
+        """Find the longest end whose tokens a request begins with.
 
         Args:
-            request: Any request.
-            most: Most tokens of the end; fewer than the request has, since one is to be computed.
+            request: A waiting or running request.
+            most: Most tokens that the end may have; of a waiting request not all, since a step has
+                to compute one.
 
         Returns:
-            The end, or None. Its blocks are the pool's still.
+            The end, or None. The end is kept, and its blocks still count as free.
         """
         if request.mm_features or request.prompt_embeds is not None:
             return None
@@ -156,7 +162,7 @@ class Ends:
         return max(found, key=lambda end: end.num_tokens, default=None)
 
     def take(self, blocks: list[KVCacheBlock]) -> None:
-        """Hand over an end's blocks, from which nobody else can go on then.
+        """Hand an end's blocks over to one request; the end is forgotten.
 
         Args:
             blocks: Of an end that `find` returned.
@@ -167,14 +173,14 @@ class Ends:
             block.reset_hash()
 
     def copy(self, blocks: list[KVCacheBlock]) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
-        """Take as many new blocks, into which the worker will copy before it computes anything.
+        """Take a new block for the copy of each block; the worker copies before it computes.
 
         Args:
-            blocks: Of an end that `find` returned.
+            blocks: Of an end that `find` returned, or of a running request.
 
         Returns:
-            Each block and its copy. Both have one more reference, which vLLM drops once the
-            worker has copied.
+            Pairs (block, its copy). Each of the two has one reference more than its holder's;
+            vLLM drops this reference once the worker has copied.
         """
         blocks = self._originals.get(blocks[0].block_id, blocks)
         self._pool.touch(blocks)
@@ -183,10 +189,10 @@ class Ends:
         return list(zip(blocks, copies, strict=True))
 
     def _is_told(self, request: Request, num_tokens: int) -> bool:
-        """Whether a request's first tokens can be told from another's."""
+        """Whether hash and tokens tell a request's first `num_tokens` tokens from another's."""
         number = num_tokens // self._block_size
-        # A step may be under way for a token that is not known here. Images and embeddings are in
-        # the hashes, but not in what follows them.
+        # With asynchronous scheduling a step may run for a token that is not known here yet. Images
+        # and embeddings are in the hashes of whole blocks, but not in the tokens after them.
         told = num_tokens <= request.num_tokens and 0 < number <= len(request.block_hashes)
         return told and not request.mm_features and request.prompt_embeds is None
 
@@ -212,14 +218,13 @@ class Ends:
         if end.is_copy:
             self._copies[first] = end
         if end.is_prompt:
-            # The hash is a dummy: nothing finds the blocks by it. It makes the pool hand them out
-            # last.
+            # No look-up finds the blocks by this hash. The hash makes the pool hand them out last.
             for block in end.blocks:
                 block.set_block_hash(make_block_hash_with_group_id(end.whole, self._group_id))
         self._pool.unpin_blocks(end.blocks, partial(self._forget, end))
 
     def _forget(self, end: End, _: KVCacheBlock) -> None:
-        """One of its blocks is another request's now."""
+        """Forget an end, of which the pool has handed out a block."""
         if self._ends.get(end.blocks[0].block_id) is end:
             self._remove(end)
 

@@ -1,4 +1,4 @@
-"""The scheduler's side of the cascade: rows that grow to R blocks and never shrink."""
+"""The scheduler's side of the cascade: a request's row grows to R blocks and never shrinks."""
 
 from __future__ import annotations
 
@@ -19,34 +19,39 @@ if TYPE_CHECKING:
 
 
 class CascadeManager(CircularBufferManager):
-    """Hands a request need(tokens) blocks and lets it keep them until it ends.
+    """Gives a request `Layout.need` blocks, which it keeps until it ends.
 
-    Blocks are recycled inside the row, so nothing is freed, moved or shared on the way. With prefix
-    caching a later request may go on where this one ended (`Continuation`). vLLM
-    admits a waiting request if its whole prompt fits the free blocks of the moment; blocks that
-    admitted prompts have yet to take are counted here as taken, so that a pool with room for k
-    budgets runs k long requests and preempts none.
+    Blocks are recycled inside the row, so no block is freed, moved or shared before the request
+    ends. With prefix caching a later request may go on where an earlier one ended
+    (`Continuation`). vLLM admits a waiting request if its whole prompt fits into the free blocks
+    of the moment. This manager counts the blocks that admitted prompts have yet to take as taken:
+    so a pool with room for k budgets runs k long requests and preempts none.
+
+    Args:
+        kv_cache_spec: The spec of CASCADE's layers, which carries the configuration.
+        args: As of vLLM's managers.
+        kwargs: As of vLLM's managers.
     """
 
     def __init__(self, kv_cache_spec: CascadeSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._layout = build_layout(kv_cache_spec.config)
-        # Request -> what is known of it, from the first question about it until it gives its
-        # blocks back.
+        # Request -> what is known of it, from vLLM's first call for the request until the request
+        # gives its blocks back.
         self._progress: defaultdict[str, Progress] = defaultdict(Progress)
         self._ends = Ends(self.block_pool, self.block_size, self.kv_cache_group_id)
         self._continuation = Continuation(self._ends, -(-kv_cache_spec.config.cache_tokens // 4))
 
     def continued_by(self, request: Request, most: int) -> tuple[list[KVCacheBlock], int]:
-        """Where a waiting request can go on.
+        """Find where a waiting request can go on.
 
         Args:
             request: A request that has computed nothing.
             most: Most tokens that may be taken as computed.
 
         Returns:
-            Blocks for its row, and the tokens they stand for; none and 0 if it has to begin at
-            the beginning.
+            Blocks to take over or to copy, and the number of tokens computed in them; no blocks
+            and 0 if the request has to begin at the beginning.
         """
         return self._continuation.find(
             request,
@@ -67,11 +72,27 @@ class CascadeManager(CircularBufferManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
+        """Count the blocks that a request lacks of `Layout.need`, which never passes R.
+
+        Args:
+            request_id: The request.
+            num_tokens: Tokens that the request will have computed, or all of its prompt.
+            new_computed_blocks: Blocks from `continued_by`, to be taken over or copied.
+            total_computed_tokens: Not used.
+            num_local_computed_tokens: Not used.
+            num_tokens_main_model: Not used.
+            apply_admission_cap: Whether vLLM asks to admit the request with its whole prompt.
+                Then the blocks that earlier prompts have yet to take count too.
+            prefill_end: Not used.
+
+        Returns:
+            Blocks that have to be free.
+        """
         progress = self._progress[request_id]
         need = self._layout.need(num_tokens)
         missing = max(0, need - self._num_held(request_id))
         if progress.copies:
-            # What is copied is not free meanwhile.
+            # The originals are not free until the worker has copied them.
             missing += sum(block.ref_cnt == 0 for block in new_computed_blocks)
         if apply_admission_cap:
             progress.promised = need
@@ -81,6 +102,7 @@ class CascadeManager(CircularBufferManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
+        """Lengthen a request's row to `Layout.need` blocks, where vLLM's has all tokens' blocks."""
         missing = self._layout.need(num_tokens) - self._num_held(request_id)
         if missing <= 0:
             return []
@@ -95,6 +117,11 @@ class CascadeManager(CircularBufferManager):
         num_external_computed_tokens: int,
         record_for_zeroing: bool = True,
     ) -> None:
+        """Refuse KV from a connector, for which vLLM's managers take blocks.
+
+        Raises:
+            NotImplementedError: A connector has tokens for the request.
+        """
         if num_external_computed_tokens:
             raise NotImplementedError(
                 "CASCADE cannot take KV from a connector: its pages hold what survived, not every "
@@ -108,6 +135,14 @@ class CascadeManager(CircularBufferManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
+        """Begin a row with blocks taken over or copied, where vLLM shares an earlier request's.
+
+        Args:
+            request_id: The request.
+            new_computed_blocks: Blocks from `continued_by`.
+            num_local_computed_tokens: Tokens computed in these blocks.
+            num_external_computed_tokens: Not used.
+        """
         if new_computed_blocks:
             blocks, copies = self._continuation.begin(
                 self._progress[request_id], list(new_computed_blocks), num_local_computed_tokens
@@ -123,34 +158,47 @@ class CascadeManager(CircularBufferManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        # Called in each step with prefix caching, and only then.
+        """Have a prompt copied shortly before its end, where vLLM hashes each full block.
+
+        vLLM calls this method in each step, and only with prefix caching.
+
+        Args:
+            request: A request that the step computes.
+            num_tokens: Tokens that the request will have computed after the step.
+            retention_interval: Not used.
+            replay_boundaries: Not used.
+        """
         progress = self._progress[request.request_id]
         progress.request = request
         num_copied = self._continuation.wants_copy(progress, num_tokens)
         if not num_copied:
             return
         blocks = self.req_to_blocks[request.request_id][: self._layout.need(num_copied)]
-        # Into spare blocks only. Each request may take another one until the end of this step.
+        # A copy is made out of spare blocks only: each running request may take one more block
+        # before this step is scheduled.
         needed = len(blocks) + self._num_promised() + len(self.req_to_blocks)
         if needed <= self._ends.num_unused:
             self._pending_cow_copies += self._continuation.copy_prompt(progress, num_copied, blocks)
 
     def take_pending_cow_copies(self) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+        """Hand the step's copies to the worker as vLLM does, and note that they will be made."""
         self._ends.copies_are_made()
         return super().take_pending_cow_copies()
 
     def free(self, request_id: str) -> None:
+        """Free a request's blocks as an end to go on from, where vLLM frees each for itself."""
         progress = self._progress.get(request_id)
         blocks = self.pop_blocks_for_free(request_id)
         if not self._continuation.end(progress, blocks):
             self.block_pool.free_blocks(reversed(blocks))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Take a request's blocks out of its row as vLLM does, and forget its progress."""
         self._progress.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def _num_promised(self, besides: str | None = None) -> int:
-        """Blocks that admitted prompts have yet to take."""
+        """Blocks that admitted prompts have yet to take, but for the request `besides`."""
         return sum(
             max(0, progress.promised - self._num_held(name))
             for name, progress in self._progress.items()

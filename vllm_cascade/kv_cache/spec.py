@@ -1,4 +1,4 @@
-"""The KV cache spec of a cascade layer: what a page holds and how much a request may take."""
+"""The KV cache spec of a cascade layer: what a page holds, and how many pages a request takes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ TRACE_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeSpec(AttentionSpec):
-    """Pages of K and V, plain as vLLM's own unless something is kept beside them.
+    """Pages of keys and values, plain as vLLM's own, with a tail where more is kept.
 
-    For policies with attention scores one fp32 score per KV head and slot follows in the padded
-    tail, and with ``trace_tokens`` an int32 token index. Not a
-    `FullAttentionSpec`: vLLM takes that as "every token has a slot".
+    With attention scores, a page's padded tail holds one float32 score per KV head and slot. With
+    ``trace_tokens`` an int32 token index per KV head and slot follows. The class does not derive
+    from `FullAttentionSpec`, which tells vLLM that every token has a slot.
 
     Args:
-        config: The resolved configuration; carries the structure to the scheduler's process.
+        config: The resolved configuration; the spec carries it to the scheduler's process.
+
+    Raises:
+        UnsupportedError: vLLM has stretched the page or the block to those of other layers.
     """
 
     config: CascadeConfig
@@ -39,7 +42,7 @@ class CascadeSpec(AttentionSpec):
         fits = not tail or self.page_size_padded in (None, self.unpadded_page_size_bytes + tail)
         if self.block_size == self.config.block_size and fits:
             return
-        # vLLM has stretched this spec to the pages of other layers.
+        # vLLM has stretched this spec, so that its pages are as large as those of other layers.
         why = (
             "pages of all layers overlay each other, and what is kept behind keys and values "
             "would be read as such"
@@ -57,14 +60,14 @@ class CascadeSpec(AttentionSpec):
 
     @classmethod
     def of(cls, spec: AttentionSpec, config: CascadeConfig) -> CascadeSpec:
-        """The cascade's spec for a layer that vLLM described as `spec`.
+        """Make the cascade's spec of a layer from vLLM's.
 
         Args:
-            spec: vLLM's spec of the layer, its block size being ``config.block_size``.
+            spec: vLLM's spec of the layer, with blocks of ``config.block_size`` tokens.
             config: The resolved configuration.
 
         Returns:
-            The spec, with a page size that counts scores and trace.
+            The spec; its page size counts scores and token indices.
         """
         tail = _tail_bytes(spec, config)
         padded = spec.unpadded_page_size_bytes + tail if tail else None
@@ -81,28 +84,37 @@ class CascadeSpec(AttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
-        # Takes part in look-ups, so that its manager vetoes what other layers' caches hit.
+        """True: so look-ups ask the manager, which vetoes what other layers' caches hit."""
         return True
 
     @property
     def uses_slot_mapping(self) -> bool:
+        """False: a token's slot depends on its place, which the worker finds from the layout."""
         return False
 
     @property
     def block_table_token_alignment(self) -> int | None:
+        """None: a row is R blocks wide, and needs no rounding up as vLLM's own does."""
         return None
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of this layer's pages that the longest request holds."""
+        """Count the bytes that the longest request of `vllm_config` holds in a layer: R pages."""
         need = build_layout(self.config).need(vllm_config.model_config.max_model_len)
         return need * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """Width of a request's row in the worker's block table.
+        """Give the width of a request's row in the worker's block table.
 
-        Rows never hold more than R blocks. Model runner V1 computes slots from the token index
-        all the same and would read past a narrower row; V2 does not, but its warm-up hands out
-        a block for every token of a batch.
+        A row never holds more than R blocks. But model runner V1 computes slots from token indices
+        all the same, and would read past the end of a row of R. Runner V2 does not, but its warm-up
+        gives a request a block for every `block_size` tokens of a batch.
+
+        Args:
+            vllm_config: vLLM's complete configuration.
+            max_len: Tokens of the longest request.
+
+        Returns:
+            Blocks.
         """
         if not vllm_config.use_v2_model_runner:
             return cdiv(max_len, self.block_size)
@@ -110,10 +122,11 @@ class CascadeSpec(AttentionSpec):
         return max(build_layout(self.config).max_blocks, cdiv(batch, self.block_size) + 1)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether all specs are CASCADE's: no other spec can share their group and manager."""
         return all(isinstance(spec, CascadeSpec) for spec in kv_cache_specs.values())
 
 
 def _tail_bytes(spec: AttentionSpec, config: CascadeConfig) -> int:
-    """Bytes of a page behind K and V."""
+    """Bytes of a page behind its keys and values."""
     slots = spec.num_kv_heads * spec.block_size
     return slots * (SCORE_BYTES * config.needs_scores + TRACE_BYTES * config.trace_tokens)

@@ -1,4 +1,4 @@
-"""A complete configuration of the cascade, and the rules that make it valid.
+"""A complete configuration of the cascade, and the rules that a valid one keeps.
 
 Pure Python: imports neither torch nor vLLM, so that a configuration can be checked anywhere.
 """
@@ -13,10 +13,17 @@ MIN_DECAY_PER_STRIDE = 1e-3
 
 
 class ConfigError(ValueError):
-    """An option that cannot work: names the field, the value given, why not and what would."""
+    """An option that cannot work; the message says why not, and what would work.
+
+    Args:
+        field: The option's name.
+        value: The value given.
+        why: What is wrong with the value.
+        instead: What the user can give or do instead, as a sentence without its full stop.
+    """
 
     def __init__(self, field: str, value: object, why: str, instead: str) -> None:
-        super().__init__(field, value, why, instead)  # all four, so that it can be pickled
+        super().__init__(field, value, why, instead)  # a pickle calls the class with these four
         self.field = field
 
     def __str__(self) -> str:
@@ -25,7 +32,13 @@ class ConfigError(ValueError):
 
 
 class Fault(NamedTuple):
-    """A rule that a configuration breaks."""
+    """A rule that a configuration breaks.
+
+    Args:
+        field: The option to blame.
+        value: Its value.
+        why: The rule, as the second half of a sentence about the value.
+    """
 
     field: str
     value: object
@@ -33,7 +46,7 @@ class Fault(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a configuration has to fit.
+    """What the configuration has to fit: the model, and how vLLM serves the model.
 
     Args:
         block_size: Tokens in a KV block.
@@ -51,11 +64,13 @@ def shares(blocks: int, num_sub_caches: int, newest_share: float) -> tuple[int, 
 
     Args:
         blocks: The budget, in blocks.
-        num_sub_caches: Number of sub-caches.
-        newest_share: As in `CascadeConfig`.
+        num_sub_caches: Number of sub-caches, at least 1.
+        newest_share: Share of the budget that the newest sub-cache gets; an equal share if that
+            is more.
 
     Returns:
-        Blocks of the newest sub-cache and of each other one, which is 0 if there is too little.
+        Blocks of the newest sub-cache, and blocks of each other one. The second number is 0 if
+        there is one sub-cache, or if the budget is too small to give each other one a block.
     """
     others = num_sub_caches - 1
     if not others:
@@ -66,15 +81,17 @@ def shares(blocks: int, num_sub_caches: int, newest_share: float) -> tuple[int, 
 
 
 def spanned(newest: int, older: int, num_sub_caches: int) -> int:
-    """Context that sub-caches span: what was handed on i times stands for 2**i times as much.
+    """Measure the text that full sub-caches span: sub-cache i keeps one of 2**i tokens.
 
     Args:
         newest: Size of the newest sub-cache, in blocks or tokens.
-        older: Size of each other one; 0 if there is none.
+        older: Size of each other one, in the same unit; 0 if there is none.
         num_sub_caches: Number of sub-caches.
 
     Returns:
-        The span in the same unit.
+        The span, in the same unit.
+
+    Source: Willette et al., arXiv 2406.17808; sub-caches of unequal size are ours.
     """
     return newest + older * ((1 << num_sub_caches) - 2)
 
@@ -86,18 +103,19 @@ class CascadeConfig:
     Args:
         policy: Name of the preset the knobs came from.
         block_size: Tokens in a KV block.
-        cache_tokens: Budget of the sub-caches together, in tokens; sinks come on top.
+        cache_tokens: Budget of all sub-caches together, in tokens; sinks come on top.
         num_sub_caches: Number of sub-caches.
-        newest_share: Share of the budget that the newest sub-cache has, an equal share at least.
-        num_sink_tokens: First tokens of a request, kept for ever.
+        newest_share: Share of the budget that the newest sub-cache has, 0 to 1; it has an equal
+            share if that is more.
+        num_sink_tokens: Number of sinks: a request's first tokens, never evicted.
         stride: Tokens between two boundaries.
-        selection_window: Neighbours of which half survive a merge.
-        score_weight: Weight of the rank of a token's attention score; 0 where none is kept.
-        key_weight: Weight of the rank of its key's distinctiveness.
-        value_weight: Weight of the rank of its value's distinctiveness.
+        selection_window: Number of neighbouring tokens of which half survive a merge.
+        score_weight: Weight of the rank of a token's attention score; 0 where no score is kept.
+        key_weight: Weight of the rank of the token's key by distinctiveness.
+        value_weight: Weight of the rank of the token's value by distinctiveness.
         score_power: Exponent on the attention probability in a key's score.
-        score_reduction: How query heads that share a KV head are combined per query.
-        score_decay: Factor on a score per token.
+        score_reduction: "max" or "mean": how a query's heads that share a KV head are combined.
+        score_decay: Factor on a score for each token that follows.
         trace_tokens: Whether the pages record each kept token's index.
         max_model_len: Most tokens a request may have.
     """
@@ -123,8 +141,8 @@ class CascadeConfig:
     def sub_cache_tokens(self) -> tuple[int, ...]:
         """Tokens in each sub-cache, the newest first; together the whole blocks of the budget.
 
-        The newest one has `newest_share` of the budget, or an equal share where that is more, and
-        the blocks left over when the others divide the rest equally.
+        The newest sub-cache has `newest_share` of the budget, or an equal share if that is more.
+        The others divide the rest equally, and the newest one takes the blocks left over.
         """
         newest, older = self._sizes
         return newest, *((self.num_sub_caches - 1) * (older,))
@@ -155,15 +173,15 @@ class CascadeConfig:
 
     @property
     def max_places(self) -> int:
-        """Bound on the logical places in use, a stride's own included, in tokens."""
+        """The most logical places that a request can use, those of the current stride included."""
         waiting = (self.num_sub_caches - 1) * (self.group_tokens - self.block_size)
         return self.total_tokens + self.stride + waiting
 
     @property
     def reach(self) -> int:
-        """Context that the cache spans where each sub-cache is just full, in tokens.
+        """Tokens of text that the cache spans where each sub-cache is just full.
 
-        The current stride, and tokens that wait until a group is full, make it a little longer.
+        A request spans a little more: the current stride, and tokens that wait for a full group.
         """
         return self.num_sink_tokens + spanned(*self._sizes, self.num_sub_caches)
 
@@ -171,13 +189,14 @@ class CascadeConfig:
     def chooses(self) -> bool:
         """Whether any request can come to a choice between tokens.
 
-        One sub-cache drops its oldest tokens unseen, and a request that always fits drops none.
+        A single sub-cache drops its oldest tokens without a choice. A request that fits into
+        sinks and sub-caches drops no token.
         """
         return self.num_sub_caches > 1 and self.max_model_len > self.total_tokens
 
     @property
     def needs_scores(self) -> bool:
-        """Whether choices look at attention scores, so that pages hold one for each token."""
+        """Whether choices look at attention scores; only then do pages hold a score a token."""
         return self.chooses and self.score_weight > 0
 
     def summary(self) -> str:
@@ -202,14 +221,14 @@ class CascadeConfig:
 
 
 def broken_rule(config: CascadeConfig, position_limit: int) -> Fault | None:
-    """The first rule of a valid configuration that `config` breaks, or None.
+    """Find the first rule of a valid configuration that `config` breaks.
 
     Args:
         config: A complete configuration.
         position_limit: Positions the model itself was made for.
 
     Returns:
-        The field to blame, its value and the reason.
+        The field to blame, its value and the reason; None if `config` is valid.
     """
     block, group = config.block_size, config.group_tokens
     stride, size = config.stride, config.smallest_sub_cache_tokens

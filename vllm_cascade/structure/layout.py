@@ -1,14 +1,16 @@
 """Where every token of a request lives: the cascade's structure in whole numbers.
 
 Structure depends on how many tokens a request has computed and on nothing else, so one `Layout`
-serves every request, layer and rank. It imports neither torch nor vLLM.
+serves every request, layer and rank. This module imports neither torch nor vLLM.
 
-A request owns a *row* of at most `max_blocks` blocks, and blocks are recycled inside the row. Its
-life is a sequence of *epochs*, in each of which nothing moves: epoch 0 lasts until the cache is
-first overfull, every later epoch is one stride long. At the end of an epoch (a *boundary*) whole
-groups of the oldest blocks leave each overfull sub-cache; a group's survivors are written into
-the first half of its own blocks, which become the newest of the next sub-cache; the other half
-is free for the next stride.
+A request owns a *row* of at most `max_blocks` blocks, and blocks are recycled inside the row. The
+request's life is a sequence of *epochs*, and nothing moves within an epoch. Epoch 0 lasts until
+the cache is first overfull; every later epoch is one stride long. At the end of an epoch (a
+*boundary*) whole groups of the oldest blocks leave each overfull sub-cache. A group's survivors
+are written into the first half of the group's own blocks. That half becomes the newest part of the
+next sub-cache; the other half is free for the next stride.
+
+Source: Willette et al., arXiv 2406.17808, for the cascade; groups of whole blocks are ours.
 """
 
 from __future__ import annotations
@@ -35,9 +37,10 @@ class Epoch:
         start: First token, counted in the request.
         end: One past the last token; the boundary runs once token ``end - 1`` is computed.
         prefix_tokens: Tokens held from earlier epochs; they take places 0 .. prefix_tokens - 1.
-        table: Row entry at each place, in blocks: earlier tokens' blocks, then the epoch's own.
+        table: [num_blocks] row entries in logical order; entry i has the places from
+            ``i * block_size`` on. Blocks of earlier epochs come first, then the epoch's own.
         groups: [num_groups, blocks_per_group] row entries of the groups that merge at the end,
-            each oldest first. Survivors fill the first half of a group's entries.
+            the oldest block of a group first. Survivors fill the first half of a group's entries.
         sub_caches: Tokens held from earlier epochs in sub-cache 0 .. N-1; the epoch's own tokens
             join sub-cache 0.
     """
@@ -50,19 +53,19 @@ class Epoch:
     sub_caches: tuple[int, ...]
 
     def place(self, token: int) -> int:
-        """Logical place (and rotary position) of one of this epoch's own tokens."""
+        """Give the logical place, which is the rotary position, of `token`, one of the epoch's."""
         return self.prefix_tokens + token - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens of one request inside one epoch: the unit of a wave.
+    """A run of tokens of one request inside one epoch; a wave has at most one for each request.
 
     Args:
         epoch: Index into `Layout.epochs`.
-        start: First token.
+        start: First token, counted in the request.
         end: One past the last token.
-        merges: Whether the boundary at `end` moves or frees blocks.
+        merges: Whether a boundary runs at `end`: it merges groups or frees blocks.
     """
 
     epoch: int
@@ -72,7 +75,7 @@ class Segment:
 
 
 class Epochs(Sequence[Epoch]):
-    """All epochs of the longest request, each built once it is asked for.
+    """All epochs of the longest request; an epoch is built when somebody first asks for it.
 
     Args:
         config: A valid configuration.
@@ -104,10 +107,10 @@ class Layout:
     """The cascade's structure for requests of up to ``config.max_model_len`` tokens.
 
     Args:
-        config: The configuration it was built from.
+        config: The configuration that the layout was built from.
         epochs: All epochs, in order.
-        max_blocks: R, the most blocks a request ever holds.
-        max_groups: The most groups that merge at one boundary, or more.
+        max_blocks: R, the most blocks that a request ever holds in a layer.
+        max_groups: An upper bound on the groups that merge at one boundary.
     """
 
     config: CascadeConfig
@@ -116,40 +119,45 @@ class Layout:
     max_groups: int
 
     def need(self, num_tokens: int) -> int:
-        """Blocks a request holds once `num_tokens` tokens are computed."""
+        """Count the blocks that a request holds once `num_tokens` tokens are computed."""
         return min(-(-num_tokens // self.config.block_size), self.max_blocks)
 
     def epoch_of(self, token: int) -> int:
-        """Index of the epoch that computes `token`."""
+        """Find the index of the epoch in which `token`, counted in the request, is computed."""
         after_first = (token - self.epochs[0].end) // self.config.stride + 1
         return min(max(0, after_first), len(self.epochs) - 1)
 
     def boundaries_before(self, num_tokens: int) -> int:
-        """Grid points passed (filling included) once `num_tokens` tokens are computed."""
+        """Count the grid points that `num_tokens` computed tokens have passed.
+
+        A grid point lies a whole number of strides, at least one, past the sinks. Grid points at
+        which nothing moves, because the cache is still filling, count as well.
+        """
         return max(0, (num_tokens - self.config.num_sink_tokens) // self.config.stride)
 
     def held(self, num_tokens: int) -> tuple[Entries, int]:
-        """What a request holds once `num_tokens` tokens are computed and a boundary there has run.
+        """Tell what a request holds.
 
         Args:
-            num_tokens: Tokens computed, at least 1.
+            num_tokens: Tokens computed, at least 1; a boundary right after the last of them has
+                run.
 
         Returns:
-            The row entries in logical order, and how many places of them are filled.
+            [num_blocks] row entries in logical order, and the number of places filled in them.
         """
         epoch = self.epochs[self.epoch_of(num_tokens)]
         places = epoch.place(num_tokens)
         return epoch.table[: -(-places // self.config.block_size)], places
 
     def parts(self, num_tokens: int) -> dict[str, int]:
-        """The parts of what `held` gives, oldest first.
+        """Divide what `held` gives into its parts, oldest first.
 
         Args:
             num_tokens: Tokens computed, at least 1.
 
         Returns:
-            "sinks", "sub-cache N-1" .. "sub-cache 0" to the places each takes; all but the sinks
-            are sub-cache 0's until the first boundary.
+            "sinks", "sub-cache N-1" .. "sub-cache 0", each with the number of places it takes.
+            Until the first boundary all places but the sinks' are sub-cache 0's.
         """
         epoch = self.epochs[self.epoch_of(num_tokens)]
         places = epoch.place(num_tokens)
@@ -162,14 +170,14 @@ class Layout:
         """Cut the tokens ``start .. end - 1`` of a request where epochs end.
 
         Args:
-            start: First token, the number of tokens computed so far.
+            start: First token, which is the number of tokens computed so far.
             end: One past the last token.
 
         Returns:
-            One segment per epoch touched, in order.
+            One segment for each epoch that the tokens lie in, in order.
 
         Raises:
-            ValueError: The range is empty or leaves the longest request.
+            ValueError: The range is empty, or ends past the longest request.
         """
         if not 0 <= start < end <= self.config.max_model_len:
             raise ValueError(
@@ -194,7 +202,7 @@ def build_layout(config: CascadeConfig) -> Layout:
         config: A valid configuration.
 
     Returns:
-        The layout.
+        The layout; callers of the same configuration share one.
     """
     epochs = Epochs(config)
     return Layout(config, epochs, _most_blocks(config, len(epochs)), _most_groups(config))
@@ -207,7 +215,7 @@ def _epochs(config: CascadeConfig) -> Iterator[Epoch]:
     sinks = list(range(config.num_sink_tokens // block))
     end = _first_end(config)
     table = list(range(-(-end // block)))
-    # Oldest first in each sub-cache; sub-cache 0 takes what the full ones leave.
+    # Oldest first in each sub-cache; sub-cache 0 takes what is left once the others are full.
     rest, caches = table[len(sinks) :], list[list[int]]()
     for size in reversed(sizes[1:]):
         caches.insert(0, rest[:size])
@@ -225,7 +233,7 @@ def _epochs(config: CascadeConfig) -> Iterator[Epoch]:
         sub_caches = tuple(len(cache) * block for cache in caches)
         kept = sinks + [entry for cache in reversed(caches) for entry in cache]
         start, end, prefix = end, min(end + stride, config.max_model_len), len(kept)
-        # The lowest free entries: so no entry beyond the most blocks ever held is named.
+        # The lowest free entries, so that no entry reaches `max_blocks`.
         fresh = -(-(end - start) // block)
         free = np.setdiff1d(np.arange(len(kept) + fresh, dtype=np.int32), _array(kept))[:fresh]
         caches[0] += free.tolist()
@@ -233,7 +241,7 @@ def _epochs(config: CascadeConfig) -> Iterator[Epoch]:
 
 
 def _first_end(config: CascadeConfig) -> int:
-    """Where the first epoch ends: where the cache is first overfull on the stride's grid."""
+    """The end of epoch 0: the first grid point at which the cache is overfull."""
     filling = sum(config.sub_cache_tokens) // config.stride
     return min(config.num_sink_tokens + (filling + 1) * config.stride, config.max_model_len)
 
@@ -241,10 +249,10 @@ def _first_end(config: CascadeConfig) -> int:
 def _most_blocks(config: CascadeConfig, num_epochs: int) -> int:
     """The most blocks that a request ever holds.
 
-    All sub-caches are full from the first boundary on. What sub-caches 1 .. N-2 hold beyond that
-    counts in binary: each hands on a group for every second half group that it receives. So once k
-    groups have left sub-cache 0, there is half a group more for every bit that is set among the
-    lowest N-2 bits of k.
+    All sub-caches are full from the first boundary on. Sub-caches 1 .. N-2 count in binary what
+    they hold beyond their size: each of them hands on a group for every second half group that it
+    receives. So once k groups have left sub-cache 0, the request holds half a group more for every
+    bit that is set among the lowest N-2 bits of k.
     """
     block, first_end = config.block_size, _first_end(config)
     at_first = -(-first_end // block)
@@ -269,10 +277,10 @@ def _most_blocks(config: CascadeConfig, num_epochs: int) -> int:
 
 
 def _most_ones(first: int, step: int, number: int, digits: int, tried: int = 1 << 16) -> int:
-    """The most bits set among the lowest `digits` of ``first + step * i``, i below `number`.
+    """The most bits set among the lowest `digits` of ``first + step * i``, for i below `number`.
 
-    Up to `tried` numbers are looked at. Of more, the answer is exact if `step` is a power of two;
-    else it may be too large.
+    Up to `tried` numbers are looked at one by one. For more numbers the answer is exact if `step`
+    is a power of two; otherwise the answer may be too large.
     """
     mask = (1 << digits) - 1
     if min(number, mask + 1) <= tried:
@@ -281,14 +289,15 @@ def _most_ones(first: int, step: int, number: int, digits: int, tried: int = 1 <
     zeros = (step & -step).bit_length() - 1
     if step != 1 << zeros:
         return digits
-    # The lowest bits stay as they are; the others count up by one.
+    # A step leaves the bits below `zeros` as they are, and adds one to the number above them.
     fixed = (first & (step - 1) & mask).bit_count()
     least, width = first >> zeros, max(0, digits - zeros)
     most = least + number - 1
     if least >> width != most >> width:
         return fixed + width
     least, most = (end & ((1 << width) - 1) for end in (least, most))
-    # The last number, and those that have a one of it less and only ones after that.
+    # Candidates: the last number, and each number that turns one of its ones into a zero and all
+    # bits below into ones.
     ones = [most.bit_count()]
     for place in range(width):
         other = (most >> place << place) - 1
@@ -298,7 +307,7 @@ def _most_ones(first: int, step: int, number: int, digits: int, tried: int = 1 <
 
 
 def _most_groups(config: CascadeConfig) -> int:
-    """The most groups that merge at one boundary, or more."""
+    """An upper bound on the groups that merge at one boundary."""
     newest, *older = config.sub_cache_tokens
     overfull = _first_end(config) - config.num_sink_tokens - newest - sum(older)
     leaving = max(config.stride, overfull) // config.group_tokens
@@ -312,8 +321,8 @@ def _most_groups(config: CascadeConfig) -> int:
 def _move(caches: list[list[int]], sizes: list[int], config: CascadeConfig) -> list[list[int]]:
     """Run one boundary: edit `caches` in place, return the row entries of each group that merges.
 
-    A group that passed through two sub-caches at once would have to merge twice; `stride` being
-    at most two of the older sub-caches rules that out.
+    A token that passed through two sub-caches at one boundary would have to merge twice. The rule
+    that a stride is at most two of the smallest sub-caches excludes this case.
     """
     blocks = config.group_tokens // config.block_size
     groups = []

@@ -1,6 +1,7 @@
 """What a user may ask of the cascade, whatever the model is.
 
-Source of the method: Willette et al., arXiv 2406.17808.
+Source: Willette et al., arXiv 2406.17808, for policy "paper"; StreamingLLM, arXiv 2309.17453, for
+policy "window"; KeyDiff, arXiv 2504.15364, for the distinctiveness of keys; the rest is ours.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from vllm_cascade.structure.config import ConfigError
 
-# How attention becomes a score, where scores are kept.
+# How attention becomes a score, where pages keep scores.
 SCORE_KNOBS = ("score_power", "score_reduction", "score_decay")
 WEIGHTS = ("score_weight", "key_weight", "value_weight")
 _BY_SCORE = {"score_power": 1.0, "score_reduction": "max", "score_decay": 0.9999999}
@@ -42,10 +43,10 @@ _WHY_NOT = {
 
 @dataclass(frozen=True, slots=True)
 class CascadeOptions:
-    """The options as the user gave them; None, and ``"auto"``, stand for "not set".
+    """The options as the user gave them; None and ``"auto"`` stand for "not set".
 
-    The fields are those of `CascadeConfig`; ``num_sub_caches`` ``"auto"`` is the smallest number
-    whose reach covers the longest request.
+    `CascadeConfig` describes the fields. ``"auto"`` for ``num_sub_caches`` becomes the smallest
+    number whose reach covers the longest request.
     """
 
     policy: str = "distinct"
@@ -71,10 +72,10 @@ class CascadeOptions:
             given: Option name to value, as JSON gives them; null stands for "not set".
 
         Returns:
-            The options, each of the right type and by itself in range.
+            The options; each has the right type, and a value that some model could be run with.
 
         Raises:
-            ConfigError: An unknown option, or a value no model could be run with.
+            ConfigError: An option is unknown, or no model could be run with its value.
         """
         if not isinstance(given, Mapping):
             raise ConfigError("cascade", given, "must be a JSON object", 'Give {"cascade": {...}}')
@@ -92,10 +93,11 @@ class CascadeOptions:
         """Refuse what is wrong whatever the model is.
 
         Raises:
-            ConfigError: A value no model could be run with, or one that would have no effect.
+            ConfigError: No model could be run with a value, or a value would have no effect.
         """
         _one_of("policy", self.policy, tuple(PRESETS))
-        # First, or a value out of range would be told of another that is refused as well.
+        # First: for a value out of range, the checks below would name a nearest value, which this
+        # check would refuse as well.
         self._check_effect()
         if self.score_reduction is not None:
             _one_of("score_reduction", self.score_reduction, ("max", "mean"))
@@ -103,7 +105,7 @@ class CascadeOptions:
             raise ConfigError(
                 "trace_tokens", self.trace_tokens, "must be true or false", "Give one of the two"
             )
-        # What else a number has to be depends on the model: `resolve` tells.
+        # Other rules for a number depend on the model: `resolve` checks them.
         _integer("cache_tokens", self.cache_tokens)
         _integer("stride", self.stride)
         _integer("num_sink_tokens", self.num_sink_tokens, at_least=0)
@@ -120,7 +122,7 @@ class CascadeOptions:
         self._check_weights()
 
     def _check_least(self, name: str, least: int, otherwise: str) -> None:
-        """Refuse a value below `least`, and offer that one unless other options forbid it."""
+        """Refuse a value below `least`; offer `least`, unless other options forbid that value."""
         value = getattr(self, name)
         if value is not None and value < least:
             taken = self.replaced(name, least)._is_right
@@ -137,7 +139,7 @@ class CascadeOptions:
         return True
 
     def _check_effect(self) -> None:
-        """Refuse an option that would change nothing."""
+        """Refuse an option that would have no effect."""
         if self.policy == "window" and self.num_sub_caches not in ("auto", 1):
             raise ConfigError(
                 "num_sub_caches",
@@ -163,13 +165,13 @@ class CascadeOptions:
                     )
 
     def _elsewhere(self, name: str) -> str:
-        """What to do with an option that has no effect under this policy."""
+        """What a user can do with an option that has no effect under this policy."""
         others = [other for other in PRESETS if name not in NO_EFFECT[other]]
         served = [f'"{other}"' for other in others if replace(self, policy=other)._is_right]
         return f"Leave it out{', or take policy ' * bool(served)}{' or '.join(served)}"
 
     def _check_weights(self) -> None:
-        """Refuse weights with which nothing, or not what the user set, decides."""
+        """Refuse weights that are all 0, and score knobs where the weight of scores is 0."""
         if self.policy != "window" and not any(self.preset(name) for name in WEIGHTS):
             names = [name for name in WEIGHTS if name not in NO_EFFECT[self.policy]]
             name = next(name for name in names if getattr(self, name) is not None)
@@ -190,7 +192,7 @@ class CascadeOptions:
                     )
 
     def preset(self, name: str) -> Any:
-        """What an option comes to: as the user set it, or else the policy's value.
+        """Give an option's value: the user's if the user set one, otherwise the policy's.
 
         Args:
             name: An option that `PRESETS` has.
@@ -199,16 +201,24 @@ class CascadeOptions:
         return PRESETS[self.policy][name] if given is None else given
 
     def names_set(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that the user set to something else than the default."""
+        """List the options among `names` that the user set to another value than the default."""
         return [name for name in names if getattr(self, name) != getattr(CascadeOptions(), name)]
 
     def without(self, names: Sequence[str]) -> CascadeOptions:
-        """These options with `names` not set."""
+        """Copy these options, with the options in `names` not set."""
         defaults = CascadeOptions()
         return replace(self, **{name: getattr(defaults, name) for name in names})
 
     def replaced(self, name: str, value: object) -> CascadeOptions:
-        """These options with `name` set to `value`, of the right type."""
+        """Copy these options, with another value for one of them.
+
+        Args:
+            name: The option.
+            value: Its new value, of the right type.
+
+        Returns:
+            The copy, not checked.
+        """
         changed: dict[str, Any] = {name: value}
         return replace(self, **changed)
 

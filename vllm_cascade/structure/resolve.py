@@ -1,6 +1,6 @@
-"""Options settled for one model, or who is to blame and what would be valid.
+"""Options settled for one model, or the option to blame and a value that would be valid.
 
-Nothing is guessed: every value that a message names has been tried.
+Nothing is guessed: every value that a message names was tried and is valid.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ def resolve(
 ) -> CascadeConfig:
     """Settle every option for one model.
 
-    What is not set becomes: sinks 64, rounded up to a block; then the largest ``cache_tokens`` up
-    to 16,384 in whole blocks, and for it the largest ``stride`` up to 1,024 (one block and one
-    group where these are larger), with which every rule holds; of strides those below 256 only if
-    nothing else is valid. What is set is taken as it is, or refused.
+    An option that the user set is taken as it is, or refused. The others become:
+
+    - ``num_sink_tokens``: 64, rounded up to whole blocks;
+    - ``cache_tokens``: the largest valid number of whole blocks up to 16,384 tokens, but at least
+      one block;
+    - ``stride``: the largest valid one up to 1,024 tokens for this budget, but at least one
+      group; one below 256 only if no longer stride is valid with any budget.
 
     Args:
         options: What the user set.
@@ -56,8 +59,8 @@ def resolve(
         A valid configuration.
 
     Raises:
-        ConfigError: Something the user set breaks a rule, or nothing valid is left; names the
-            field, the value and the nearest valid value.
+        ConfigError: An option breaks a rule, or nothing valid is left; the message names the
+            option, its value and the nearest valid value.
     """
     if block_size < 1 or block_size & (block_size - 1):
         raise ConfigError(
@@ -77,12 +80,12 @@ def refusal(options: CascadeOptions, model: Model, faults: list[Fault]) -> Confi
     """Explain why `options` leave no valid configuration for `model`.
 
     Args:
-        options: Options with which nothing valid was found.
-        model: The model they were to fit.
-        faults: What was wrong, the best configuration's first; at least one.
+        options: Options with which `search` found nothing valid.
+        model: The model that the options have to fit.
+        faults: What `search` found wrong; at least one.
 
     Returns:
-        An error that blames an option the user set, or the model if even the defaults fail.
+        An error that blames an option that the user set, or the model if the defaults fail too.
     """
     is_set = options.names_set(BOUND)
     bare = options.without(is_set)
@@ -91,7 +94,7 @@ def refusal(options: CascadeOptions, model: Model, faults: list[Fault]) -> Confi
     reasons = {fault.field: fault.why for fault in faults}
     suspects = [name for name in reasons if name in is_set]
     suspects += [name for name in is_set if name not in reasons]
-    # Usually one option is to blame. Where it takes several, the others have to go as well.
+    # Usually one option is to blame. Where several are, the user has to leave the others out too.
     alone = (name for name in suspects if _works(options.without([name]), model))
     culprit = next(alone, suspects[0])
     others: list[str] = []
@@ -110,7 +113,7 @@ def refusal(options: CascadeOptions, model: Model, faults: list[Fault]) -> Confi
 
 
 def _model_refusal(options: CascadeOptions, model: Model) -> ConfigError:
-    """The refusal of a model for which not even the defaults work."""
+    """The refusal of a model that even the defaults do not fit."""
     found = search(options, model)
     assert not isinstance(found, CascadeConfig)
     why = (
@@ -132,7 +135,7 @@ def _model_refusal(options: CascadeOptions, model: Model) -> ConfigError:
 
 
 def _block_size_for(options: CascadeOptions, model: Model) -> int | None:
-    """The largest smaller block size with which the options are valid, or None."""
+    """The largest of the smaller block sizes with which the options are valid, or None."""
     smaller = model.block_size // 2
     while smaller >= MIN_BLOCK_SIZE:
         if _works(options, model._replace(block_size=smaller)):
@@ -142,10 +145,10 @@ def _block_size_for(options: CascadeOptions, model: Model) -> int | None:
 
 
 def _nearest(options: CascadeOptions, field: str, model: Model) -> float:
-    """The valid value of `field` nearest to the given one, all being valid without `field`.
+    """The valid value of `field` nearest to the given one; without `field` the options are valid.
 
-    The search is by halves between the given value and the one that would be taken if it were
-    left out: the rules only get easier on the way.
+    The search halves the range between the given value and the value that `search` takes if
+    `field` is not set. The rules only get easier from the first to the second.
     """
     config = search(options.without([field]), model)
     assert isinstance(config, CascadeConfig)

@@ -16,7 +16,7 @@ from vllm_cascade.structure.options import CascadeOptions
 
 DEFAULT_CACHE_TOKENS = 16_384
 DEFAULT_STRIDE = 1_024
-# A shorter one makes prefill slow; it is taken only where nothing longer fits.
+# A shorter stride makes prefill slow; the search takes one only where no longer stride fits.
 LEAST_DEFAULT_STRIDE = 256
 DEFAULT_SINK_TOKENS = 64
 
@@ -26,10 +26,11 @@ def search(options: CascadeOptions, model: Model) -> CascadeConfig | list[Fault]
 
     Args:
         options: What the user set.
-        model: What it has to fit; its block size is a power of two.
+        model: The model, with a block size that is a power of two.
 
     Returns:
-        The configuration, or the first fault found in each field that had any.
+        The configuration; or, if none is valid, the first fault found in each field to blame, the
+        fault of the best configuration first.
     """
     tried = strides(options, model)
     if options.stride is None:
@@ -41,11 +42,14 @@ def search(options: CascadeOptions, model: Model) -> CascadeConfig | list[Fault]
 
 
 def strides(options: CascadeOptions, model: Model) -> Sequence[int]:
-    """Strides to try, in tokens, in ascending order.
+    """List the strides to try.
 
     Args:
         options: What the user set.
-        model: Gives the block size.
+        model: The model; only its block size counts.
+
+    Returns:
+        Strides in tokens, in ascending order; at least one.
     """
     if options.stride is not None:
         return [options.stride]
@@ -67,7 +71,7 @@ def _search(
             fault = broken_rule(config, model.position_limit)
             if fault is not None:
                 faults.setdefault(fault.field, fault)
-                break  # no rule gets easier with a longer stride
+                break  # a longer stride breaks the same rule
             best = config
         if best is not None:
             return best
@@ -75,12 +79,12 @@ def _search(
 
 
 def _budgets(options: CascadeOptions, model: Model) -> Iterator[tuple[int, int, int | Fault]]:
-    """Sinks, `cache_tokens` and its number of sub-caches, best first."""
+    """Triples of sinks, `cache_tokens` and number of sub-caches to try, best first."""
     block = model.block_size
     sinks = options.num_sink_tokens
     if sinks is None:
         sinks = -(-DEFAULT_SINK_TOKENS // block) * block
-    # No budget fits into fewer positions than it has tokens.
+    # A budget takes at least as many positions as it has tokens.
     largest = min(DEFAULT_CACHE_TOKENS, model.position_limit) // block * block or block
     budgets: Sequence[int] = range(largest, 0, -block)
     if options.cache_tokens is not None:

@@ -1,1 +1,1 @@
-"""May this model and this vLLM run, and what to say if not."""
+"""Whether CASCADE can serve this model with this vLLM, and what it says if not."""

@@ -10,12 +10,12 @@ from vllm_cascade.support.unsupported import UnsupportedError
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
-# Blocks that vLLM's attention on a CPU takes, in tokens: this many or a multiple.
+# vLLM's own attention on a CPU takes blocks of this many tokens, or of a multiple.
 CPU_BLOCK_SIZE = 32
 
 
 def is_hybrid(model_config: Any) -> bool:
-    """Whether a model has sliding-window layers beside those that attend in full.
+    """Whether a model has sliding-window layers beside full-attention layers.
 
     Args:
         model_config: vLLM's `ModelConfig`.
@@ -25,10 +25,13 @@ def is_hybrid(model_config: Any) -> bool:
 
 
 def full_attention_ropes(text_config: Any) -> list[dict[str, Any]]:
-    """The RoPE parameters of the layers that CASCADE serves; others keep theirs.
+    """List the RoPE parameters of the layers that CASCADE serves.
 
     Args:
-        text_config: The text model's configuration, as of Hugging Face.
+        text_config: Hugging Face's configuration of the text model.
+
+    Returns:
+        Parameters as config.json has them; none of layers that keep their own backend.
     """
     from vllm.transformers_utils.config import is_rope_parameters_nested, iter_rope_parameters
 
@@ -39,14 +42,14 @@ def full_attention_ropes(text_config: Any) -> list[dict[str, Any]]:
 
 
 def check_windows(vllm_config: Any, position_limit: int) -> None:
-    """Refuse a model without full-attention layers, and one whose other layers cannot go along.
+    """Refuse a model without full-attention layers, or with others that vLLM cannot serve beside.
 
     Args:
         vllm_config: vLLM's complete configuration.
-        position_limit: Positions the model was made for.
+        position_limit: Positions in the rotary tables of the layers that CASCADE does not serve.
 
     Raises:
-        UnsupportedError: Names the layers or the argument.
+        UnsupportedError: The message names the layers or the engine argument.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     window = model.get_sliding_window()
@@ -76,12 +79,12 @@ def check_windows(vllm_config: Any, position_limit: int) -> None:
 
 
 def delegate_windows(vllm_config: Any) -> None:
-    """Leave sliding-window layers to the platform's own backend, where CASCADE was asked for all.
+    """Leave sliding-window layers to vLLM's own backend where the user chose CASCADE for all.
 
-    The choice travels with the configuration, so every worker makes the same.
+    The choice is written into the configuration, so every worker makes the same one.
 
     Args:
-        vllm_config: vLLM's complete configuration, checked; changed in place.
+        vllm_config: vLLM's complete configuration, which `validate` has passed; changed in place.
     """
 
     attention = vllm_config.attention_config
@@ -92,7 +95,6 @@ def delegate_windows(vllm_config: Any) -> None:
     attention.backend_per_kind = {FULL: attention.backend}
     attention.backend = None
     kinds = vllm_config.model_config.hf_text_config.layer_types
-    # vLLM prints only what is logged under its own name.
     log_of(__name__).info_once(
         "CASCADE serves the %d full-attention layers; the %d sliding-window layers keep vLLM's "
         "own attention and cache.",

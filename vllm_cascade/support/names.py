@@ -1,4 +1,4 @@
-"""The name by which users select CASCADE, and loggers that vLLM prints."""
+"""The name by which users select CASCADE, and loggers whose lines vLLM prints."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ def is_cascade(backend: Any) -> bool:
     """Whether a backend is CASCADE.
 
     Args:
-        backend: A member of vLLM's `AttentionBackendEnum`, a name as typed, or None.
+        backend: A member of vLLM's `AttentionBackendEnum`, a name in any case, or None.
     """
     return str(getattr(backend, "name", backend)).upper() == BACKEND_NAME
 
 
 def log_of(module: str) -> Any:
-    """The logger of a module, under vLLM's own root: vLLM prints nothing else.
+    """Give a module's logger, with a name below ``vllm``: vLLM prints no other logger's lines.
 
     Args:
         module: The module's ``__name__``.
+
+    Returns:
+        vLLM's logger, with `info_once` and `warning_once`.
     """
     from vllm.logger import init_logger
 

@@ -10,15 +10,18 @@ from vllm_cascade.structure.resolve import resolve
 from vllm_cascade.support import hybrid
 from vllm_cascade.support.unsupported import UnsupportedError
 
-# Their tables end at max_position_embeddings, whatever the factor that vLLM's limit counts in.
+# RoPE types whose tables end at max_position_embeddings. vLLM's limit multiplies by their factor.
 UNSCALED_ROPE_TYPES = ("dynamic",)
 
 
 def position_limit(model_config: Any) -> int:
-    """The number of positions a model was made for, as vLLM derives it, in tokens.
+    """Count the positions that a model was made for, as vLLM derives them from config.json.
 
     Args:
         model_config: vLLM's `ModelConfig`; its `max_model_len` may be larger.
+
+    Returns:
+        Positions, which is tokens of full attention.
     """
     from vllm.config.model import _get_and_verify_max_len
 
@@ -35,20 +38,24 @@ def position_limit(model_config: Any) -> int:
     if any(rope.get("rope_type") in UNSCALED_ROPE_TYPES for rope in ropes):
         limit = min(limit, text.max_position_embeddings)
     if model_config.disable_sliding_window:
-        # vLLM has forgotten the window by now; it bounds max_model_len, which was not extended.
+        # vLLM has dropped the window by now. The window bounded max_model_len, and the patch
+        # `long_max_model_len` leaves this bound in place.
         limit = min(limit, model_config.max_model_len)
     return limit
 
 
 def resolve_options(vllm_config: Any, block_size: int) -> CascadeConfig:
-    """The cascade's configuration for the model that `vllm_config` serves.
+    """Settle the cascade's options for the model that `vllm_config` serves.
 
     Args:
-        vllm_config: vLLM's complete configuration.
+        vllm_config: vLLM's complete configuration; the options are in its `additional_config`.
         block_size: Tokens in a KV block.
 
+    Returns:
+        A valid configuration.
+
     Raises:
-        UnsupportedError: The options are not where they belong.
+        UnsupportedError: `additional_config` is no JSON object.
         ConfigError: An option is unknown or cannot work with this model.
     """
     given = vllm_config.additional_config

@@ -1,4 +1,4 @@
-"""How a model's attention module rotates query and key, read from its forward method."""
+"""How a model's attention module rotates query and key, read from the module's forward method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from torch import nn
 
 
 class RotationError(ValueError):
-    """A layer's rotary embedding cannot be applied by place in the cache."""
+    """CASCADE cannot apply a layer's rotary embedding by place in the cache.
+
+    Args:
+        layer_name: The layer, as vLLM names it.
+        why: What is in the way, as a verb and its object.
+    """
 
     def __init__(self, layer_name: str, why: str) -> None:
         super().__init__(
@@ -25,18 +30,19 @@ class RotationError(ValueError):
 def check_rotation(module: nn.Module, attention_name: str, layer_name: str) -> None:
     """Check that `module` does nothing between rotating query and key and attending with them.
 
-    Some models skip the rotation in some layers, or normalize or scale what it returns. That cannot
-    be told from the modules, and without the rotation in its place it would be silently wrong. So
-    the forward method is read: ``q, k = self.rotary_emb(positions, q, k)`` must run, once, and the
-    next use of ``q`` or ``k`` must be ``self.<attention_name>(q, k, ...)``.
+    Some models skip the rotation in some layers, or normalize or scale the rotated query and key.
+    A module's attributes do not show such a step, and CASCADE, which rotates later, would give
+    wrong results without an error. So the source of the forward method is read:
+    ``q, k = self.rotary_emb(positions, q, k)`` must run once, and the next use of ``q`` or ``k``
+    must be ``self.<attention_name>(q, k, ...)``.
 
     Args:
         module: The module that owns the rotary embedding and the attention layer.
-        attention_name: Attribute of the attention layer.
-        layer_name: For the message.
+        attention_name: Name of the module's attribute that is the attention layer.
+        layer_name: The layer's name, for the message.
 
     Raises:
-        RotationError: The forward method cannot be read, or is of any other form.
+        RotationError: The forward method has no source, or has any other form.
     """
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
@@ -62,7 +68,7 @@ def check_rotation(module: nn.Module, attention_name: str, layer_name: str) -> N
 
 
 def _executed(body: list[ast.stmt], module: nn.Module) -> Iterator[ast.stmt]:
-    """The statements of `body`, with each `if` that the module decides replaced by its branch."""
+    """The statements of `body`; the branch taken replaces each `if` that the module decides."""
     for statement in body:
         taken = _decide(statement.test, module) if isinstance(statement, ast.If) else None
         if isinstance(statement, ast.If) and taken is not None:
@@ -72,7 +78,7 @@ def _executed(body: list[ast.stmt], module: nn.Module) -> Iterator[ast.stmt]:
 
 
 def _decide(test: ast.expr, module: nn.Module) -> bool | None:
-    """What `test` comes to, if it only reads attributes of `self`; else None."""
+    """The truth of `test` if it only reads attributes of `self`; otherwise None."""
     for node in ast.walk(test):
         if isinstance(node, ast.Call) or (isinstance(node, ast.Name) and node.id != "self"):
             return None
@@ -95,7 +101,7 @@ def _self_call(node: ast.AST, method: str) -> bool:
 
 
 def _rotated_names(statement: ast.stmt) -> list[str] | None:
-    """The names `q, k` of ``q, k = self.rotary_emb(positions, q, k)``, or None."""
+    """The names `q, k` if `statement` is ``q, k = self.rotary_emb(positions, q, k)``, or None."""
     if not (
         isinstance(statement, ast.Assign)
         and len(statement.targets) == 1
@@ -111,7 +117,7 @@ def _rotated_names(statement: ast.stmt) -> list[str] | None:
 
 
 def _attends(statement: ast.stmt, attention_name: str, rotated: list[str]) -> bool:
-    """Whether all `statement` does with the rotated names is to attend with them."""
+    """Whether `statement` attends with the rotated names and does nothing else with them."""
     calls = [node for node in ast.walk(statement) if _self_call(node, attention_name)]
     uses = [
         node

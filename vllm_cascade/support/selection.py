@@ -9,11 +9,12 @@ from vllm_cascade.support.unsupported import UnsupportedError
 
 
 def selects_cascade(attention_config: Any, attention_backend: Any = None) -> bool:
-    """Whether a configuration names CASCADE, for all layers or for one kind of them.
+    """Whether a configuration names CASCADE, for all layers or for one kind of layer.
 
     Args:
         attention_config: vLLM's `AttentionConfig`.
-        attention_backend: The engine argument of that name, not yet merged into it.
+        attention_backend: The engine argument of that name, if vLLM has not merged it into
+            `attention_config` yet.
     """
     chosen = [attention_backend, attention_config.backend]
     chosen += attention_config.backend_per_kind.values()
@@ -21,13 +22,13 @@ def selects_cascade(attention_config: Any, attention_backend: Any = None) -> boo
 
 
 def check_kinds(attention_config: Any) -> None:
-    """Refuse a choice by kind of layer that gives CASCADE another layer than it serves, or none.
+    """Refuse a choice by kind of layer, unless CASCADE gets full attention and nothing else.
 
     Args:
         attention_config: vLLM's `AttentionConfig`.
 
     Raises:
-        UnsupportedError: Names the kind.
+        UnsupportedError: The message names the kind of layer.
     """
     for kind, backend in attention_config.backend_per_kind.items():
         if is_cascade(backend) != (kind == "full_attention"):
@@ -39,14 +40,14 @@ def check_kinds(attention_config: Any) -> None:
 
 
 def check_selection(backend: Any, selection: Any) -> None:
-    """Put vLLM's own question to the backend: can it serve a layer like this?
+    """Refuse a layer that the backend itself, asked as vLLM asks it, cannot serve.
 
     Args:
         backend: The attention backend class.
-        selection: vLLM's `AttentionSelectorConfig`.
+        selection: vLLM's `AttentionSelectorConfig` of the layer.
 
     Raises:
-        UnsupportedError: With the backend's reasons.
+        UnsupportedError: The message gives the backend's reasons.
     """
     reasons = backend.validate_configuration(device_capability=None, **selection._asdict())
     if reasons:
@@ -57,17 +58,17 @@ def check_selection(backend: Any, selection: Any) -> None:
 
 
 def check_served(model: Any, vllm_config: Any) -> None:
-    """Refuse a loaded model of which a layer attends in full, but not by CASCADE.
+    """Refuse a loaded model if another backend serves one of its full-attention layers.
 
-    A model may hand a layer a backend of its own. Such a layer would keep a cache that grows, and
-    positions that CASCADE does not bound, without a word.
+    A model may choose a layer's backend itself. Without this check the layer's cache would grow
+    with the text, and its positions would pass the model's limit, and nobody would be told.
 
     Args:
         model: The loaded `torch.nn.Module`.
         vllm_config: vLLM's complete configuration.
 
     Raises:
-        UnsupportedError: Names the layer and its backend.
+        UnsupportedError: The message names the layer and its backend.
     """
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -89,7 +90,14 @@ def check_served(model: Any, vllm_config: Any) -> None:
 
 
 def layer_of(vllm_config: Any) -> Any:
-    """The `AttentionSelectorConfig` of a layer, as far as the configuration alone shows it."""
+    """Describe a model's layers as vLLM's selector does, from the configuration alone.
+
+    Args:
+        vllm_config: vLLM's complete configuration.
+
+    Returns:
+        vLLM's `AttentionSelectorConfig`; what only a loaded layer shows has its default.
+    """
     import vllm.envs as envs
     from vllm.v1.attention.selector import AttentionSelectorConfig
 

@@ -1,4 +1,4 @@
-"""What CASCADE says when it is asked for something it does not do."""
+"""What CASCADE says when a user asks for something that it cannot do."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ ELSEWHERE = "Serve it without --attention-backend CASCADE"
 
 
 class UnsupportedError(ValueError):
-    """Something asked for that CASCADE cannot do; says what, why not and what to do instead."""
+    """CASCADE cannot do what the user asked for.
+
+    Args:
+        asked: What was asked for, as the object of "cannot serve".
+        why: Why not.
+        instead: What the user can do instead, as a sentence without its full stop.
+    """
 
     def __init__(self, asked: str, why: str, instead: str = ELSEWHERE) -> None:
         super().__init__(f"CASCADE cannot serve {asked}: {why}. {instead}.")
 
 
 def alibi() -> UnsupportedError:
-    """The model biases attention by distance."""
+    """The error for a model that biases attention by distance."""
     return UnsupportedError(
         "ALiBi", "its bias grows with distance in the text, which the cache does not keep"
     )
 
 
 def sliding_window(window: int) -> UnsupportedError:
-    """No layer attends in full, or a layer with a window was given to CASCADE."""
+    """The error where all layers, or one that CASCADE gets, have a window of `window` tokens."""
     return UnsupportedError(
         f"sliding-window layers alone (window {window} tokens)",
         "their memory is bounded already; it serves the full-attention layers of a model and "
@@ -29,12 +35,12 @@ def sliding_window(window: int) -> UnsupportedError:
 
 
 def soft_cap(cap: float) -> UnsupportedError:
-    """The model caps attention logits at `cap`."""
+    """The error for a model that caps attention logits at `cap`."""
     return UnsupportedError(f"logit soft-capping ({cap:g})", "it attends by a plain softmax")
 
 
 def attention_scale(name: str) -> UnsupportedError:
-    """The model's option `name` scales attention by position."""
+    """The error for a model whose option `name` scales attention by position."""
     return UnsupportedError(
         f"a model with {name}",
         "it scales attention by the place in the text, without bound, while positions in the "
@@ -43,14 +49,22 @@ def attention_scale(name: str) -> UnsupportedError:
 
 
 def shared_kv(asked: str, instead: str = ELSEWHERE) -> UnsupportedError:
-    """A layer reads the KV cache of another."""
+    """The error for a layer that reads another layer's KV cache.
+
+    Args:
+        asked: What shares the cache, as the object of "cannot serve".
+        instead: What the user can do instead.
+
+    Returns:
+        The error, for the caller to raise.
+    """
     return UnsupportedError(
         asked, "each layer keeps the tokens of its own choice, so none can use another's", instead
     )
 
 
 def kv_dtype(dtype: str) -> UnsupportedError:
-    """The KV cache has another dtype than the model."""
+    """The error for a KV cache whose `dtype`, as --kv-cache-dtype has it, is not the model's."""
     return UnsupportedError(
         f"KV cache dtype {dtype!r}",
         "keys are compared and rotated from the cache in the model's own dtype",

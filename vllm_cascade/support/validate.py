@@ -11,7 +11,7 @@ from vllm_cascade.support.resolved import position_limit, resolve_options
 from vllm_cascade.support.selection import check_kinds, check_selection, layer_of, selects_cascade
 from vllm_cascade.support.unsupported import ELSEWHERE, UnsupportedError
 
-# By name, not by what is known to be wrong: a new kind is refused until it has been looked at.
+# Lists of what works, not of what fails: a new kind is refused until somebody has looked at it.
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 POSITION_EMBEDDING_TYPES = (None, "rope", "rotary")
 ATTENTION_SCALES = ("llama_4_scaling", "attn_temperature_tuning", "use_logn_attn")
@@ -19,7 +19,7 @@ MIN_CAPABILITY = (8, 0)
 GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
 GPU_BLOCK_SIZES = (16, 32, 64, 128)
 GPU_MAX_WINDOW = 1024
-# Some 4 GiB with the default budget: a row entry for each block, for each stride.
+# The GPU keeps a row entry for each block and each stride: some 4 GiB with the default budget.
 GPU_MAX_STRIDES = 1 << 21
 SHARED_KV = ("num_kv_shared_layers", "use_cla")
 
@@ -31,8 +31,8 @@ def validate(vllm_config: Any) -> None:
         vllm_config: vLLM's complete configuration.
 
     Raises:
-        UnsupportedError: CASCADE is selected for something it cannot do, or its options are given
-            while it is not selected.
+        UnsupportedError: CASCADE is selected for something that it cannot do, or its options are
+            given and it is not selected.
         ConfigError: A cascade option is unknown or cannot work with this model.
     """
     if not selects_cascade(vllm_config.attention_config):
@@ -143,7 +143,8 @@ def _table_limit(model_config: Any) -> int:
     """Positions in the rotary tables of layers that CASCADE does not serve."""
     text, limit = model_config.hf_text_config, position_limit(model_config)
     ropes = getattr(text, "rope_parameters", None) or {}
-    # Parameters of their own, which are not scaled, whatever those of the other layers are.
+    # Sliding-window layers with RoPE parameters of their own have no scaling, even where the
+    # full-attention layers have.
     return min(limit, text.max_position_embeddings) if hybrid.SLIDING in ropes else limit
 
 
@@ -233,7 +234,7 @@ def _features(vllm_config: Any) -> None:
 
 
 def log_prefix_caching(vllm_config: Any) -> None:
-    """Say once what prefix caching, where it is on, finds."""
+    """Log once what prefix caching finds with CASCADE, if `vllm_config` turns it on."""
     if vllm_config.cache_config.enable_prefix_caching:
         log = log_of(__name__).info_once
         if vllm_config.attention_config.backend_per_kind:
@@ -251,7 +252,13 @@ def log_prefix_caching(vllm_config: Any) -> None:
 
 
 def log_blend(vllm_config: Any) -> None:
-    """Say once what policy "blend" has come to mean, to those who may have chosen it before."""
+    """Warn once that policy "blend" has another rule than before, if `vllm_config` chooses it.
+
+    A configuration that sets every changed option, or whose requests always fit, gets no warning.
+
+    Args:
+        vllm_config: vLLM's complete configuration, valid for CASCADE.
+    """
     given = vllm_config.additional_config.get("cascade", {})
     changes = {
         "value_weight": "ranks values as well",
