@@ -1,4 +1,4 @@
-"""Guarded patches of vLLM where it has no hook; ships as `vllm_cascade.patches`.
+"""Guarded patches for places where vLLM has no hook; ships as `vllm_cascade.patches`.
 
 Importing this package imports neither torch nor vLLM, because one of the modules runs while vLLM
 still has to find out which platform it is on.

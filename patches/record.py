@@ -20,7 +20,7 @@ class PatchError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """One change to vLLM, made where it has no hook.
+    """One change to vLLM, in a place where vLLM has no hook.
 
     Args:
         name: The module under `patches/` that holds it.

@@ -113,7 +113,8 @@ class CascadeStatLogger(AggregateStatLoggerBase):
         past_budget = accounting.past_budget(config, num_tokens)
         self._of(self._past_budget, engine).inc(past_budget)
         self._of(self._evicted, engine).inc(accounting.tokens_evicted(config, num_tokens))
-        # The boundaries of a request that this one went on from were counted when that one ended.
+        # Cached tokens are those of an earlier request that this one went on from. The boundaries
+        # up to there were counted when the earlier request ended.
         before = accounting.boundaries_run(config, request.num_cached_tokens)
         boundaries = accounting.boundaries_run(config, num_tokens)
         self._of(self._boundaries, engine).inc(max(0, boundaries - before))

@@ -67,7 +67,7 @@ def check_selected() -> None:
 
 
 def register_name() -> Any:
-    """Register the name CASCADE, once; this loads nothing else of the plugin.
+    """Register the name CASCADE, once, and load nothing else of the plugin.
 
     Returns:
         CASCADE's member of vLLM's `AttentionBackendEnum`.
@@ -90,6 +90,6 @@ def _register_cache() -> None:
     from vllm_cascade.kv_cache.manager import CascadeManager
     from vllm_cascade.kv_cache.spec import CascadeSpec
 
-    # vLLM registers its own specifications only while the registry is empty.
+    # vLLM registers its own specs only while the registry is empty, so they have to come first.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(CascadeSpec, CascadeManager, uniform_type_base_spec=CascadeSpec)

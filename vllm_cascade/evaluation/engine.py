@@ -263,7 +263,7 @@ class Engine:
 
 
 def resolve(model: str, options: dict[str, Any]) -> tuple[int, Any]:
-    """Check an engine's options as vLLM would, without starting it.
+    """Check an engine's options as vLLM would, without starting the engine.
 
     Args:
         model: As for `vllm.LLM`.

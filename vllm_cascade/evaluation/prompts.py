@@ -147,7 +147,7 @@ class PromptBuilder:
             lines.append(next(filler)[:left])
             left -= len(lines[-1])
         starts = [0, *accumulate(len(line) for line in lines)]
-        # The deepest needle first, because it does not move the place of those before it.
+        # The deepest needle first: to insert a needle does not move the place of needles before it.
         for depth, line in sorted(hidden, key=lambda pair: pair[0], reverse=True):
             lines.insert(bisect_left(starts, min(depth * room, starts[-2])), line)
         return [*head, *(token for line in lines for token in line), *tail]

@@ -116,7 +116,7 @@ def make_prompts(
     Returns:
         The prompts. Their depths go round five equal bands.
 
-    Source: The passkey protocol of Willette et al., arXiv 2406.17808, for the depths.
+    Source: The protocol of Willette et al., arXiv 2406.17808, for the bands of depth.
     """
     prompts = []
     for index in range(count):

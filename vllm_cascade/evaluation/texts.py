@@ -54,7 +54,7 @@ def king_james() -> str:
     """Read the King James Bible as plain text, a paragraph a line: 4 million characters.
 
     Raises:
-        CommandError: The package that carries it is not installed.
+        CommandError: The package that carries the text is not installed.
     """
     # The file is read, not imported: to import it would load four more Bibles, and another package.
     spec = importlib.util.find_spec(PACKAGE)
