@@ -1,7 +1,7 @@
-"""Guarded patches of vLLM where it has no hook; ships as `vllm_cascade.patches`.
+"""Guarded patches for places where vLLM has no hook; ships as `vllm_cascade.patches`.
 
-Importing this package imports neither torch nor vLLM: one of its modules runs while vLLM is still
-finding out which platform it is on.
+Importing this package imports neither torch nor vLLM, because one of the modules runs while vLLM
+still has to find out which platform it is on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PATCHES = (
 def apply_all(patches: tuple[Patch, ...] = PATCHES) -> None:
     """Apply every patch that was not applied before in this process.
 
-    All are checked before the first is applied, so vLLM is never left half patched.
+    All patches are checked before the first is applied, so vLLM is never left half patched.
 
     Args:
         patches: The patches, in the order to apply them.
@@ -51,6 +51,6 @@ def apply_all(patches: tuple[Patch, ...] = PATCHES) -> None:
 
 
 def table() -> str:
-    """All patches as a Markdown table."""
+    """Write all patches as a Markdown table."""
     head = ["| patch | target | vLLM | cures | can go when |", "| --- | --- | --- | --- | --- |"]
     return "\n".join(head + [patch.row() for patch in PATCHES])

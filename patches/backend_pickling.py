@@ -17,7 +17,7 @@ def install() -> None:
     import vllm_cascade
 
     member = AttentionBackendEnum[BACKEND_NAME]
-    # On the member, not the class: the built-in backends keep vLLM's own way.
+    # Set on the member, not on the class, so that built-in backends are pickled as vLLM does.
     member.__reduce_ex__ = lambda protocol: (vllm_cascade._restore, ())
 
 

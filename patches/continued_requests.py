@@ -1,4 +1,4 @@
-"""Lets a request go on where a finished one ended, in a cascade's blocks."""
+"""Lets a request go on where a finished request ended, with that request's blocks or a copy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm_cascade.patches.record import Patch
 
 
 def install() -> None:
-    """Wrap vLLM's look-up of what is cached of a waiting request."""
+    """Wrap vLLM's look-up of the blocks that are cached for a waiting request."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     original = KVCacheManager.get_computed_blocks
@@ -19,10 +19,10 @@ def install() -> None:
         self: Any, request: Any, max_cache_hit_length: int | None = None
     ) -> Any:
         managers = self.coordinator.single_type_managers
-        # Layers of other backends would have to go on as well.
+        # With other caches beside CASCADE's, layers of other backends would have to go on too.
         is_alone = len(managers) == 1 and hasattr(managers[0], "continued_by")
         if is_alone and self.prefix_cache_lookup_enabled(request):
-            # The last token is computed in any case: what follows it is asked for.
+            # The last token has to be computed: its logits give the next token.
             most = request.num_tokens - 1
             if max_cache_hit_length is not None:
                 most = min(most, max_cache_hit_length)

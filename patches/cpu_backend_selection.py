@@ -1,4 +1,4 @@
-"""Lets the CPU platform take the backend CASCADE, after vLLM's own checks of it."""
+"""Lets the CPU platform take the backend CASCADE, after vLLM's own checks of the backend."""
 
 from __future__ import annotations
 

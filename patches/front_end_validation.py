@@ -33,7 +33,7 @@ def install() -> None:
             validate(vllm_config)
         except (ConfigError, UnsupportedError) as error:
             if _is_command_line():
-                # A user of `vllm serve` gets the one line; a traceback would say nothing more.
+                # A user of `vllm serve` gets one line; a traceback would tell the user no more.
                 raise SystemExit(f"vllm: {error}") from None
             raise
         delegate_windows(vllm_config)
@@ -43,10 +43,10 @@ def install() -> None:
 
 
 def _is_command_line() -> bool:
-    """Whether vLLM's own program runs, and not one that may catch an error."""
+    """Whether vLLM's own program runs, and not a program that may catch an error."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
-    # The script `vllm` imports a function of that name from vLLM, and is no module itself.
+    # The script `vllm` is no module itself, but imports a function `main` from a module of vLLM.
     name = spec.name if spec is not None else getattr(getattr(main, "main", None), "__module__", "")
     return str(name).startswith("vllm.entrypoints.")
 

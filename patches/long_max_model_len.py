@@ -10,8 +10,8 @@ from typing import Any
 from vllm_cascade.patches.record import Patch
 from vllm_cascade.support.names import log_of
 
-# True while the front end builds a configuration that selects CASCADE. vLLM's check sees the model
-# only, and its own switch, an environment variable, would unlock every other model too.
+# True while the front end builds a configuration that selects CASCADE. vLLM's check does not see
+# the backend, and vLLM's own switch, an environment variable, would unlock other backends too.
 cascade_selected: ContextVar[bool] = ContextVar("cascade_selected", default=False)
 
 
@@ -19,7 +19,6 @@ def install() -> None:
     """Wrap vLLM's check of max_model_len against the model's configuration."""
     from vllm.config import model as target
 
-    # Only names under "vllm." are printed.
     logger = log_of(__name__)
     original = target._get_and_verify_max_len
     signature = inspect.signature(original)
@@ -28,8 +27,8 @@ def install() -> None:
     def verify(*args: Any, **kwargs: Any) -> int:
         call = signature.bind(*args, **kwargs)
         asked = call.arguments["max_model_len"]
-        # With sliding windows disabled the limit is the window: further apart than that the model
-        # never saw two tokens, whatever their positions.
+        # With sliding windows disabled the limit is the window. In training no token attended to
+        # another beyond the window, so CASCADE leaves this limit in place.
         if (
             not cascade_selected.get()
             or asked is None

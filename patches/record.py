@@ -1,4 +1,4 @@
-"""What a patch of vLLM says of itself, and the checks it passes before it touches anything."""
+"""The record of a patch of vLLM, and the checks before the patch changes anything."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-# The range this project is tested with. A patch may narrow it, never widen it.
+# The vLLM versions that this project is tested with. A patch may narrow the range, never widen it.
 VLLM_RANGE = ">=0.32.0,<0.34"
 
 _applied: set[str] = set()
 
 
 class PatchError(RuntimeError):
-    """A patch does not fit the vLLM that is installed; nothing was changed."""
+    """A patch does not fit the installed vLLM; the patch has changed nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """One change to vLLM, made where it has no hook.
+    """One change to vLLM, in a place where vLLM has no hook.
 
     Args:
         name: The module under `patches/` that holds it.
-        target: Dotted path of what is changed.
+        target: Dotted path of what the patch changes.
         signature: `signature_of` the target that the patch was written for.
-        symptom: What goes wrong without it.
-        removal: When it can be deleted.
+        symptom: What goes wrong without the patch.
+        removal: When the patch can be deleted.
         install: Makes the change; called at most once in a process.
-        vllm: The vLLM versions it was written for.
+        vllm: The vLLM versions that the patch was written for.
         later_signature: Signature in newer supported versions, if it differs.
     """
 
@@ -48,11 +48,11 @@ class Patch:
         return self.name in _applied
 
     def check(self) -> None:
-        """Compare vLLM with what the patch was written for; changes nothing.
+        """Compare vLLM with what the patch was written for, and change nothing.
 
         Raises:
-            PatchError: The version is outside the range, the target is gone, or its signature
-                is another.
+            PatchError: The version is outside the range, the target is gone, or the target has
+                another signature.
         """
         from vllm.version import __version__ as vllm_version
 
@@ -88,13 +88,19 @@ class Patch:
             _applied.add(self.name)
 
     def row(self) -> str:
-        """The patch as one row of a Markdown table."""
+        """Write the patch as one row of a Markdown table."""
         cells = (f"`{self.name}`", f"`{self.target}`", self.vllm, self.symptom, self.removal)
         return f"| {' | '.join(cells)} |"
 
 
 def in_range(version: str, specifier: str) -> bool:
-    """Whether `version` lies in `specifier` (PEP 440); builds and pre-releases count."""
+    """Whether a version lies in a range.
+
+    Args:
+        version: A version as vLLM reports it. Builds and pre-releases can lie in the range; a text
+            that is no version, as "dev", does not.
+        specifier: A range as PEP 440 writes it.
+    """
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion, Version
 
@@ -105,9 +111,10 @@ def in_range(version: str, specifier: str) -> bool:
 
 
 def signature_of(function: Callable[..., Any]) -> str:
-    """Names, kinds and defaults of a function's parameters.
+    """Write the names, kinds and defaults of the parameters of `function`.
 
-    Not their annotations: what those look like depends on Python and on what was imported first.
+    Annotations are left out, because how Python shows them depends on its version and on what was
+    imported first.
     """
     signature = inspect.signature(function)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
@@ -115,7 +122,7 @@ def signature_of(function: Callable[..., Any]) -> str:
 
 
 def resolve(target: str) -> Any:
-    """The object at the dotted path `target`.
+    """Import the object at the dotted path `target`.
 
     Raises:
         ImportError: No module on the path can be imported.
@@ -127,7 +134,8 @@ def resolve(target: str) -> Any:
         try:
             found: Any = import_module(module_name)
         except ModuleNotFoundError as error:
-            # A class on the path is no module; a missing dependency of a module is an error.
+            # A class on the path is no module, so go on. A module whose dependency is missing is an
+            # error.
             if error.name is None or not module_name.startswith(error.name):
                 raise
             continue

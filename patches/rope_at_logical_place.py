@@ -1,4 +1,4 @@
-"""Hands the rotary embedding of CASCADE layers to the backend."""
+"""Hands the rotary embedding of each CASCADE layer to the backend when a model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of blocks take along what a cascade's pages hold behind keys and values."""
+"""Lets copies of blocks take along what a cascade's pages hold behind keys and values."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from vllm_cascade.patches.record import Patch
 
 NAME = "copy_kv_cache_blocks_inplace"
-# Bytes of a layer that are copied at a time; as much memory again is taken meanwhile.
+# Bytes of a layer that are copied at a time. The copy takes as much memory again for the moment.
 PIECE = 64 << 20
-# They import it by name.
+# These modules import the function by name, so it has to be replaced in them too.
 RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 
 
@@ -30,7 +30,8 @@ def install() -> None:
         if not pages or not kv_cache_block_copies:
             original(kv_caches, num_blocks, kv_cache_block_copies)
             return
-        # Many requests may go on in one step, each from a full cache. None is copied to and from.
+        # Copy in pieces: many requests may go on in one step, each from a full cache. The order is
+        # free, because no block is copied both to and from.
         size = max(1, PIECE // max(each.kv.stride(0) * each.kv.element_size() for each in pages))
         for first in range(0, len(kv_cache_block_copies), size):
             original(kv_caches, num_blocks, kv_cache_block_copies[first : first + size])

@@ -9,12 +9,12 @@ __version__ = "0.2.0"
 
 _here = Path(__file__).parent
 if not (_here / "kernels").is_dir():
-    # Imported from a checkout, ahead of what is installed: there the folders lie beside this one.
+    # Imported from a checkout, where `kernels` and `patches` lie beside this folder.
     __path__.append(str(_here.parent))
 
 
 def _restore() -> Any:
-    """The enum member CASCADE: what it unpickles to, where the plugin may not be loaded yet.
+    """The enum member CASCADE, for an unpickler in a process that may not have loaded the plugin.
 
     The name and place of this function are part of every pickled configuration.
 

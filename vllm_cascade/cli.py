@@ -16,14 +16,14 @@ from vllm_cascade.evaluation.command import add_commands
 from vllm_cascade.inspection.command import add_command
 from vllm_cascade.structure.options import PRESETS, CascadeOptions
 
-INVALID = 2  # as argparse exits for a bad command line
+INVALID = 2  # argparse's own exit code for a bad command line
 
 
 def _whole_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-# How argparse reads options; those that are not here are whole numbers.
+# Option -> how argparse reads it; an option that is not here is a whole number.
 READERS: dict[str, dict[str, Any]] = {
     "cache_tokens": {"type": tokens, "metavar": "TOKENS"},
     "policy": {"choices": tuple(PRESETS)},
@@ -40,10 +40,10 @@ READERS: dict[str, dict[str, Any]] = {
 
 
 def run() -> int:
-    """The console script: `main` in a process of its own, where vLLM says nothing."""
+    """Run `main` as the console script, with vLLM's log lines turned off."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    # What it logs before it reads its own settings.
+    # For lines that vLLM logs before it reads its own settings.
     logging.getLogger("vllm").setLevel(logging.CRITICAL)
     return main()
 
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: The command line without the program's name; the process's own unless given.
+        arguments: The command line without the program's name; None for the process's own.
 
     Returns:
         The exit code: 2 if the model cannot be served or measured as asked, 1 if an engine failed,
-        else 0.
+        0 otherwise.
     """
     given = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = given.run

@@ -1,7 +1,7 @@
 """Prometheus metrics of a cascade, through vLLM's plug point for stat loggers.
 
-vLLM loads the logger for every server, whatever its attention backend; without CASCADE it
-registers nothing.
+vLLM loads the logger for every server, whatever the attention backend. Without CASCADE the logger
+registers no metric.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ if TYPE_CHECKING:
 
 Metric: TypeAlias = Gauge | Counter | Histogram
 
-# vLLM unregisters what starts with "vllm:".
+# Not "vllm:": vLLM unregisters every metric with that prefix.
 PREFIX = "vllm_cascade:"
 LABELS = ("model_name", "engine")
 
 
 class CascadeStatLogger(AggregateStatLoggerBase):
-    """What finished requests cost, from their token counts; labelled by model and engine.
+    """Counts what finished requests have cost, from their token counts, by model and engine.
 
     Args:
         vllm_config: vLLM's complete configuration.
         engine_indexes: Engines that report to this process.
     """
 
-    # A registry takes a name once, and a process may start one server after another.
+    # Kept by the class: a registry takes a name once, and a process may start several servers, one
+    # after another.
     _registered: tuple[Metric, ...] = ()
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
@@ -80,7 +81,7 @@ class CascadeStatLogger(AggregateStatLoggerBase):
             self._of(reach, engine).set(config.reach)
             self._of(blocks, engine).set(build_layout(config).max_blocks)
             for metric in counted:
-                self._of(metric, engine)  # shown as zero until the first request ends
+                self._of(metric, engine)  # so that zero is shown until the first request ends
 
     def record(
         self,
@@ -93,9 +94,9 @@ class CascadeStatLogger(AggregateStatLoggerBase):
 
         Args:
             scheduler_stats: Not used.
-            iteration_stats: The step as the front end saw it.
+            iteration_stats: The step as the front end saw it; None is ignored.
             mm_cache_stats: Not used.
-            engine_idx: The engine that ran the step.
+            engine_idx: Number of the engine that ran the step.
         """
         if self.config is None or iteration_stats is None:
             return
@@ -103,7 +104,7 @@ class CascadeStatLogger(AggregateStatLoggerBase):
             self._count(self.config, request, engine_idx)
 
     def log_engine_initialized(self) -> None:
-        """Nothing: the backend logs its own line."""
+        """Log nothing, because the backend logs a line of its own."""
 
     def _count(self, config: CascadeConfig, request: FinishedRequestStats, engine: int) -> None:
         num_tokens = accounting.computed_tokens(
@@ -112,7 +113,8 @@ class CascadeStatLogger(AggregateStatLoggerBase):
         past_budget = accounting.past_budget(config, num_tokens)
         self._of(self._past_budget, engine).inc(past_budget)
         self._of(self._evicted, engine).inc(accounting.tokens_evicted(config, num_tokens))
-        # Those of a request that this one went on from were counted with it.
+        # Cached tokens are those of an earlier request that this one went on from. The boundaries
+        # up to there were counted when the earlier request ended.
         before = accounting.boundaries_run(config, request.num_cached_tokens)
         boundaries = accounting.boundaries_run(config, num_tokens)
         self._of(self._boundaries, engine).inc(max(0, boundaries - before))
@@ -123,7 +125,7 @@ class CascadeStatLogger(AggregateStatLoggerBase):
 
 
 def _gauge(name: str, documentation: str) -> Gauge:
-    # With several API servers every one of them reports the same value.
+    # With several API servers each of them reports the same value.
     return Gauge(f"{PREFIX}{name}", documentation, LABELS, multiprocess_mode="mostrecent")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_cascade.support.names import BACKEND_NAME
 
-# Of the entry point in pyproject.toml, by which VLLM_PLUGINS names it.
+# The entry point's name in pyproject.toml, which users write in VLLM_PLUGINS.
 PLUGIN_NAME = "cascade"
 BACKEND_PATH = "vllm_cascade.attention.backend.CascadeBackend"
 
@@ -16,7 +16,7 @@ def register() -> None:
     """Make the backend CASCADE known to vLLM; a second call does nothing.
 
     Raises:
-        RuntimeError: The installed vLLM is outside the tested range, or not what a patch expects.
+        RuntimeError: The installed vLLM is outside the tested range, or a patch does not fit it.
     """
     from vllm_cascade.patches import apply_all
 
@@ -30,7 +30,7 @@ def check_vllm_version() -> None:
     """Refuse a vLLM that this plugin was not tested with.
 
     Raises:
-        RuntimeError: Names the version found, the range supported and the ways out.
+        RuntimeError: The message names the version found, the range supported and the ways out.
     """
     from vllm.version import __version__ as found
 
@@ -48,10 +48,10 @@ def check_vllm_version() -> None:
 
 
 def check_selected() -> None:
-    """Refuse a process that was handed a configuration for CASCADE, but will not load the plugin.
+    """Refuse to go on in a process that got CASCADE's configuration but will not load the plugin.
 
-    A node of a cluster may have an environment of its own. Without the patches its ranks would
-    serve their layers with another backend, or with keys rotated twice.
+    A node of a cluster may have an environment of its own. Without the patches the node's ranks
+    would serve their layers with another backend, or would rotate keys twice.
 
     Raises:
         RuntimeError: `VLLM_PLUGINS` leaves the plugin out.
@@ -67,10 +67,10 @@ def check_selected() -> None:
 
 
 def register_name() -> Any:
-    """Register the name CASCADE, once; nothing else of the plugin is loaded.
+    """Register the name CASCADE, once, and load nothing else of the plugin.
 
     Returns:
-        The member of vLLM's `AttentionBackendEnum`.
+        CASCADE's member of vLLM's `AttentionBackendEnum`.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -90,6 +90,6 @@ def _register_cache() -> None:
     from vllm_cascade.kv_cache.manager import CascadeManager
     from vllm_cascade.kv_cache.spec import CascadeSpec
 
-    # vLLM registers its own specifications only while the registry is empty.
+    # vLLM registers its own specs only while the registry is empty, so they have to come first.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(CascadeSpec, CascadeManager, uniform_type_base_spec=CascadeSpec)

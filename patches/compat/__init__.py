@@ -1,1 +1,1 @@
-"""Does a vLLM have all that the patches and the plugin build on? Read from its source."""
+"""Whether a vLLM has all that the patches and the plugin build on, read from vLLM's source."""

@@ -1,13 +1,13 @@
 """What the plugin relies on in vLLM beside what its patches replace and its modules import.
 
-Names that a module imports from vLLM, and attributes it looks up on them, are read from the
-plugin's own source (`needs.py`) and are not repeated here.
+`needs.py` reads from the plugin's own source which names a module imports from vLLM, and which
+attributes it looks up on them. Such names are not repeated here.
 """
 
 from __future__ import annotations
 
-# Class of the plugin -> members of vLLM's base class that it replaces. Of a function the
-# parameters have to fit too.
+# Class of the plugin -> members of vLLM's base class that it replaces. If a member is a function,
+# its parameters have to fit too.
 OVERRIDES: dict[str, tuple[str, ...]] = {
     "vllm_cascade/attention/backend.py:CascadeBackend": (
         "forward_includes_kv_cache_update",
@@ -51,7 +51,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# File of the plugin -> what vLLM hands it: class -> its members.
+# File of the plugin -> class of vLLM, of which the file gets objects -> the members that it reads.
 MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm_cascade/attention/builder.py": {
         "vllm.v1.attention.backend.CommonAttentionMetadata": (
@@ -214,8 +214,8 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# File of the plugin -> function of vLLM's that it calls or that calls it -> parameters, or
-# constant -> value.
+# File of the plugin -> function of vLLM that the file calls, or that calls the file -> parameters;
+# or constant of vLLM -> value.
 EXACTLY: dict[str, dict[str, str]] = {
     "vllm_cascade/kv_cache/ends.py": {
         "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "(self, num_blocks)",

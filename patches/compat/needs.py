@@ -1,4 +1,4 @@
-"""Whether the sources of a vLLM still have what the plugin builds on."""
+"""The list of what the plugin needs of vLLM, compared with the sources of a vLLM."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ HERE = Path(__file__).parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """One thing that a file of the plugin needs of vLLM.
+    """One name that a file of the plugin needs of vLLM.
 
     Args:
-        kind: How it is used.
+        kind: How the file uses the name: "replaces", "imports", "looks up", "overrides", "reads"
+            or "relies on".
         user: The file, or the file and the class in it.
-        paths: Dotted paths that serve, one of which must be there.
-        says: Parameters or value expected, or None for any.
-        override: The plugin's function that replaces it, or None.
+        paths: Dotted paths that the name may have; one of them has to be there.
+        says: The parameters or the value expected; None for any.
+        override: The plugin's function that replaces the name's function, or None.
     """
 
     kind: str
@@ -33,7 +34,7 @@ class Need:
     override: Function | None = None
 
     def moved(self, source: Source) -> str | None:
-        """What is wrong with it in `source`; None if it is there as expected."""
+        """Say what is wrong with the name in `source`; None if it is there as expected."""
         found = next(filter(None, map(source.find, self.paths)), None)
         named = " or ".join(self.paths)
         if found is None:
@@ -52,11 +53,15 @@ class Need:
 
 
 def needs(patches: tuple[Patch, ...], source: Source) -> list[Need]:
-    """All that the plugin needs of vLLM.
+    """List all that the plugin needs of vLLM.
 
     Args:
-        patches: Its patches.
-        source: A vLLM, to tell which of the plugin's classes derive from one of vLLM's.
+        patches: The plugin's patches.
+        source: The sources of a vLLM. They tell which of the signatures supported a patch's target
+            should have, and which imported names are modules or classes.
+
+    Returns:
+        Each need once.
     """
     found = []
     for patch in patches:
@@ -78,17 +83,17 @@ def needs(patches: tuple[Patch, ...], source: Source) -> list[Need]:
 
 
 def report(root: Path, patches: tuple[Patch, ...]) -> tuple[str, bool]:
-    """A table of what was checked, and what has moved.
+    """Compare all needs with a vLLM: a table of what was checked, and a line for each that moved.
 
     Args:
-        root: Folder of vLLM's sources.
+        root: The folder `vllm`, or the folder that holds it.
         patches: The plugin's patches.
 
     Returns:
         The text, and whether everything is in place.
 
     Raises:
-        FileNotFoundError: There are no sources of vLLM.
+        FileNotFoundError: The folder has no sources of vLLM.
     """
     source = Source(root)
     wanted = needs(patches, source)
@@ -106,7 +111,7 @@ def report(root: Path, patches: tuple[Patch, ...]) -> tuple[str, bool]:
 
 
 def plugin_files() -> Iterator[tuple[str, Path]]:
-    """The plugin's modules that use vLLM: how a message names them, and where they are."""
+    """List the plugin's modules that may use vLLM: how a message names a module, and its file."""
     import vllm_cascade
 
     for name, folder in (("vllm_cascade", Path(vllm_cascade.__file__).parent), ("patches", HERE)):
@@ -120,11 +125,12 @@ Names = dict[str, tuple[tuple[str, ...], bool]]
 
 
 def imports(module: ast.Module) -> Names:
-    """What a module imports from vLLM, in functions too.
+    """List what `module` imports from vLLM, in its functions too.
 
     Returns:
-        Name -> the dotted paths it may come from, and whether one of them is needed: an import
-        that may fail is not, unless another stands in for it.
+        Name in the module -> the dotted paths that it may come from, and whether one of the paths
+        has to be there. None has to if the name is imported only in the body of a ``try`` that
+        catches ImportError.
     """
     guarded = set[ast.AST]()
     for node in ast.walk(module):
@@ -146,7 +152,17 @@ def imports(module: ast.Module) -> Names:
 
 
 def attributes(user: str, path: Path, names: Names, source: Source) -> Iterator[Need]:
-    """What a module looks up on the modules and classes that it imports from vLLM."""
+    """List what a module looks up on the modules and classes that it imports from vLLM.
+
+    Args:
+        user: How a message names the module.
+        path: The module's file.
+        names: The module's `imports`.
+        source: The sources of a vLLM.
+
+    Returns:
+        The needs; one that occurs several times in the module comes several times.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
             continue
@@ -159,7 +175,16 @@ def attributes(user: str, path: Path, names: Names, source: Source) -> Iterator[
 
 
 def overrides(user: str, path: Path, names: Names) -> Iterator[Need]:
-    """The members of vLLM's classes that a module's classes replace, as `OVERRIDES` has them."""
+    """List the members of vLLM's classes that a module's classes replace, as in `OVERRIDES`.
+
+    Args:
+        user: How a message names the module.
+        path: The module's file.
+        names: The module's `imports`.
+
+    Returns:
+        The needs, with the plugin's function for each member that is a function.
+    """
     for node in ast.parse(path.read_text()).body:
         if not isinstance(node, ast.ClassDef):
             continue
@@ -172,7 +197,7 @@ def overrides(user: str, path: Path, names: Names) -> Iterator[Need]:
 
 
 def _accepts(override: Function, base: Function) -> bool:
-    """Whether `override` can be called wherever `base` can, by the same names."""
+    """Whether `override` takes every call that `base` takes, by position or by name."""
     mine, theirs = override.args, base.args
     own = [argument.arg for argument in (*mine.posonlyargs, *mine.args)]
     given = [argument.arg for argument in (*theirs.posonlyargs, *theirs.args)]

@@ -1,4 +1,4 @@
-"""A tree of vLLM's Python sources, read without importing it."""
+"""A tree of vLLM's Python sources, read without importing vLLM."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where a dotted path ends.
+    """What a dotted path names.
 
     Args:
-        module: The module it is defined in.
-        node: Its definition; None for what the standard library defines.
-        value: The object itself, for what the standard library defines.
+        module: The module that defines the name.
+        node: The name's definition; None if the standard library defines the name.
+        value: The object itself if the standard library defines the name.
     """
 
     module: str
@@ -59,14 +59,14 @@ class Source:
 
     @property
     def version(self) -> str:
-        """What the build wrote into it, or "of unknown version"."""
+        """The version that vLLM's build wrote into the sources, or "of unknown version"."""
         path = self.root / "_version.py"
         text = path.read_text() if path.exists() else ""
         found = re.search(r"^__version__ = .*?['\"](.+?)['\"]", text, re.MULTILINE)
         return found[1] if found else "of unknown version"
 
     def find(self, path: str) -> Found | None:
-        """What the dotted `path` names, through imports and base classes; None if nothing."""
+        """Find what the dotted `path` names, through imports and base classes; None if nothing."""
         parts = path.split(".")
         for end in range(len(parts), 0, -1):
             name = ".".join(parts[:end])
@@ -80,9 +80,9 @@ class Source:
         return None
 
     def elsewhere(self, name: str) -> list[str]:
-        """Modules that define a function or class `name`."""
+        """List the modules that define a function or a class `name`, as dotted paths."""
         defines = re.compile(rf"^\s*(?:async )?(?:def|class) {re.escape(name)}\b", re.MULTILINE)
-        # A folder that is a link is not looked into.
+        # `rglob` does not look into a folder that is a link.
         paths = sorted(self.root.rglob("*.py"))
         return [self._dotted(path) for path in paths if defines.search(path.read_text())]
 
@@ -123,7 +123,7 @@ class Source:
         return None
 
     def _starred(self, module: str, node: ast.Module, name: str) -> Found | None:
-        """What `name` stands for by one of a module's ``from ... import *``."""
+        """What `name` stands for if one of a module's ``from ... import *`` brings it in."""
         for part in node.body:
             if isinstance(part, ast.ImportFrom) and part.names[0].name == "*":
                 path = next(path for _, path in imported(part, self._package(module)))
@@ -165,11 +165,14 @@ def _parsed(path: Path) -> ast.Module:
 
 
 def imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[tuple[str, str]]:
-    """Name and absolute dotted path of all that a statement imports.
+    """List the names that a statement imports.
 
     Args:
         node: The statement.
-        package: The package that relative names start from.
+        package: Dotted path of the package that relative names start from.
+
+    Returns:
+        Pairs of a name, as the statement binds it, and the absolute dotted path behind the name.
     """
     if isinstance(node, ast.Import):
         for alias in node.names:
@@ -184,7 +187,7 @@ def imported(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[tuple[
 
 
 def _definitions(body: list[ast.stmt], name: str) -> Iterator[ast.stmt]:
-    """Statements of a module or class that bind `name`, those under a condition too."""
+    """Statements in the body of a module or class that bind `name`, in ``if`` and ``try`` too."""
     for node in body:
         if isinstance(node, ast.If | ast.Try):
             handlers = getattr(node, "handlers", [])
@@ -203,7 +206,7 @@ def _definitions(body: list[ast.stmt], name: str) -> Iterator[ast.stmt]:
 
 
 def _sets_attribute(node: ast.AST, name: str) -> bool:
-    """Whether `node` gives `self` an attribute or a buffer of that name."""
+    """Whether `node` gives `self` an attribute or a buffer `name`."""
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
         return node.attr == name and ast.unparse(node.value) == "self"
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.register_buffer":
@@ -212,7 +215,7 @@ def _sets_attribute(node: ast.AST, name: str) -> bool:
 
 
 def _parameters(function: Function) -> list[str]:
-    """Parameters without annotations; of a class method, without the class."""
+    """A function's parameters without annotations; those of a class method without the class."""
     arguments = ast.parse(ast.unparse(function)).body[0].args  # type: ignore[attr-defined]
     for node in ast.walk(arguments):
         if isinstance(node, ast.arg):

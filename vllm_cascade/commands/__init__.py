@@ -1,1 +1,1 @@
-"""What `vllm-cascade` does beside evaluation and inspection."""
+"""The command `vllm-cascade plan`, and what all commands share."""

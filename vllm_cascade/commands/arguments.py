@@ -1,4 +1,4 @@
-"""How the commands read what they are given; each function is a `type` of argparse."""
+"""How the commands read their arguments; each public function is a `type` for argparse."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ TOKENS = re.compile(r"(\d+)(\.\d+)?([kKmMgGtT]?)")
 
 
 def tokens(text: str) -> int:
-    """A number of tokens as vLLM takes one: 4096, 128k (128,000), 128K (131,072), 1.5m, 1M.
+    """Read a number of tokens in vLLM's notation: 4096, 128k (128,000), 128K (131,072), 1.5m, 1M.
+
+    Args:
+        text: The argument; k, m, g and t stand for powers of 1,000, and K, M, G and T for powers of
+            1,024, which take no fraction.
 
     Raises:
-        argparse.ArgumentTypeError: It is none, or not above zero.
+        argparse.ArgumentTypeError: `text` is no such number, or is not above zero.
     """
     found = TOKENS.fullmatch(text.strip())
     if not found or (found[2] and not found[3].islower()):
@@ -30,17 +34,22 @@ def tokens(text: str) -> int:
 
 
 def positive_int(text: str) -> int:
-    """A whole number above zero.
+    """Read `text` as a whole number above zero.
 
     Raises:
-        ValueError: It is no whole number.
-        argparse.ArgumentTypeError: It is not above zero.
+        ValueError: `text` is no whole number.
+        argparse.ArgumentTypeError: The number is not above zero.
     """
     return _above_zero(int(text), text)
 
 
 def positive(text: str) -> float:
-    """A finite number above zero; raises as `positive_int` does."""
+    """Read `text` as a finite number above zero.
+
+    Raises:
+        ValueError: `text` is no number.
+        argparse.ArgumentTypeError: The number is infinite, or is not above zero.
+    """
     value = float(text)
     if value == float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
@@ -48,10 +57,10 @@ def positive(text: str) -> float:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Keyword arguments in JSON.
+    """Read `text`, a JSON object, as keyword arguments.
 
     Raises:
-        argparse.ArgumentTypeError: It is no JSON, or no object.
+        argparse.ArgumentTypeError: `text` is not JSON, or is no object.
     """
     try:
         value = json.loads(text)

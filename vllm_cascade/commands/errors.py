@@ -1,5 +1,5 @@
-"""What a command ends with where it cannot do what was asked."""
+"""The error with which a command refuses what a user asked for."""
 
 
 class CommandError(ValueError):
-    """Something that cannot be done as asked; the message says what could be."""
+    """A command cannot do what was asked; the message says what it could do."""

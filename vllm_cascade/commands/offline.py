@@ -1,4 +1,4 @@
-"""vLLM's configuration of a model, checked as for a server, without an engine."""
+"""vLLM's configuration of a model, checked as for a server; no engine starts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from vllm_cascade.commands.errors import CommandError
 
 
 def engine_config(**options: Any) -> Any:
-    """Make vLLM's configuration as an engine would, the plugin's checks included.
+    """Make vLLM's configuration as an engine would; the plugin's checks run too.
 
     Args:
-        options: Those of vLLM's `EngineArgs`.
+        options: Fields of vLLM's `EngineArgs`.
 
     Returns:
         vLLM's `VllmConfig`.
 
     Raises:
         OSError: The model's configuration cannot be read.
-        CommandError: With vLLM's or the plugin's own words.
+        CommandError: vLLM or the plugin refuses; the message has their own words.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -34,7 +34,7 @@ def engine_config(**options: Any) -> Any:
 
 
 def said(error: Exception) -> str:
-    """The error's message; what pydantic wraps is taken out of its several lines."""
+    """Give the message of `error`; pydantic's report of several lines is put in one."""
     from pydantic import ValidationError
 
     if isinstance(error, ValidationError):

@@ -1,7 +1,7 @@
-"""What serving a model with CASCADE would take, worked out without loading its weights.
+"""What serving a model with CASCADE would take, worked out without loading the model's weights.
 
 The numbers come from the objects that an engine builds: vLLM's configuration, checked as for a
-server, and the cache specification of a layer.
+server, and a layer's KV cache spec.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ class Plan:
     """The memory of a request in a valid configuration; all bytes are those of one rank.
 
     Args:
-        model: The model as it was named.
+        model: The model as the user named it.
         config: The resolved configuration.
-        dtype: Of the model and its KV cache.
+        dtype: Dtype of the model and its KV cache.
         position_limit: Positions the model itself was made for.
         tensor_parallel_size: Ranks that share each layer's KV heads.
-        num_layers: CASCADE layers.
+        num_layers: Number of CASCADE layers.
         max_blocks: R, the most blocks a request holds in a layer.
-        page_size_bytes: Bytes of a block in a layer, with scores and trace where they are kept.
-        layer_bytes: Bytes of the longest request in a layer.
-        full_attention_layer_bytes: The same with full attention.
-        num_window_layers: Sliding-window layers, which are vLLM's own.
-        window_bytes: Bytes of the longest request in all of those, and of what vLLM pads where it
-            groups unequal numbers of layers.
-        full_attention_window_bytes: The same where the other layers have full attention.
-        kv_memory_bytes: Memory for KV on each GPU, or None.
+        page_size_bytes: Bytes of a block in a layer; scores and token indices count.
+        layer_bytes: Bytes that the longest request holds in a CASCADE layer.
+        full_attention_layer_bytes: Bytes that it would hold there with full attention.
+        num_window_layers: Number of sliding-window layers, which vLLM's own backend serves.
+        window_bytes: Bytes that the longest request holds in all sliding-window layers, and the
+            padding where vLLM groups unequal numbers of layers.
+        full_attention_window_bytes: The same number where vLLM's full attention serves the
+            CASCADE layers.
+        kv_memory_bytes: Memory for KV on each GPU; None if the user named none.
     """
 
     model: str
@@ -72,12 +73,12 @@ class Plan:
 
     @property
     def concurrency(self) -> int | None:
-        """Longest requests that the memory for KV holds at once."""
+        """How many longest requests the memory for KV holds at once; None if it is not known."""
         return None if self.kv_memory_bytes is None else self.kv_memory_bytes // self.request_bytes
 
     @property
     def full_attention_concurrency(self) -> int | None:
-        """The same with full attention."""
+        """How many longest requests the memory for KV would hold with full attention."""
         if self.kv_memory_bytes is None:
             return None
         return self.kv_memory_bytes // self.full_attention_bytes
@@ -89,7 +90,7 @@ class Plan:
 
     @property
     def _included(self) -> str:
-        """What a page holds besides keys and values, in words."""
+        """What a page holds beside keys and values, in words."""
         kept = ["scores"] * self.config.needs_scores + ["trace"] * self.config.trace_tokens
         return f", {' and '.join(kept)} included" if kept else ""
 
@@ -146,13 +147,13 @@ class Plan:
 
 
 def effective(config: CascadeConfig) -> dict[str, Any]:
-    """The options of a configuration, but for those that change nothing under it."""
+    """List the options of `config` by name, without those that have no effect in it."""
     without = set(NO_EFFECT[config.policy])
     if config.num_sub_caches == 1:
         without |= set(NO_EFFECT["window"])
     elif not config.score_weight:
         without |= set(SCORE_KNOBS)
-    # What it came to is to be seen, whoever chose it.
+    # A user wants to see the number of sub-caches, whoever chose it.
     without.discard("num_sub_caches")
     return {name: value for name, value in asdict(config).items() if name not in without}
 
@@ -172,17 +173,18 @@ def make_plan(
     Args:
         model: Folder with the model's config.json, or a name in the cache of Hugging Face.
         cascade: The cascade's options, as in ``additional_config``.
-        max_model_len: Most tokens a request may have; the model's own limit unless given.
-        block_size: Tokens in a KV block; vLLM's choice for this device unless given.
+        max_model_len: Most tokens a request may have; None for the model's own limit.
+        block_size: Tokens in a KV block; None for vLLM's choice on this device.
         dtype: As vLLM's ``--dtype``.
-        tensor_parallel_size: Ranks that share each layer's KV heads; need not be there.
-        kv_memory_gib: Memory for KV on each GPU, in GiB.
+        tensor_parallel_size: Ranks that share each layer's KV heads; this machine may have fewer.
+        kv_memory_gib: Memory for KV on each GPU, in GiB; None leaves the concurrency out.
 
     Returns:
         The plan.
 
     Raises:
-        CommandError: With the reason, and the nearest valid value where there is one.
+        CommandError: No server would start; the message gives the reason, and the nearest valid
+            value if there is one.
     """
     _check_folder(model)
     try:
@@ -223,10 +225,10 @@ def _vllm_config(
         block_size=block_size,
         dtype=dtype,
         attention_backend=BACKEND_NAME,
-        enable_prefix_caching=False,  # no bytes depend on it, and a server has its own say on it
+        enable_prefix_caching=False,  # changes no bytes; on, it would log a line about hits
         additional_config={"cascade": dict(cascade)},
     )
-    # Afterwards, for vLLM asks whether this machine has so many devices.
+    # Set afterwards: `EngineArgs` would ask whether this machine has so many devices.
     vllm_config.parallel_config.tensor_parallel_size = tensor_parallel_size
     vllm_config.model_config.verify_with_parallel_config(vllm_config.parallel_config)
     validate(vllm_config)
@@ -276,13 +278,13 @@ def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
 
 
 def _beside(vllm_config: Any, spec: Any, window: Any, kinds: list[str]) -> int:
-    """Bytes of the longest request beside those in its own pages of layers of `spec`.
+    """Bytes that the longest request holds beside its own pages in the full-attention layers.
 
     Args:
         vllm_config: vLLM's complete configuration.
-        spec: Of each full-attention layer.
-        window: Of each sliding-window layer.
-        kinds: The kinds of the model's layers, in order; empty where all are alike.
+        spec: KV cache spec of each full-attention layer.
+        window: KV cache spec of each sliding-window layer.
+        kinds: The kinds of the model's layers, in order; empty if all layers are alike.
     """
     from vllm_cascade.support.hybrid import FULL
 
@@ -298,7 +300,7 @@ def _beside(vllm_config: Any, spec: Any, window: Any, kinds: list[str]) -> int:
         from vllm.v1.core import kv_cache_utils as planning
 
         builder = ()
-    # An engine settles it when it knows all backends; here no bytes depend on it.
+    # An engine settles the layout when it knows all backends; no bytes here depend on it.
     vllm_config.cache_config.kv_cache_layout = "LBHNC"
     specs = {f"layers.{i}": spec if kind == FULL else window for i, kind in enumerate(kinds)}
     groups = planning.get_kv_cache_groups(vllm_config, specs)
@@ -307,7 +309,7 @@ def _beside(vllm_config: Any, spec: Any, window: Any, kinds: list[str]) -> int:
 
 
 def _num_layers(model_config: Any, parallel_config: Any) -> int:
-    """Layers that attend in full; those of other kinds are not CASCADE's."""
+    """Number of full-attention layers, which are those that CASCADE serves."""
     kinds = getattr(model_config.hf_text_config, "layer_types", None)
     if kinds and len(kinds) == model_config.get_total_num_hidden_layers():
         return int(kinds.count("full_attention"))

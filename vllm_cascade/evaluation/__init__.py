@@ -1,1 +1,1 @@
-"""Quality of caches, measured on vLLM's engine: what `vllm-cascade eval` runs."""
+"""The quality of answers with different caches, measured on vLLM's engine: `vllm-cascade eval`."""

@@ -17,11 +17,11 @@ FULL = "full"
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """A cache under its name in the results.
+    """A cache to measure, under its name in the results.
 
     Attributes:
-        label: As given on the command line, with swept values added.
-        cascade: Options as in ``additional_config``; None is vLLM's own attention.
+        label: The cache as the command line names it, with swept values added.
+        cascade: The cascade's options as in ``additional_config``; None for vLLM's own attention.
     """
 
     label: str
@@ -31,15 +31,20 @@ class Cache:
 def parse_caches(
     specs: Sequence[str], shared: Mapping[str, Any], sweep: Mapping[str, Sequence[Any]]
 ) -> list[Cache]:
-    """Caches from the command line, each cascade crossed with all swept values.
+    """Read caches from the command line, and cross each cascade with all swept values.
 
     Args:
         specs: "full", or a policy and its options: "blend:cache_tokens=2048,stride=256".
-        shared: Options of every cascade that they change; a cache's own win.
-        sweep: Option to values. A policy under which an option changes nothing is left alone.
+        shared: Options of every cascade; a cache's own options win. A policy under which an option
+            has no effect does not get the option.
+        sweep: Option to values. A policy under which an option has no effect is not crossed with
+            the option's values.
+
+    Returns:
+        The caches in the order of `specs`.
 
     Raises:
-        CommandError: An unknown cache, a value that no cascade takes, or a cache given twice.
+        CommandError: A cache is unknown or given twice, or no cascade takes a value.
     """
     caches = [
         cache
@@ -54,10 +59,13 @@ def parse_caches(
 
 
 def parse_options(text: str) -> dict[str, Any]:
-    """Options written "name=value,name=value"; values as in JSON, or plain words.
+    """Read options from a text of the form "name=value,name=value".
+
+    Args:
+        text: The options; a value is JSON, or a plain word.
 
     Raises:
-        CommandError: A part without "=", or a name given twice.
+        CommandError: A part has no "=", or a name is given twice.
     """
     options: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
@@ -70,10 +78,10 @@ def parse_options(text: str) -> dict[str, Any]:
 
 
 def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Swept options, each written "name=value,value".
+    """Read swept options from `texts`, each of the form "name=value,value".
 
     Raises:
-        CommandError: No values, or an option that no cascade has.
+        CommandError: A text has no values, or names an option twice or one that no cascade has.
     """
     sweep: dict[str, list[Any]] = {}
     known = [f.name for f in fields(CascadeOptions)]

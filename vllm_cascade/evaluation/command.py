@@ -17,12 +17,12 @@ from vllm_cascade.evaluation.prompts import FILLERS, Prompt, PromptBuilder
 from vllm_cascade.structure.options import PRESETS
 
 INVALID, FAILED = 2, 1
-# What the results do not depend on.
+# Arguments that the results do not depend on.
 NOT_COMPARED = ("output", "run", "allow_under_budget")
 
 
 def add_commands(commands: Any) -> None:
-    """Add both to a parser's subcommands; the namespace's `run` is what to call."""
+    """Add both commands to argparse's `commands`; the parsed namespace's `run` runs a command."""
     _add_eval(commands)
     command = commands.add_parser(
         "texts", help="write the text that prompts are made of, for a host without a network"
@@ -149,7 +149,15 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 
 def make_prompts(given: argparse.Namespace, builder: PromptBuilder) -> list[Prompt]:
-    """All prompts that the command line asks for."""
+    """Make all prompts that the command line asks for.
+
+    Args:
+        given: The command line of `vllm-cascade eval`.
+        builder: Puts the prompts together.
+
+    Returns:
+        The prompts; perplexity has prompts of the longest length only.
+    """
     options = tasks.TaskOptions(given.keys, given.repeats, given.hops)
     prompts: list[Prompt] = []
     for task in dict.fromkeys(given.tasks):
@@ -165,10 +173,10 @@ def make_prompts(given: argparse.Namespace, builder: PromptBuilder) -> list[Prom
 
 
 def load_tokenizer(model: str) -> Any:
-    """A model's tokenizer.
+    """Load the tokenizer of `model`, a folder or a name.
 
     Raises:
-        CommandError: It has none that the transformers library can read.
+        CommandError: The model has no tokenizer that the transformers library can read.
     """
     from transformers import AutoTokenizer
 

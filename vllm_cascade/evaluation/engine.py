@@ -1,4 +1,4 @@
-"""A vLLM engine in a process of its own, and what its requests held."""
+"""A vLLM engine in a process of its own, which also tells how many blocks its requests held."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from vllm_cascade.commands.errors import CommandError
 from vllm_cascade.support.names import BACKEND_NAME
 
 LOG_LINES = 30
-# Prefix caching off: a prompt that begins like one before it would seem to cost nothing.
+# No prefix caching: with it a prompt that begins like an earlier one would seem to cost nothing.
 FIXED = {"enable_prefix_caching": False, "skip_tokenizer_init": True}
-KEPT_TOKENS = "kept_tokens"  # what is asked for instead of requests
+KEPT_TOKENS = "kept_tokens"  # sent to the engine's process in the place of requests
 
 
 class EngineError(RuntimeError):
-    """The engine's process failed; the message ends with what it printed last."""
+    """The engine's process failed; the message ends with the last lines that it printed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to ask of the engine.
+    """One request to the engine.
 
     Attributes:
         token_ids: The prompt.
-        max_tokens: Tokens to generate, greedily and past an end token; at least 2, since a
-            finished request holds no block.
+        max_tokens: Tokens to generate, greedily and past an end token. At least 2: a request that
+            ends with its first token holds no block after any step, so none would be counted.
         logprobs: Whether to return the prompt's log-probabilities.
     """
 
@@ -44,16 +44,18 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What one request gave and took.
+    """The answer to one request, and what the request cost.
 
     Attributes:
         token_ids: The generated tokens.
-        num_prompt_tokens: Length of the prompt.
-        logprobs: Of the prompt's tokens but the first, in nats; empty unless asked for.
-        num_blocks: Most KV blocks held at the end of any step.
-        kv_bytes: Bytes of those blocks, over all layers.
-        prefill_s: Seconds from the batch's start until the first generated token.
-        total_s: Seconds until the last one.
+        num_prompt_tokens: Length of the prompt in tokens.
+        logprobs: Log-probabilities of the prompt's tokens but the first, in nats; empty unless
+            asked for.
+        num_blocks: Most KV blocks that the request held at the end of any step, over all groups
+            of layers.
+        kv_bytes: Bytes of these blocks, over all layers.
+        prefill_s: Seconds from the batch's start until the request's first generated token.
+        total_s: Seconds from the batch's start until the request's last token.
     """
 
     token_ids: tuple[int, ...]
@@ -82,7 +84,15 @@ class _Batch:
         self.block_bytes = [g.kv_cache_spec.page_size_bytes * len(g.layer_names) for g in groups]
 
     def run(self, progress: Progress) -> list[Completion]:
-        """Answer all of them; `progress` gets prompt tokens computed, and requests finished."""
+        """Answer all requests.
+
+        Args:
+            progress: Called after each step with the number of prompt tokens computed and of
+                requests finished so far.
+
+        Returns:
+            The completions, in the order of the requests.
+        """
         from vllm import SamplingParams
 
         start = time.perf_counter()
@@ -145,12 +155,19 @@ class _Batch:
 
 
 def serve(model: str, options: dict[str, Any], log: str, pipe: Any) -> None:
-    """Answer what comes through the pipe until it closes; the body of the engine's process."""
-    # vLLM logs to both streams: they go to a file that is shown only if the process fails.
+    """Answer what comes through the pipe until the pipe closes; the body of the engine's process.
+
+    Args:
+        model: As for `vllm.LLM`.
+        options: Keyword arguments for `vllm.LLM`.
+        log: File that takes what the process prints.
+        pipe: This process's end of the pipe.
+    """
+    # vLLM logs to both streams. The file is shown only if the process fails.
     with open(log, "w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    # The engine core stays in this process so that its block pool can be read between steps.
+    # The engine core stays in this process, so that the block pool can be read between steps.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -158,7 +175,7 @@ def serve(model: str, options: dict[str, Any], log: str, pipe: Any) -> None:
     from vllm import LLM
 
     llm = LLM(model, **FIXED, **options)
-    # The first step of an engine is slower than the rest.
+    # A request that nobody times: an engine's first step is slower than the others.
     _Batch(llm, [Request([1, 2, 3, 4], 2)]).run(lambda computed, finished: None)
     pipe.send("ready")
     while True:
@@ -173,14 +190,14 @@ def serve(model: str, options: dict[str, Any], log: str, pipe: Any) -> None:
 
 
 class Engine:
-    """A vLLM engine in a process of its own, so that its memory comes back; a context manager.
+    """A vLLM engine in a process of its own, which gives all memory back; a context manager.
 
     Args:
         model: As for `vllm.LLM`.
         options: Keyword arguments for `vllm.LLM`.
 
     Raises:
-        EngineError: From any method.
+        EngineError: The process failed; any method raises this error.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -203,12 +220,15 @@ class Engine:
         requests: Sequence[Request],
         progress: Progress = lambda computed, finished: None,
     ) -> list[Completion]:
-        """Answer requests, batched as vLLM sees fit.
+        """Answer requests, which vLLM batches as it sees fit.
 
         Args:
-            requests: All are given to the engine at once.
-            progress: Called after each step with the prompt tokens computed and the requests
-                finished so far.
+            requests: The requests; the engine gets all of them at once.
+            progress: Called after each step with the number of prompt tokens computed and of
+                requests finished so far.
+
+        Returns:
+            The completions, in the order of the requests.
         """
         self._pipe.send(list(requests))
         while not isinstance(message := self._receive(), list):
@@ -216,13 +236,13 @@ class Engine:
         return message
 
     def kept_tokens(self) -> list[list[dict[str, Any]]]:
-        """Per rank, what `trace.WorkerExtension` reads from the pages, the last request last."""
+        """Read the kept tokens of each rank, as `trace.WorkerExtension.kept_tokens` gives them."""
         self._pipe.send(KEPT_TOKENS)
         kept: list[list[dict[str, Any]]] = self._receive()
         return kept
 
     def close(self) -> None:
-        """End the process and give its memory back."""
+        """End the process, which gives its memory back."""
         self._pipe.close()
         self._process.join()
         self._folder.cleanup()
@@ -243,7 +263,7 @@ class Engine:
 
 
 def resolve(model: str, options: dict[str, Any]) -> tuple[int, Any]:
-    """Check an engine's options as vLLM would, without starting it.
+    """Check an engine's options as vLLM would, without starting the engine.
 
     Args:
         model: As for `vllm.LLM`.
@@ -253,9 +273,9 @@ def resolve(model: str, options: dict[str, Any]) -> tuple[int, Any]:
         The model's own position limit, and the `CascadeConfig` (None for another backend).
 
     Raises:
-        CommandError: With vLLM's or the plugin's own words.
+        CommandError: vLLM or the plugin refuses; the message has their own words.
     """
-    # vLLM warns of much that its own process says again.
+    # Standard output stays free: vLLM warns here of much that the engine's process says again.
     with contextlib.redirect_stdout(sys.stderr):
         from vllm_cascade.commands.offline import engine_config
         from vllm_cascade.support.resolved import position_limit, resolve_options

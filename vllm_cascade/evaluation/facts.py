@@ -1,4 +1,4 @@
-"""Facts that a text holds once, told like the text around them, and what asks for them."""
+"""Facts that a text holds once, told like the text around them, and questions for the facts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 import string
 from dataclasses import dataclass, replace
 
-# What is said, what is asked, and how the answer begins.
+# The sentence, the question, and how the answer begins.
 TEMPLATES = (
     (
         "The harbour master of {place} keeps {number} {things} in the old tower.",
@@ -85,12 +85,12 @@ zephyr badger cobalt
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A fact and how to ask for it.
+    """A fact, and how to ask for it.
 
     Attributes:
-        lines: To be hidden, in this order.
-        question: Its answer is a number.
-        answer_start: Leads to the number.
+        lines: The lines that tell the fact; they are hidden in this order.
+        question: The question, with a number for an answer.
+        answer_start: The beginning of an answer; the number comes next.
     """
 
     lines: tuple[str, ...]
@@ -99,7 +99,15 @@ class Fact:
 
 
 def sentence(number: str, rng: random.Random) -> Fact:
-    """A sentence of a town, a person or both that holds `number`."""
+    """Make a sentence about a town, a person or both.
+
+    Args:
+        number: The number that the sentence tells.
+        rng: Draws the sentence and the names in it.
+
+    Returns:
+        The fact, in one line.
+    """
     words = {
         "place": rng.choice(PLACES.split()),
         "person": rng.choice(PEOPLE),
@@ -111,7 +119,15 @@ def sentence(number: str, rng: random.Random) -> Fact:
 
 
 def function(number: str, rng: random.Random) -> Fact:
-    """A function of Python that returns `number`."""
+    """Make a function of Python.
+
+    Args:
+        number: The number that the function returns.
+        rng: Draws the function's name.
+
+    Returns:
+        The fact, in one piece of code.
+    """
     name = f"{rng.choice(LIMITS.split())}_for_{rng.choice(OWNERS.split())}"
     return Fact(
         (f"def {name}():\n    return {number}\n\n\n",),
@@ -121,13 +137,21 @@ def function(number: str, rng: random.Random) -> Fact:
 
 
 def passkey(number: str) -> Fact:
-    """A passkey's line."""
+    """Make the line that tells a passkey, `number`."""
     line = f"The pass key is {number}. Remember it. {number} is the pass key.\n"
     return Fact((line,), "What is the pass key?", "The pass key is")
 
 
 def chain(number: str, names: list[str]) -> Fact:
-    """Assignments that hand `number` on from the first of `names` to the last one."""
+    """Make assignments that hand a number on from variable to variable.
+
+    Args:
+        number: The number that the first variable gets.
+        names: The variables, in the order of the assignments; the question asks for the last one.
+
+    Returns:
+        The fact, a line for each variable.
+    """
     sources = [number, *(f"VAR {name}" for name in names[:-1])]
     lines = (f"VAR {name} = {source}\n" for name, source in zip(names, sources, strict=True))
     last = f"VAR {names[-1]}"
@@ -139,20 +163,36 @@ def chain(number: str, names: list[str]) -> Fact:
 
 
 def steps(number: str, names: list[str]) -> Fact:
-    """A `chain` of which the answer has to name the assignments."""
+    """Make a `chain` whose answer has to name the assignments.
+
+    Args:
+        number: As of `chain`.
+        names: As of `chain`.
+
+    Returns:
+        The fact, a line for each variable.
+    """
     last = f"VAR {names[-1]}"
     return replace(
         chain(number, names),
         question=f"What number is the value of {last}? Write the assignments from {last} back to "
         "the number, a line each.",
-        # What follows are the steps: told how many there are, a model does not stop at one.
+        # The steps follow. A model that is told their number does not stop at the first.
         answer_start=f"The {len(names)} assignments that lead back to the number are:\n"
         f"{last} = VAR",
     )
 
 
 def variable_names(count: int, rng: random.Random) -> list[str]:
-    """Distinct names of five letters."""
+    """Draw distinct names of five capital letters.
+
+    Args:
+        count: Number of names.
+        rng: Draws the letters.
+
+    Returns:
+        The names.
+    """
     names: list[str] = []
     while len(names) < count:
         name = "".join(rng.choices(string.ascii_uppercase, k=5))

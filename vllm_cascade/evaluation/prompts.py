@@ -1,4 +1,4 @@
-"""Prompts of an exact number of tokens, with something to find in them."""
+"""Prompts of an exact number of tokens, in which something is hidden."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ SENTENCES = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 )
 WORDS_A_LINE = 12
-# Where a definition of Python starts, with its comment or decorator.
+# The place where a definition of Python starts, with its comment or decorator.
 DEFINITION = re.compile(r"(?<=\n\n)(?=[@#]|def |async def |class )")
-# Longer definitions are left out of the filler: none of them has room inside for another one.
+# The filler leaves longer definitions out: a function cannot be hidden inside one, and would have
+# to be put before or after it.
 MAX_DEFINITION = 2000  # characters
 BODY = "[[body]]"  # stands for the filler while a chat template is applied
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt and what would answer it.
+    """One prompt, and the answer to it.
 
     Attributes:
         task: Name of the task.
-        filler: Name of the text around what is to be found; "" where the task has its own.
+        filler: Name of the text in which things are hidden; "" if the task has a text of its own.
         length: Tokens of the prompt.
-        index: Its number among the prompts of this task, filler and length.
-        seed: Of all that was drawn for it.
-        depth: Where in the filler the thing asked for stands, 0 to 1; None if in several places.
+        index: The prompt's number among those of this task, filler and length.
+        seed: Seed of the random numbers that the prompt was drawn with.
+        depth: Share of the filler, 0 to 1, before the thing asked for; None if that is in several
+            places.
         expected: What the answer has to contain; empty for perplexity.
         max_tokens: Tokens to generate.
         token_ids: The prompt, special tokens included.
@@ -55,7 +57,7 @@ class Prompt:
 class PromptBuilder:
     """Puts prompts together from lines of tokens.
 
-    Lines are tokenized one by one, so that a prompt's length is a sum and is met exactly.
+    Lines are tokenized one by one. So a prompt's length is the sum of its lines', and is exact.
 
     Args:
         tokenizer: The model's, of the transformers library.
@@ -72,15 +74,21 @@ class PromptBuilder:
         self._code: list[str] = []
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a piece of text, without special tokens."""
+        """Tokenize `text` without special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def filler(self, name: str, rng: random.Random) -> Iterator[list[int]]:
-        """Lines of filler without end, as tokens.
+        """Give lines of filler without end.
 
         Args:
             name: One of `FILLERS`.
-            rng: Draws the words, or where the book or the code starts.
+            rng: Draws the words, or the line at which the book or the code starts.
+
+        Returns:
+            The tokens of one line after the other.
+
+        Raises:
+            CommandError: `name` is unknown, or there is no source code to be had.
         """
         if name == "words":
             while True:
@@ -93,7 +101,7 @@ class PromptBuilder:
         elif name == "code":
             parts = self._definitions()
             short = [part for part in parts if len(part) <= MAX_DEFINITION]
-            # Code that does not look like Python's has a place for a function after every line.
+            # Code that does not look like Python's: a function can stand after every line.
             lines = short or "".join(parts).splitlines(keepends=True)
             yield from self._around(lines, rng)
         else:
@@ -108,18 +116,22 @@ class PromptBuilder:
         question: str,
         answer_start: str,
     ) -> list[int]:
-        """A prompt of exactly `length` tokens.
+        """Build a prompt of exactly `length` tokens.
 
         Args:
-            length: Tokens, those of the chat template included.
-            introduction: Stands first.
-            filler: Lines; the last one taken is cut to fit.
-            needles: Share of the filler that stands before it, and a line to hide.
-            question: Stands last, but for the chat template.
-            answer_start: How the model's own answer begins.
+            length: Tokens of the prompt, those of the chat template included.
+            introduction: First text of the prompt.
+            filler: Tokens of lines, without end; the last line taken is cut to fit.
+            needles: Lines to hide, each as a pair of the share of the filler, 0 to 1, that stands
+                before the line, and the line.
+            question: Last text of the prompt, before the rest of the chat template.
+            answer_start: Beginning of the model's own answer, which the model goes on with.
+
+        Returns:
+            The prompt's tokens.
 
         Raises:
-            CommandError: `length` has no room for the rest.
+            CommandError: `length` leaves no room for filler.
         """
         head, tail = self._frame(introduction, question, answer_start)
         hidden = [(depth, self.encode(text)) for depth, text in needles]
@@ -135,17 +147,20 @@ class PromptBuilder:
             lines.append(next(filler)[:left])
             left -= len(lines[-1])
         starts = [0, *accumulate(len(line) for line in lines)]
-        # The deepest first: it does not move those that stand before it.
+        # The deepest needle first: to insert a needle does not move the place of needles before it.
         for depth, line in sorted(hidden, key=lambda pair: pair[0], reverse=True):
             lines.insert(bisect_left(starts, min(depth * room, starts[-2])), line)
         return [*head, *(token for line in lines for token in line), *tail]
 
     def number(self, filler: str, rng: random.Random) -> str:
-        """A number of five digits that the filler's text does not have.
+        """Draw a number of five digits that the filler's text does not hold.
 
         Args:
             filler: One of `FILLERS`.
             rng: Draws the number.
+
+        Returns:
+            The digits.
         """
         texts = {"book": self.texts.books, "code": (self.texts.code,)}.get(filler, ())
         while True:
@@ -154,16 +169,19 @@ class PromptBuilder:
                 return number
 
     def part(self, filler: str, length: int, index: int, rng: random.Random) -> list[int]:
-        """Tokens from somewhere in a book or in the code, `length` in all.
+        """Cut a passage of `length` tokens out of a book or out of the code.
 
         Args:
             filler: "book" or "code".
-            length: Tokens, those that start a text included.
+            length: Tokens; those of `encode_start`, which come first, count.
             index: Picks the book.
-            rng: Draws the place.
+            rng: Draws the passage's place.
+
+        Returns:
+            The passage's tokens.
 
         Raises:
-            CommandError: The text is shorter.
+            CommandError: The text is shorter than `length`.
         """
         number = index % len(self.texts.books)
         named = "the code" if filler == "code" else f"book {number + 1}"
@@ -180,13 +198,13 @@ class PromptBuilder:
         return [*start, *tokens[at : at + length - len(start)]]
 
     def encode_start(self) -> list[int]:
-        """The tokens that the model wants before any text."""
+        """Give the special tokens that the model wants before any text."""
         return list(self.tokenizer.encode("", add_special_tokens=True))
 
     def _frame(
         self, introduction: str, question: str, answer_start: str
     ) -> tuple[list[int], list[int]]:
-        """What stands before and after the filler."""
+        """The tokens before and after the filler."""
         if not self.chat:
             head = [*self.encode_start(), *self.encode(introduction)]
             return head, self.encode(f"\n{question} {answer_start}")
@@ -211,7 +229,7 @@ class PromptBuilder:
         return self._books[number]
 
     def _definitions(self) -> list[str]:
-        """The code in whole lines, each part up to where the next definition starts."""
+        """The code in parts of whole lines; each part ends where the next definition starts."""
         if not self._code:
             if not self.texts.code:
                 raise CommandError(
@@ -222,7 +240,7 @@ class PromptBuilder:
         return self._code
 
     def _around(self, lines: list[str], rng: random.Random) -> Iterator[list[int]]:
-        """Lines from a drawn one on, as tokens, and again from the first one."""
+        """The tokens of lines from a drawn line on, and then from the first line on, for ever."""
         start = rng.randrange(len(lines))
         while True:
             for line in lines[start:]:

@@ -1,4 +1,4 @@
-"""Results as tables and as JSON."""
+"""An evaluation's rows, summed up as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ PERPLEXITY = "perplexity"
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """One entry for each cache, task, filler and length, and for each part of a text."""
+    """Sum up `rows`: an entry for each cache, task, filler and length.
+
+    Perplexity has an entry for each cache, filler, length and part of the text.
+    """
     answers = [row for row in rows if row["task"] != PERPLEXITY]
     texts = [row for row in rows if row["task"] == PERPLEXITY]
     return {
@@ -81,7 +84,7 @@ def _memory(rows: list[Row]) -> dict[str, Any]:
 
 
 def tables(summary: dict[str, list[dict[str, Any]]]) -> str:
-    """The summary for a reader: a row for each cache."""
+    """Write `summary`, as `summarise` gives it, as tables with a row for each cache."""
     text = []
     answers = summary["answers"]
     for cell, group in _groups(answers, "task", "filler"):
@@ -125,7 +128,7 @@ def _by_cache(entries: list[Any], name: str) -> list[tuple[str, dict[Any, Any]]]
 
 
 def _groups(entries: Sequence[Any], *names: str) -> list[tuple[dict[str, Any], list[Any]]]:
-    """Entries that agree in `names`, in the order of their first."""
+    """Groups of entries that agree in `names`, in the order of each group's first entry."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for entry in entries:
         groups.setdefault(tuple(entry[name] for name in names), []).append(entry)
@@ -133,7 +136,7 @@ def _groups(entries: Sequence[Any], *names: str) -> list[tuple[dict[str, Any], l
 
 
 def _table(title: str, rows: list[list[str]]) -> str:
-    """Rows, the first of them the heading, in columns as wide as their widest cell."""
+    """A title, and rows with the heading first; a column is as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     heading, *rest = rows
     lines = [heading, ["-" * width for width in widths], *rest]

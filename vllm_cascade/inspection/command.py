@@ -25,7 +25,7 @@ CACHE_TOKENS = "cache_tokens"
 
 
 def add_command(commands: Any) -> None:
-    """Add it to a parser's subcommands; the namespace's `run` is what to call."""
+    """Add the command to argparse's `commands`; the parsed namespace's `run` runs the command."""
     command = commands.add_parser(
         "inspect",
         help="show which tokens of a text each layer and KV head kept, as a page for a browser",
@@ -140,10 +140,10 @@ def _tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
 def _settle(
     given: argparse.Namespace, cache: Cache, num_prompt_tokens: int
 ) -> tuple[dict[str, Any], CascadeConfig]:
-    """Keyword arguments for `vllm.LLM`, and the cascade that they come to.
+    """Keyword arguments for `vllm.LLM`, and the configuration of the cascade in them.
 
     Raises:
-        CommandError: The cascade cannot run, or would forget nothing.
+        CommandError: The cascade cannot run, or would forget no token.
     """
     from vllm_cascade.evaluation.engine import resolve
     from vllm_cascade.evaluation.runner import OWN_ARGUMENTS
@@ -184,7 +184,7 @@ def _settle(
 def _smaller_budget(
     cascade: dict[str, Any], config: CascadeConfig, limit: int, num_tokens: int
 ) -> int | None:
-    """A valid budget from which tokens are evicted, half of what there is or less."""
+    """A valid budget that evicts tokens: the present one, halved as often as it takes; or None."""
     block = config.block_size
     budget = min(num_tokens, config.cache_tokens)
     while budget := budget // 2 // block * block:
@@ -222,7 +222,7 @@ def _keep(
                 [Request(prompt, given.max_tokens)],
                 lambda computed, _: bar.update(computed - bar.n),
             )
-            # A finished request's blocks are free, but nothing has been written over them.
+            # The finished request's blocks are free, but nobody has written to them since.
             ranks = [found[-1:] for found in engine.kept_tokens()]
     tokens = [*prompt, *done.token_ids][:-1]
     if any(not found or found[0]["num_tokens"] != len(tokens) for found in ranks):

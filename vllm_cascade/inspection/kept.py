@@ -21,14 +21,14 @@ MAX_TOKENS_OF_A_CHARACTER = 4  # bytes in UTF-8
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What became of one place in the text.
+    """What each head kept of one passage of the text.
 
     Attributes:
-        text: What stands there.
-        first: Its first token.
-        last: Its last token.
-        share: Kept out of all pairs of one of its tokens and a head.
-        whole: Heads that kept all of its tokens.
+        text: The passage.
+        first: Index of its first token.
+        last: Index of its last token.
+        share: Share, 0 to 1, of all pairs of one of its tokens and a head that are kept.
+        whole: Number of heads that kept all of its tokens.
     """
 
     text: str
@@ -44,15 +44,15 @@ class Kept:
 
     Attributes:
         model: As for `vllm.LLM`.
-        config: The cascade.
-        token_ids: All tokens computed: the prompt, and what was generated but for the last.
-        pieces: The text of each token.
-        num_prompt_tokens: How many of them are the prompt's.
-        answer: All of the generated text.
+        config: The resolved configuration.
+        token_ids: All tokens computed: the prompt's, and the generated ones but for the last.
+        pieces: The text of each token in `token_ids`.
+        num_prompt_tokens: How many of `token_ids` are the prompt's.
+        answer: The whole generated text.
         layers: Layer name to [num_kv_heads][num_kept] token indices, ascending.
 
     Raises:
-        ValueError: A head holds other than one token for each place, in ascending order.
+        ValueError: A head does not hold one token for each place, or not in ascending order.
     """
 
     model: str
@@ -75,7 +75,7 @@ class Kept:
 
     @cached_property
     def parts(self) -> dict[str, int]:
-        """The parts of the cache, oldest first, and the tokens that each head holds in them."""
+        """The parts of the cache, oldest first, with the number of tokens a head holds in each."""
         return build_layout(self.config).parts(len(self.token_ids))
 
     @property
@@ -95,13 +95,20 @@ class Kept:
         return np.bincount(np.concatenate(held), minlength=len(self.token_ids))
 
     def starts(self, kept: Sequence[int]) -> list[int]:
-        """The first token of each part of the cache in one head; of an empty part, the next's."""
+        """Find the first token of each part of the cache in one head.
+
+        Args:
+            kept: [num_kept] token indices that the head holds, ascending.
+
+        Returns:
+            A token index for each of `parts`; an empty part has that of the part after it.
+        """
         places = np.cumsum([0, *self.parts.values()])[:-1]
         ends = [*kept, len(self.token_ids)]
         return [ends[place] for place in places]
 
     def spans(self) -> dict[str, tuple[int, int]]:
-        """Part of the cache to the first and the last token that any head holds in it."""
+        """Map each part of the cache to the first and last token that any head holds in it."""
         starts = [self.starts(kept) for heads in self.layers.values() for kept in heads]
         found, place = {}, 0
         for index, (part, size) in enumerate(self.parts.items()):
@@ -112,7 +119,7 @@ class Kept:
         return found
 
     def find(self, text: str) -> list[Passage]:
-        """Every place where a text stands; tokens that hold a part of it count."""
+        """List all passages that read `text`; a token that holds only a part of it counts too."""
         ends = np.cumsum([len(piece) for piece in self.pieces])
         found = []
         for match in re.finditer(re.escape(text), "".join(self.pieces)):
@@ -125,7 +132,7 @@ class Kept:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for scripts."""
+        """Give all that was kept as a JSON object, for scripts."""
         return {
             "model": self.model,
             "cascade": asdict(self.config),
@@ -138,7 +145,7 @@ class Kept:
         }
 
     def as_text(self) -> str:
-        """What became of the text, in a few lines."""
+        """Sum up what was kept in a few lines, for a reader."""
         total, config = len(self.token_ids), self.config
         lines = [
             f"{total:,} tokens computed, {self.num_prompt_tokens:,} of them the prompt's; "
@@ -159,10 +166,14 @@ class Kept:
 
 
 def layers_of(ranks: Sequence[Mapping[str, list[list[int]]]]) -> dict[str, list[list[int]]]:
-    """One layer's heads from all ranks that share them.
+    """Put each layer's heads together from the ranks that share the layer.
 
     Args:
-        ranks: Of each rank, in order: layer name to [its KV heads][num_kept] token indices.
+        ranks: For each rank, in order: layer name to [KV heads of the rank][num_kept] token
+            indices.
+
+    Returns:
+        Layer name to [num_kv_heads][num_kept] token indices.
     """
     layers: dict[str, list[list[int]]] = {}
     for rank in ranks:
@@ -172,11 +183,15 @@ def layers_of(ranks: Sequence[Mapping[str, list[list[int]]]]) -> dict[str, list[
 
 
 def pieces_of(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """The text of each token; of a character in several tokens, the last one has it.
+    """Decode tokens one by one.
 
     Args:
         tokenizer: A tokenizer of the transformers library.
         token_ids: Tokens of one text.
+
+    Returns:
+        The text of each token. If several tokens make one character, the last of them has it and
+        the others have "".
     """
     pieces: list[str] = []
     pending: list[int] = []
@@ -187,7 +202,7 @@ def pieces_of(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
         if unfinished and index + 1 < len(token_ids):
             pieces.append("")
             continue
-        # A text of its own loses the space that SentencePiece's tokens begin with.
+        # SentencePiece's tokens begin with a space, which decoding one token alone drops.
         name = tokenizer.convert_ids_to_tokens(pending[0])
         if isinstance(name, str) and name.startswith("\u2581") and not text.startswith(" "):
             text = f" {text}"

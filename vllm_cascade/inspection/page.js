@@ -1,11 +1,11 @@
 "use strict";
-// A share of heads falls to half with each sub-cache, and so do the levels of colour.
+// From each sub-cache to the next the share of heads that keep a token halves; so do these levels.
 const LEVELS = [
   ["l1", 1 / 16, "≤ 1/16"], ["l2", 1 / 8, "≤ 1/8"], ["l3", 1 / 4, "≤ 1/4"],
   ["l4", 1 / 2, "≤ 1/2"], ["l5", 1 - 1e-9, "more"], ["l6", 1, "all"],
 ];
 const CHUNK_TOKENS = 400;
-const BIN_PIXELS = 3; // of the map: the narrowest that shows more than noise
+const BIN_PIXELS = 3; // width of a bin of the map: the narrowest that shows more than noise
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 const numTokens = data.pieces.length;
@@ -33,7 +33,7 @@ function partOf(pair, token) {
   return holds(pair, token) ? pair.starts.findLastIndex((start) => start <= token) : -1;
 }
 
-/** Class of a part: a token in sub-cache i is one of 2**i. */
+/** CSS class of a part of the cache: a token in sub-cache i is one of 2**i. */
 function partClass(part) {
   if (part < 1) return part ? "none" : "sinks";
   return LEVELS[Math.max(0, LEVELS.length - (data.parts.length - part))][0];
@@ -55,7 +55,7 @@ function countShares() {
 }
 
 // --- the text ---
-// Chunks are plain text until they come near the window: so a long text costs no more to show.
+// A chunk is plain text until it comes near the window, so a long text costs no more to show.
 const chunks = [];
 const shown = new Set();
 
@@ -231,7 +231,7 @@ function goTo(token) {
     scrollBy(0, top - covered - (innerHeight - covered) / 3);
 }
 
-/** First and last token of what is selected in the text, if anything is. */
+/** First and last token of the selection in the text, if there is one. */
 function selectedTokens() {
   const selection = getSelection();
   if (selection.isCollapsed || !$("text").contains(selection.anchorNode)) return null;

@@ -15,7 +15,7 @@ from vllm_cascade.inspection.kept import Kept
 
 
 def page(kept: Kept) -> str:
-    """The page: a template with its style, its script and the data.
+    """Make the page: the template, filled with its style, its script and the data of `kept`.
 
     Args:
         kept: What to show.
@@ -25,19 +25,19 @@ def page(kept: Kept) -> str:
     """
     folder = files(__package__)
     parts = {name: (folder / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
-    # Nothing in a script ends it but "</script", and nothing but "<!--" changes how it is read.
+    # In a script element only "</script" ends the script and only "<!--" changes how it is read.
     parts["data"] = json.dumps(data_of(kept), ensure_ascii=False).replace("<", "\\u003c")
     parts["title"] = f"What {kept.config.policy} kept of {len(kept.token_ids):,} tokens"
     template = (folder / "page.html").read_text(encoding="utf-8")
-    # In one pass: a prompt may hold what looks like a place to fill.
+    # In one pass, because a prompt may hold text that looks like a place to fill.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
 
 
 def data_of(kept: Kept) -> dict[str, Any]:
-    """What the page's script reads.
+    """Give the data that the page's script reads, for `kept`.
 
-    Of each head ``bits``, a bit for each token (lowest first, base64), and ``starts``, the first
-    token of each part of the cache.
+    Each head has ``bits``, one bit for each token (lowest bit first, in base64), and ``starts``,
+    the first token of each part of the cache.
     """
     num_tokens, spans = len(kept.token_ids), kept.spans()
     layers = [

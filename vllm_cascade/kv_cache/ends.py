@@ -1,9 +1,10 @@
 """What requests held when they ended, found by the tokens of a request that may go on from there.
 
 A block of a cascade holds what has survived all later tokens, so two requests cannot share a block.
-But a request can go on from an earlier request's blocks if its tokens begin with all tokens that
-the earlier request computed. Then it takes the blocks over, or gets copies of them. The blocks of
-an end count as free: the pool hands them out when it has no other block, and the end is forgotten.
+But a later request can go on from an earlier request's blocks if the later one's tokens begin with
+all tokens that the earlier one computed. Then the later request takes the blocks over, or gets
+copies of the blocks. The blocks of an end count as free: the pool hands them out when no other
+block is free, and then the end is forgotten.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class End:
 
     Args:
         num_tokens: Tokens that the request had computed.
-        whole: vLLM's hash of those of them in whole blocks; adapter and salt are in the hash.
+        whole: vLLM's hash of the tokens in whole blocks; adapter and salt are in the hash.
         rest: The tokens after the whole blocks.
         blocks: All blocks that the request held, or copies of them, in the order of its row.
         is_prompt: Whether the request had computed no token of an answer. Then other requests may
@@ -134,7 +135,7 @@ class Ends:
         return copied
 
     def copies_are_made(self) -> None:
-        """Note that the worker makes all copies listed so far before it computes anything else."""
+        """Note that the worker will make all copies so far before it computes anything."""
         self._originals.clear()
 
     def find(self, request: Request, most: int) -> End | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class CascadeManager(CircularBufferManager):
-    """Gives a request `Layout.need` blocks, which it keeps until it ends.
+    """Gives a request `Layout.need` blocks, which the request keeps until it ends.
 
     Blocks are recycled inside the row, so no block is freed, moved or shared before the request
     ends. With prefix caching a later request may go on where an earlier one ended

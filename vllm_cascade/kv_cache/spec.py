@@ -31,7 +31,7 @@ class CascadeSpec(AttentionSpec):
         config: The resolved configuration; the spec carries it to the scheduler's process.
 
     Raises:
-        UnsupportedError: vLLM has stretched the page or the block to those of other layers.
+        UnsupportedError: vLLM has stretched page or block to the size of another layer's.
     """
 
     config: CascadeConfig

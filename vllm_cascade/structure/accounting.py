@@ -77,7 +77,8 @@ def tokens_evicted(config: CascadeConfig, num_tokens: int) -> int:
     overfull = end - kept_whole(config)
     if config.num_sub_caches == 1:
         return overfull
-    # The survivors of two groups make one group of the next sub-cache, which half as many leave.
+    # The survivors of two groups make one group of the next sub-cache. So half as many groups leave
+    # the next sub-cache.
     first = overfull // config.group_tokens
     left = [first >> index for index in range(config.num_sub_caches - 1)]
     return (sum(left) + left[-1]) * config.group_tokens // 2

@@ -10,7 +10,8 @@ the cache is first overfull; every later epoch is one stride long. At the end of
 are written into the first half of the group's own blocks. That half becomes the newest part of the
 next sub-cache; the other half is free for the next stride.
 
-Source: Willette et al., arXiv 2406.17808, for the cascade; groups of whole blocks are ours.
+Source: Willette et al., arXiv 2406.17808, for the cascade of sub-caches; groups of whole blocks
+are ours.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Epoch:
     sub_caches: tuple[int, ...]
 
     def place(self, token: int) -> int:
-        """Give the logical place, which is the rotary position, of `token`, one of the epoch's."""
+        """Give the logical place, which is also the rotary position, of this epoch's `token`."""
         return self.prefix_tokens + token - self.start
 
 
@@ -65,7 +66,7 @@ class Segment:
         epoch: Index into `Layout.epochs`.
         start: First token, counted in the request.
         end: One past the last token.
-        merges: Whether a boundary runs at `end`: it merges groups or frees blocks.
+        merges: Whether a boundary runs at `end`, which merges groups or frees blocks.
     """
 
     epoch: int
@@ -203,6 +204,8 @@ def build_layout(config: CascadeConfig) -> Layout:
 
     Returns:
         The layout; callers of the same configuration share one.
+
+    Source: Willette et al., arXiv 2406.17808; groups of whole blocks are ours.
     """
     epochs = Epochs(config)
     return Layout(config, epochs, _most_blocks(config, len(epochs)), _most_groups(config))

@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "window": {**_PLAIN, **_BY_SCORE, "score_weight": 0.0},
 }
 _CHOICE = ("newest_share", "selection_window", *WEIGHTS, *SCORE_KNOBS)
-# policy -> the options that change nothing under it, so that giving one is an error.
+# policy -> the options that have no effect under this policy. To give one of them is an error.
 NO_EFFECT: dict[str, tuple[str, ...]] = {
     "distinct": ("score_weight", *SCORE_KNOBS),
     "blend": (),

@@ -40,7 +40,7 @@ def check_kinds(attention_config: Any) -> None:
 
 
 def check_selection(backend: Any, selection: Any) -> None:
-    """Refuse a layer that the backend itself, asked as vLLM asks it, cannot serve.
+    """Ask the backend, as vLLM does, whether it can serve a layer, and refuse the layer if not.
 
     Args:
         backend: The attention backend class.
