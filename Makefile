@@ -16,7 +16,11 @@ export PYTHONUNBUFFERED := 1
 # Threads that wait by spinning slow everything down tenfold where another program is running.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup model demo test test-unit test-kernels test-mutations test-e2e test-gpu check docs bench readme clean
+# What `make test-quick` runs.
+QUICK := tests/unit tests/kernels/test_kv_write.py tests/kernels/test_block_tables.py \
+	tests/e2e/test_streaming.py
+
+.PHONY: help setup model demo test test-quick test-unit test-kernels test-mutations test-e2e test-gpu check docs bench readme clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -55,8 +59,11 @@ test-kernels: $(SETUP) ## GPU kernels through Triton's interpreter
 test-mutations: $(SETUP) ## break the code in one place at a time: a named test goes red
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
 
-test-e2e: $(SETUP) $(MODEL) ## end to end, real engines
-	$(BIN)/pytest tests/e2e
+test-e2e: $(SETUP) $(MODEL) ## end to end, real engines, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/e2e
+
+test-quick: $(SETUP) $(MODEL) ## for the inner loop: unit tests, two kernels, one real model
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal $(QUICK)
 
 test-gpu: $(SETUP) $(MODEL) ## kernels and engines on a CUDA device
 	@$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no CUDA device'"
