@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -17,10 +19,16 @@ from vllm_cascade.structure.config import CascadeConfig
 class Engine(Pool):
     """The least that runs a layer."""
 
-    def __init__(self, config: CascadeConfig, num_requests: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: CascadeConfig,
+        num_requests: int,
+        dtype: torch.dtype,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
         super().__init__(config, num_requests, dtype)
         cos, sin = rope_table(config.max_places, HEAD, THETA, torch.float32)
-        self.layer = CpuLayer(config, HEAD**-0.5, cos, sin, is_neox=True)
+        self.layer = CpuLayer(config, HEAD**-0.5, cos, sin, is_neox=True, sinks=sinks)
 
     def step(self, spans, q, k, v) -> torch.Tensor:
         """Run tokens start .. end - 1 of several requests; spans: (request, start, end)."""
@@ -45,9 +53,26 @@ class Engine(Pool):
 def test_layer_equals_oracle(options: dict, longest_cut: int) -> None:
     config = config_of(1500, **options)
     lengths = [1500, 900, 31, 320, 433]
-    outputs, kept, (q, k, v) = play(Engine, config, lengths, longest_cut, seed=len(str(options)))
+    check(config, lengths, longest_cut, seed=len(str(options)))
+
+
+def test_sink_logits_join_every_softmax() -> None:
+    sinks = torch.linspace(-2, 3, KV_HEADS * SHARED)
+    check(config_of(900, policy="paper"), [900, 300], 200, seed=5, sinks=sinks)
+
+
+def check(
+    config: CascadeConfig,
+    lengths: list[int],
+    longest_cut: int,
+    seed: int,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Hold outputs, and what is kept after each step, against the oracle."""
+    engine_of = partial(Engine, sinks=sinks)
+    outputs, kept, (q, k, v) = play(engine_of, config, lengths, longest_cut, seed)
     for r in range(len(lengths)):
-        expected, boundaries = oracle(config, q[r], k[r], v[r])
+        expected, boundaries = oracle(config, q[r], k[r], v[r], sinks)
         torch.testing.assert_close(outputs[r], expected.float(), rtol=2e-4, atol=2e-5)
         for end in kept[r].keys() & boundaries.keys():
             if end < config.max_model_len:
