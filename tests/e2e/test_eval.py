@@ -25,7 +25,7 @@ def test_measures_two_caches_and_goes_on_where_it_stopped(tmp_path: Path, capfd)
     texts, output = tmp_path / "texts", tmp_path / "output"
     texts.mkdir()
     (texts / "book.txt").write_text((ROOT / "LICENSE").read_text())
-    (texts / "code.txt").write_text((ROOT / "vllm_cascade" / "config.py").read_text())
+    (texts / "code.txt").write_text((ROOT / "vllm_cascade" / "structure" / "config.py").read_text())
     command = ["eval", model_folder(), f"--output={output}", f"--texts={texts}"]
     command += ["--tasks", "passkey", "perplexity", "--fillers", "sentences", "code", "--no-chat"]
     command += ["--caches", "full", f"blend:cache_tokens={BUDGET},stride=128"]
