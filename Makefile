@@ -47,11 +47,11 @@ $(MODEL): | $(SETUP)
 demo: $(SETUP) $(MODEL) ## a passkey in long texts: full attention, window and cascade side by side
 	$(BIN)/python examples/passkey.py
 
-test: $(SETUP) ## unit tests, kernels, mutations, then end to end with a real model
+test: $(SETUP) ## unit tests, kernels, end to end with a real model, then mutations
 	$(MAKE) test-unit
 	$(MAKE) test-kernels
-	$(MAKE) test-mutations
 	$(MAKE) test-e2e
+	$(MAKE) test-mutations MUTATIONS=--tests-passed
 
 test-unit: $(SETUP) ## tests without an engine or a model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/unit
@@ -60,7 +60,7 @@ test-kernels: $(SETUP) ## GPU kernels through Triton's interpreter
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/kernels
 
 test-mutations: $(SETUP) ## break the code in one place at a time: a named test goes red
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py $(MUTATIONS)
 
 test-e2e: $(SETUP) $(MODEL) ## end to end, real engines, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%) tests/e2e

@@ -1,26 +1,29 @@
 """Break the code in one place at a time and see a named test go red.
 
-    python tests/mutations.py [NAME ...]
+    python tests/mutations.py [--tests-passed] [NAME ...]
 
-Works on a copy of the package in a temporary folder. Exits 1 if a mutation survives, no longer
-applies, or if a named test is red without one.
+Works on copies of the package in a temporary folder. Exits 1 if a mutation survives, no longer
+applies, or if a named test is red without one; `--tests-passed` says that none is. What all tests
+import is imported once: each of them runs in a fork of this process.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYER = "tests/unit/test_cpu_layer.py"
 CONFIG = "tests/unit/test_config.py"
+WITH_VLLM = ("tests/e2e/", "tests/unit/test_validation.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,14 @@ class Mutation:
 
 
 MUTATIONS = [
+    # The slowest is the first.
+    Mutation(
+        "a layer that repeats launches over the pages of another",
+        "vllm_cascade/attention/gpu_layer.py",
+        "tensors = (query, key, value, output, *pages.tensors,",
+        "tensors = (query, key, value, output,",
+        "tests/kernels/test_gpu_layer.py::test_a_layer_that_repeats_what_another_launched",
+    ),
     Mutation(
         "a place off by one",
         "kernels/cpu/attention.py",
@@ -56,6 +67,27 @@ MUTATIONS = [
         "self.singles.append((first_row, int(places[0]), blocks,",
         "self.singles.append((first_row, int(places[0]) - 1, blocks,",
         f"{LAYER}::test_layer_equals_oracle[40-paper]",
+    ),
+    Mutation(
+        "single tokens whose attention is not scored",
+        "vllm_cascade/attention/cpu_layer.py",
+        "cpu_attention.decode(output, query, pages, batch, rotary, scale, scoring, sinks)",
+        "cpu_attention.decode(output, query, pages, batch, rotary, scale, None, sinks)",
+        f"{LAYER}::test_layer_equals_oracle[40-paper]",
+    ),
+    Mutation(
+        "a layer without its sink logits",
+        "vllm_cascade/attention/cpu_layer.py",
+        "sinks = None if self.sinks is None else self.sinks.float()",
+        "sinks = None",
+        f"{LAYER}::test_sink_logits_join_every_softmax",
+    ),
+    Mutation(
+        "a merge that is planned and not made",
+        "vllm_cascade/attention/cpu_layer.py",
+        "if wave.merge is not None:",
+        "if wave.merge is not None and not wave.decodes:",
+        f"{LAYER}::test_layer_equals_oracle[40-distinct-64]",
     ),
     Mutation(
         "a stale score kept in a new token's slot",
@@ -201,13 +233,6 @@ MUTATIONS = [
         "tests/unit/test_launch.py::test_another_kind_is_looked_up[alignment]",
     ),
     Mutation(
-        "a layer that repeats launches over the pages of another",
-        "vllm_cascade/attention/gpu_layer.py",
-        "tensors = (query, key, value, output, *pages.tensors,",
-        "tensors = (query, key, value, output,",
-        "tests/kernels/test_gpu_layer.py::test_a_layer_that_repeats_what_another_launched",
-    ),
-    Mutation(
         "a request that goes on after other last tokens",
         "vllm_cascade/kv_cache/ends.py",
         "and request.all_token_ids[number * self._block_size : end.num_tokens] == end.rest",
@@ -254,51 +279,132 @@ def copy_package(target: Path) -> None:
         shutil.copytree(ROOT / part, target / "vllm_cascade" / part, ignore=ignore)
 
 
-def run(test: str, package: Path) -> bool:
-    """Whether `test` passes with the package at `package`."""
-    # Safe path: the working folder holds the package too, and must not come first.
-    environment = os.environ | {
-        "PYTHONPATH": str(package),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", test]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode not in (0, 1):
-        said = done.stdout[-2000:] + done.stderr[-2000:]
-        raise SystemExit(f"pytest could not run {test}:\n{said}")
-    return done.returncode == 0
+def mutate(mutation: Mutation, package: Path) -> None:
+    """Write a copy of the package with the mutation to `package`."""
+    copy_package(package)
+    top = "vllm_cascade/" if mutation.file.startswith(("kernels/", "patches/")) else ""
+    file = package / f"{top}{mutation.file}"
+    text = file.read_text()
+    if text.count(mutation.right) != 1:
+        raise SystemExit(f"{mutation.name}: its text is not once in {mutation.file}")
+    file.write_text(text.replace(mutation.right, mutation.wrong))
 
 
-def survives(mutation: Mutation) -> bool:
-    """Whether the mutation's test stays green."""
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder)
-        copy_package(package)
-        top = "vllm_cascade/" if mutation.file.startswith(("kernels/", "patches/")) else ""
-        file = package / f"{top}{mutation.file}"
-        text = file.read_text()
-        if text.count(mutation.right) != 1:
-            raise SystemExit(f"{mutation.name}: its text is not once in {mutation.file}")
-        file.write_text(text.replace(mutation.right, mutation.wrong))
-        return run(mutation.test, package)
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Tests to be run with one copy of the package.
+
+    Args:
+        name: Of the mutation, or the tests' file.
+        tests: pytest nodes.
+        package: The copy's folder.
+    """
+
+    name: str
+    tests: Sequence[str]
+    package: Path
+
+    @property
+    def needs_vllm(self) -> bool:
+        """Whether the tests import most of vLLM.
+
+        Kernels must not see it imported: they ask for Triton's interpreter before.
+        """
+        return self.tests[0].startswith(WITH_VLLM)
+
+    @property
+    def log(self) -> Path:
+        """What pytest prints."""
+        return self.package / "log"
+
+    def start(self) -> int:
+        """Run the tests in a fork of this process, whose id is returned."""
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 3
+        try:
+            with self.log.open("w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            os.environ["PYTHONPATH"] = str(self.package)
+            os.environ["PYTHONSAFEPATH"] = "1"
+            # The working folder holds the package too, and must not come first.
+            sys.path[:] = [str(self.package), *(p for p in sys.path if Path(p) != ROOT)]
+            for module in [m for m in sys.modules if m.partition(".")[0] == "vllm_cascade"]:
+                del sys.modules[module]
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *self.tests]))
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+
+def run(jobs: list[Job]) -> Iterator[tuple[Job, bool]]:
+    """Run jobs, as many at once as there are processors.
+
+    Yields:
+        Each when it ends, and whether all its tests passed.
+    """
+    waiting, running = list(jobs), dict[int, Job]()
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            job = waiting.pop(0)
+            running[job.start()] = job
+        pid, status = os.wait()
+        job, code = running.pop(pid), os.waitstatus_to_exitcode(status)
+        if code not in (0, 1):
+            raise SystemExit(f"pytest could not run {job.tests}:\n{job.log.read_text()[-4000:]}")
+        yield job, code == 0
+
+
+def run_all(jobs: list[Job]) -> Iterator[tuple[Job, bool]]:
+    """As `run`; those that need vLLM come last, when it has been imported."""
+    import torch  # noqa: F401
+
+    yield from run([job for job in jobs if not job.needs_vllm])
+    late = [job for job in jobs if job.needs_vllm]
+    if late:
+        import e2e  # noqa: F401, I001 - what all engines run with comes first
+        from vllm import LLM  # noqa: F401
+    yield from run(late)
+
+
+def jobs_of(chosen: list[Mutation], folder: Path, *, tests_passed: bool) -> Iterator[Job]:
+    """The unbroken package with all tests of a file together; then each mutation with its test."""
+    if not tests_passed:
+        files: dict[str, dict[str, None]] = {}
+        for mutation in chosen:
+            files.setdefault(mutation.test.partition("::")[0], {})[mutation.test] = None
+        for number, (file, tests) in enumerate(files.items()):
+            copy_package(folder / f"unbroken-{number}")
+            yield Job(file, list(tests), folder / f"unbroken-{number}")
+    for number, mutation in enumerate(chosen):
+        mutate(mutation, folder / str(number))
+        yield Job(mutation.name, [mutation.test], folder / str(number))
 
 
 def main() -> None:
-    chosen = [m for m in MUTATIONS if len(sys.argv) == 1 or m.name in sys.argv[1:]]
-    at_once = ThreadPoolExecutor(os.cpu_count())
-    with tempfile.TemporaryDirectory() as folder:
-        copy_package(Path(folder))
-        tests = list(dict.fromkeys(mutation.test for mutation in chosen))
-        green = at_once.map(partial(run, package=Path(folder)), tests)
-        red = [test for test, passes in zip(tests, green, strict=True) if not passes]
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--tests-passed", action="store_true", help="the tests have just passed")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a mutation")
+    given = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "tests"))
+    chosen = [m for m in MUTATIONS if not given.names or m.name in given.names]
+    by_name = {mutation.name: mutation for mutation in chosen}
+    red, survivors = [], 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for job, passes in run_all(list(jobs_of(chosen, folder, tests_passed=given.tests_passed))):
+            if mutation := by_name.get(job.name):
+                survivors += passes
+                verdict = "SURVIVES" if passes else "red"
+                print(f"{verdict:8}  {job.name}  ({mutation.test.partition('::')[2]})", flush=True)
+            elif not passes:
+                red.append(job.name)
+                print(f"red without any mutation: {job.log.read_text()[-4000:]}", flush=True)
     if red:
         raise SystemExit(f"red without any mutation: {', '.join(red)}")
-    survivors = 0
-    for mutation, alive in zip(chosen, at_once.map(survives, chosen), strict=True):
-        survivors += alive
-        verdict = "SURVIVES" if alive else "red"
-        print(f"{verdict:8}  {mutation.name}  ({mutation.test.partition('::')[2]})", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutations turn their test red")
     sys.exit(survivors > 0)
 
