@@ -1,4 +1,8 @@
-"""What vLLM's own front end refuses and accepts with CASCADE selected; no engine is started."""
+"""Finds alone: models and options that vLLM's own front end refuses or accepts with CASCADE.
+
+No engine is started. The last test runs the command `vllm`, whose parser needs the version of a
+distribution named `vllm`.
+"""
 
 from __future__ import annotations
 
@@ -274,28 +278,18 @@ def test_options_without_the_backend(configure):
         configure(attention_backend="CPU_ATTN", additional_config={"cascade": {}})
 
 
-def vllm(*arguments: str) -> subprocess.CompletedProcess:
-    """Run the command `vllm`, as a user does."""
-    command = Path(sys.executable).with_name("vllm")
-    return subprocess.run([command, *arguments], capture_output=True, text=True, timeout=300)
-
-
-def test_the_command_starts():
-    version = vllm("--version")
-    assert version.returncode == 0, version.stderr
-    assert version.stdout.strip().splitlines()[-1].startswith("0.32.")
-
-
 def test_the_command_ends_with_one_error_and_starts_no_engine(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    ended = vllm(
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
         "serve",
         str(tmp_path),
         "--skip-tokenizer-init",
         "--load-format=dummy",
         "--attention-backend=CASCADE",
         '--additional-config={"cascade": {"budget": 1}}',
-    )
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     output = ended.stdout + ended.stderr
     assert ended.returncode != 0
     assert output.strip().splitlines()[-1].endswith("score_decay, trace_tokens"), output[-2000:]
