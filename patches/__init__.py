@@ -14,6 +14,7 @@ from vllm_cascade.patches import (
     front_end_validation,
     long_max_model_len,
     rope_at_logical_place,
+    taken_back_tokens,
     whole_page_copies,
 )
 from vllm_cascade.patches.record import VLLM_RANGE, Patch, PatchError, in_range
@@ -27,6 +28,7 @@ PATCHES = (
     long_max_model_len.PATCH,
     front_end_validation.PATCH,
     continued_requests.PATCH,
+    taken_back_tokens.PATCH,
     whole_page_copies.PATCH,
     cpu_distribution_name.PATCH,
 )

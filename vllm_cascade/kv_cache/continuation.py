@@ -42,6 +42,7 @@ class Progress:
 
     Args:
         promised: Blocks that the request's prompt will hold, counted on admission.
+        num_tokens: Tokens computed once all steps scheduled so far have run.
         request: vLLM's request, once it runs with prefix caching; until then None.
         copies: Whether the request will go on from a copy; False once it is admitted.
         taken_tokens: Tokens of the end that the request took over; 0 after its first step.
@@ -49,6 +50,7 @@ class Progress:
     """
 
     promised: int = 0
+    num_tokens: int = 0
     request: Request | None = None
     copies: bool = False
     taken_tokens: int = 0

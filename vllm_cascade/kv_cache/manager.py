@@ -103,12 +103,29 @@ class CascadeManager(CircularBufferManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Lengthen a request's row to `Layout.need` blocks, where vLLM's has all tokens' blocks."""
+        self._progress[request_id].num_tokens = num_tokens
         missing = self._layout.need(num_tokens) - self._num_held(request_id)
         if missing <= 0:
             return []
         blocks = self._ends.new_blocks(missing)
         self.req_to_blocks[request_id].extend(blocks)
         return blocks
+
+    def cannot_take_back(self, request_id: str, num_tokens: int) -> bool:
+        """Whether a request's row is no longer what its first tokens alone would have made it.
+
+        Args:
+            request_id: The request.
+            num_tokens: Tokens that stay computed; all later ones are computed again.
+
+        Returns:
+            Whether one of the later tokens has had a part in a merge, or in attention scores.
+        """
+        progress = self._progress.get(request_id)
+        if progress is None or progress.num_tokens <= num_tokens:
+            return False
+        taken_back = self._layout.segments(num_tokens, progress.num_tokens)
+        return self._layout.config.needs_scores or any(part.merges for part in taken_back)
 
     def allocate_external_computed_blocks(
         self,

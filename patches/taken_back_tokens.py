@@ -1,0 +1,45 @@
+"""Has a streaming session begin again where vLLM takes back tokens that a boundary has used."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_cascade.patches.record import Patch
+
+
+def install() -> None:
+    """Wrap the scheduler's update of a session whose next input has come."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    original = Scheduler._update_request_as_session
+
+    @functools.wraps(original)
+    def update_request_as_session(self: Any, session: Any, update: Any) -> None:
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        begins_again = any(
+            manager.cannot_take_back(session.request_id, session.num_computed_tokens)
+            for manager in managers
+            if hasattr(manager, "cannot_take_back")
+        )
+        original(self, session, update)
+        if begins_again:
+            self._free_request_blocks(session)
+            # Then vLLM looks up where the session can go on, as it does for a new request.
+            session.num_computed_tokens = 0
+
+    Scheduler._update_request_as_session = update_request_as_session
+
+
+PATCH = Patch(
+    name="taken_back_tokens",
+    target="vllm.v1.core.sched.scheduler.Scheduler._update_request_as_session",
+    signature="(self, session, update)",
+    symptom=(
+        "With asynchronous scheduling, a turn of a streaming session that ends at a stop token "
+        "takes back the tokens of steps under way. If one of them ran a boundary, blocks were "
+        "merged that the next turn would merge again"
+    ),
+    removal="vLLM asks the KV cache manager whether computed tokens can be taken back",
+    install=install,
+)
