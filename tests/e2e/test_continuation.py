@@ -243,13 +243,13 @@ def check_stopped(model: str, *, asynchronous: bool, **options: Any) -> None:
 
 
 def test_blocks_that_others_took(model: str) -> None:
-    """In a pool with room for two full caches, another request leaves nothing to go on from."""
+    """One request leaves a small pool's rest alone; several leave nothing to go on from."""
     with start(model, enable_prefix_caching=True) as llm:
         most = cascade_manager_of(llm)._layout.max_blocks
-    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=2 * most + 1) as llm:
+    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=4 * most + 1) as llm:
         (first,) = run(llm, PROMPT)
         prompt = [*PROMPT, *tokens_of(first), *MORE]
-        others = [random_prompt(500, seed=seed) for seed in (3, 4)]
+        others = [random_prompt(500, seed=seed) for seed in (3, 4, 5, 6)]
         run(llm, others[0])
         (output,) = run(llm, prompt)
         assert output.num_cached_tokens > 0
@@ -261,25 +261,20 @@ def test_blocks_that_others_took(model: str) -> None:
         check_pool(llm)
 
 
-def test_copies_of_prompts_give_way(model: str) -> None:
-    """To a third request, in a pool with room for three full caches; no end of an answer does."""
+def test_the_least_recently_used_gives_way(model: str) -> None:
+    """Prompts are copied in a pool that ends of answers have filled long since."""
     with start(model, enable_prefix_caching=True) as llm:
         most = cascade_manager_of(llm)._layout.max_blocks
-    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=3 * most + 1) as llm:
-        texts = [PROMPT, random_prompt(500, seed=3), random_prompt(500, seed=4)]
-        run(llm, texts[0])
-        assert run(llm, texts[0])[0].num_cached_tokens == CHUNK
-        assert llm.reset_prefix_cache()
-        answers = [run(llm, text)[0] for text in texts]
-        assert [answer.num_cached_tokens for answer in answers] == [0, 0, 0]
-        assert len(cascade_manager_of(llm)._ends._copies) <= 1
-        turns = [
-            [*text, *tokens_of(answer), *MORE] for text, answer in zip(texts, answers, strict=True)
-        ]
-        outputs = [run(llm, turn)[0] for turn in turns]
-        assert all(output.num_cached_tokens >= 500 for output in outputs)
+    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=4 * most + 1) as llm:
+        texts = [PROMPT, *(random_prompt(500, seed=seed) for seed in range(3, 9))]
+        (expected,) = [run(llm, text)[0] for text in texts][-1:]
+        (output,) = run(llm, texts[-1])
+        assert output.num_cached_tokens == CHUNK
+        (late,) = run(llm, texts[0])
+        assert late.num_cached_tokens == 0
         check_pool(llm)
-        check_alike(outputs, [afresh(llm, turn)[0] for turn in turns])
+        check_alike([output], [expected])
+        check_alike([late], afresh(llm, texts[0]))
 
 
 def test_a_pool_without_room_for_a_copy(model: str) -> None:

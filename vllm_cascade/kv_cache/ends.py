@@ -3,8 +3,8 @@
 A block of a cascade holds what has survived all later tokens, so two requests cannot share a block.
 But a later request can go on from an earlier request's blocks if the later one's tokens begin with
 all tokens that the earlier one computed. Then the later request takes the blocks over, or gets
-copies of the blocks. The blocks of an end count as free: the pool hands them out when no other
-block is free, and then the end is forgotten.
+copies of the blocks. The blocks of an end count as free: the pool hands out those that were used
+least recently, when no other block is free, and then the end is forgotten.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class End:
         blocks: All blocks that the request held, or copies of them, in the order of its row.
         is_prompt: Whether the request had computed no token of an answer. Then other requests may
             begin with the same tokens.
-        is_copy: Whether `blocks` are copies, made while the request was running.
     """
 
     num_tokens: int
@@ -40,7 +39,6 @@ class End:
     rest: list[int]
     blocks: list[KVCacheBlock]
     is_prompt: bool
-    is_copy: bool
 
 
 class Ends:
@@ -61,33 +59,6 @@ class Ends:
         self._by_hash: dict[int, dict[BlockHash, list[End]]] = {}
         # First block of copies that the worker has yet to make -> the originals.
         self._originals: dict[int, list[KVCacheBlock]] = {}
-        # The ends that are copies, by first block, the oldest first.
-        self._copies: dict[int, End] = {}
-        # Whether an end is a copy -> number of blocks of all such ends.
-        self._num_blocks = {True: 0, False: 0}
-
-    @property
-    def num_unused(self) -> int:
-        """Free blocks that can be taken without losing an end other than a prompt's copy."""
-        return self._pool.get_num_free_blocks() - self._num_blocks[False]
-
-    def new_blocks(self, number: int) -> list[KVCacheBlock]:
-        """Take blocks out of the pool; copies of prompts are dropped before any other end is.
-
-        Args:
-            number: How many; at most the number of free blocks.
-
-        Returns:
-            The blocks, each with one reference.
-        """
-        missing = number - (self.num_unused - self._num_blocks[True])
-        for copy in list(self._copies.values()) if missing > 0 else ():
-            if missing > 0 and all(block.ref_cnt == 0 for block in copy.blocks):
-                missing -= len(copy.blocks)
-                self.take(copy.blocks)
-                # The pool hands out blocks without a hash first.
-                self._pool.free_blocks(copy.blocks)
-        return self._pool.get_new_blocks(number)
 
     def keep(self, request: Request, blocks: list[KVCacheBlock]) -> bool:
         """Give the blocks of a finished request back to the pool, and remember them as an end.
@@ -131,7 +102,7 @@ class Ends:
         copied = self.copy(blocks)
         copies = [copy for _, copy in copied]
         self._originals[copies[0].block_id] = blocks
-        self._add(self._end(request, num_tokens, copies, is_prompt=True, is_copy=True))
+        self._add(self._end(request, num_tokens, copies, is_prompt=True))
         return copied
 
     def copies_are_made(self) -> None:
@@ -185,7 +156,7 @@ class Ends:
         """
         blocks = self._originals.get(blocks[0].block_id, blocks)
         self._pool.touch(blocks)
-        copies = self.new_blocks(len(blocks))
+        copies = self._pool.get_new_blocks(len(blocks))
         self._pool.touch(copies)
         return list(zip(blocks, copies, strict=True))
 
@@ -204,20 +175,16 @@ class Ends:
         blocks: list[KVCacheBlock],
         *,
         is_prompt: bool,
-        is_copy: bool = False,
     ) -> End:
         number = num_tokens // self._block_size
         rest = list(request.all_token_ids[number * self._block_size : num_tokens])
         whole = request.block_hashes[number - 1]
-        return End(num_tokens, whole, rest, blocks, is_prompt, is_copy)
+        return End(num_tokens, whole, rest, blocks, is_prompt)
 
     def _add(self, end: End) -> None:
         first, number = end.blocks[0].block_id, end.num_tokens // self._block_size
         self._ends[first] = end
         self._by_hash.setdefault(number, {}).setdefault(end.whole, []).append(end)
-        self._num_blocks[end.is_copy] += len(end.blocks)
-        if end.is_copy:
-            self._copies[first] = end
         if end.is_prompt:
             # No look-up finds the blocks by this hash. The hash makes the pool hand them out last.
             for block in end.blocks:
@@ -231,8 +198,6 @@ class Ends:
 
     def _remove(self, end: End) -> None:
         del self._ends[end.blocks[0].block_id]
-        self._copies.pop(end.blocks[0].block_id, None)
-        self._num_blocks[end.is_copy] -= len(end.blocks)
         number = end.num_tokens // self._block_size
         hashed = self._by_hash[number]
         hashed[end.whole].remove(end)

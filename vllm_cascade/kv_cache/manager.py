@@ -11,6 +11,7 @@ from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 
 from vllm_cascade.kv_cache.continuation import Continuation, Progress
 from vllm_cascade.kv_cache.ends import Ends
+from vllm_cascade.kv_cache.prefix import Prefix
 from vllm_cascade.kv_cache.spec import CascadeSpec
 from vllm_cascade.structure.layout import build_layout
 
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 class CascadeManager(CircularBufferManager):
     """Gives a request `Layout.need` blocks, which the request keeps until it ends.
 
-    Blocks are recycled inside the row, so no block is freed, moved or shared before the request
-    ends. With prefix caching a later request may go on where an earlier one ended
-    (`Continuation`). vLLM admits a waiting request if its whole prompt fits into the free blocks
-    of the moment. This manager counts the blocks that admitted prompts have yet to take as taken:
-    so a pool with room for k budgets runs k long requests and preempts none.
+    Blocks are recycled inside the row, so no block is freed or moved before the request ends. With
+    prefix caching a later request may go on from what an earlier one computed (`Continuation`).
+    vLLM admits a waiting request if its whole prompt fits into the free blocks of the moment. This
+    manager counts the blocks that admitted prompts have yet to take as taken: so a pool with room
+    for k budgets runs k long requests and preempts none.
 
     Args:
         kv_cache_spec: The spec of CASCADE's layers, which carries the configuration.
@@ -39,8 +40,14 @@ class CascadeManager(CircularBufferManager):
         # Request -> what is known of it, from vLLM's first call for the request until the request
         # gives its blocks back.
         self._progress: defaultdict[str, Progress] = defaultdict(Progress)
-        self._ends = Ends(self.block_pool, self.block_size, self.kv_cache_group_id)
-        self._continuation = Continuation(self._ends, -(-kv_cache_spec.config.cache_tokens // 4))
+        config = kv_cache_spec.config
+        pool, size, group_id = self.block_pool, self.block_size, self.kv_cache_group_id
+        num_unmoved = 0 if config.needs_scores else self._layout.num_unmoved
+        is_bounded = num_unmoved < config.max_model_len
+        self._prefix = Prefix(pool, size, group_id, num_unmoved, is_bounded=is_bounded)
+        self._ends = Ends(pool, size, group_id)
+        least_copied = -(-config.cache_tokens // 4)
+        self._continuation = Continuation(self._ends, self._prefix, size, least_copied)
 
     def continued_by(self, request: Request, most: int) -> tuple[list[KVCacheBlock], int]:
         """Find where a waiting request can go on.
@@ -50,8 +57,8 @@ class CascadeManager(CircularBufferManager):
             most: Most tokens that may be taken as computed.
 
         Returns:
-            Blocks to take over or to copy, and the number of tokens computed in them; no blocks
-            and 0 if the request has to begin at the beginning.
+            Blocks to share, to take over or to copy, and the number of tokens computed in them; no
+            blocks and 0 if the request has to begin at the beginning.
         """
         return self._continuation.find(
             request,
@@ -77,7 +84,7 @@ class CascadeManager(CircularBufferManager):
         Args:
             request_id: The request.
             num_tokens: Tokens that the request will have computed, or all of its prompt.
-            new_computed_blocks: Blocks from `continued_by`, to be taken over or copied.
+            new_computed_blocks: Blocks from `continued_by`, to be shared, taken over or copied.
             total_computed_tokens: Not used.
             num_local_computed_tokens: Not used.
             num_tokens_main_model: Not used.
@@ -90,10 +97,12 @@ class CascadeManager(CircularBufferManager):
         """
         progress = self._progress[request_id]
         need = self._layout.need(num_tokens)
-        missing = max(0, need - self._num_held(request_id))
-        if progress.copies:
-            # The originals are not free until the worker has copied them.
-            missing += sum(block.ref_cnt == 0 for block in new_computed_blocks)
+        if progress.waits:
+            return self.block_pool.get_num_free_blocks() + 1
+        num_whole = len(new_computed_blocks) - len(progress.copied)
+        missing = max(0, need - self._num_held(request_id) - num_whole)
+        # Blocks that nobody holds are free no longer; originals, until the worker has copied them.
+        missing += sum(block.ref_cnt == 0 for block in new_computed_blocks)
         if apply_admission_cap:
             progress.promised = need
             missing += self._num_promised(besides=request_id)
@@ -103,12 +112,13 @@ class CascadeManager(CircularBufferManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Lengthen a request's row to `Layout.need` blocks, where vLLM's has all tokens' blocks."""
-        self._progress[request_id].num_tokens = num_tokens
-        missing = self._layout.need(num_tokens) - self._num_held(request_id)
-        if missing <= 0:
-            return []
-        blocks = self._ends.new_blocks(missing)
-        self.req_to_blocks[request_id].extend(blocks)
+        progress, row = self._progress[request_id], self.req_to_blocks[request_id]
+        missing = self._layout.need(num_tokens) - len(row)
+        blocks = self.block_pool.get_new_blocks(missing) if missing > 0 else []
+        row.extend(blocks)
+        if progress.num_tokens <= self._prefix.num_tokens < num_tokens:
+            self._pending_cow_copies += self._prefix.leave(row, self._num_spare())
+        progress.num_tokens = num_tokens
         return blocks
 
     def cannot_take_back(self, request_id: str, num_tokens: int) -> bool:
@@ -152,7 +162,7 @@ class CascadeManager(CircularBufferManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """Begin a row with blocks taken over or copied, where vLLM shares an earlier request's.
+        """Begin a row with blocks shared, taken over or copied, where vLLM shares them all.
 
         Args:
             request_id: The request.
@@ -175,7 +185,7 @@ class CascadeManager(CircularBufferManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Have a prompt copied shortly before its end, where vLLM hashes each full block.
+        """Let others find full blocks as vLLM does, and copy a prompt shortly before its end.
 
         vLLM calls this method in each step, and only with prefix caching.
 
@@ -187,19 +197,20 @@ class CascadeManager(CircularBufferManager):
         """
         progress = self._progress[request.request_id]
         progress.request = request
+        row = self.req_to_blocks[request.request_id]
+        if self._continuation.is_asked and progress.num_tokens <= self._prefix.num_tokens:
+            progress.num_known = self._prefix.add(request, row, progress.num_known, num_tokens)
         num_copied = self._continuation.wants_copy(progress, num_tokens)
         if not num_copied:
             return
-        blocks = self.req_to_blocks[request.request_id][: self._layout.need(num_copied)]
-        # A copy is made out of spare blocks only: each running request may take one more block
-        # before this step is scheduled.
-        needed = len(blocks) + self._num_promised() + len(self.req_to_blocks)
-        if needed <= self._ends.num_unused:
+        blocks = row[: self._layout.need(num_copied)]
+        if len(blocks) <= self._num_spare():
             self._pending_cow_copies += self._continuation.copy_prompt(progress, num_copied, blocks)
 
     def take_pending_cow_copies(self) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Hand the step's copies to the worker as vLLM does, and note that they will be made."""
         self._ends.copies_are_made()
+        self._prefix.steps_on()
         return super().take_pending_cow_copies()
 
     def free(self, request_id: str) -> None:
@@ -212,7 +223,9 @@ class CascadeManager(CircularBufferManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Take a request's blocks out of its row as vLLM does, and forget its progress."""
         self._progress.pop(request_id, None)
-        return super().pop_blocks_for_free(request_id)
+        blocks = super().pop_blocks_for_free(request_id)
+        self._prefix.free(blocks)
+        return blocks
 
     def _num_promised(self, besides: str | None = None) -> int:
         """Blocks that admitted prompts have yet to take, but for the request `besides`."""
@@ -221,6 +234,12 @@ class CascadeManager(CircularBufferManager):
             for name, progress in self._progress.items()
             if name != besides and self._num_held(name)
         )
+
+    def _num_spare(self) -> int:
+        """Free blocks that copies may take: nobody else will need them in this step."""
+        # Each running request may take one more block before this step is scheduled.
+        num_wanted = self._num_promised() + len(self.req_to_blocks)
+        return self.block_pool.get_num_free_blocks() - num_wanted
 
     def _num_held(self, request_id: str) -> int:
         return len(self.req_to_blocks.get(request_id, ()))

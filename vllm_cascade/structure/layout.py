@@ -119,6 +119,11 @@ class Layout:
     max_blocks: int
     max_groups: int
 
+    @property
+    def num_unmoved(self) -> int:
+        """The most tokens that a request may have computed with nothing moved yet."""
+        return self.epochs[0].end - (len(self.epochs) > 1)
+
     def need(self, num_tokens: int) -> int:
         """Count the blocks that a request holds once `num_tokens` tokens are computed."""
         return min(-(-num_tokens // self.config.block_size), self.max_blocks)
