@@ -23,6 +23,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYER = "tests/unit/test_cpu_layer.py"
 CONFIG = "tests/unit/test_config.py"
+SHARED = "tests/e2e/test_shared_prefix.py"
 WITH_VLLM = ("tests/e2e/", "tests/unit/test_validation.py")
 
 
@@ -246,6 +247,41 @@ MUTATIONS = [
         "blocks = self._originals.get(blocks[0].block_id, blocks)",
         "blocks = list(blocks)",
         "tests/e2e/test_continuation.py::test_several_go_on_from_an_answer[distinct]",
+    ),
+    Mutation(
+        "a prefix shared with a request that will move it",
+        "vllm_cascade/kv_cache/prefix.py",
+        "(request.resumable or longest - 1 > self.num_tokens)",
+        "request.resumable",
+        f"{SHARED}::test_whatever_the_others_do[large-pool]",
+    ),
+    Mutation(
+        "a block shared that its holder will move",
+        "vllm_cascade/kv_cache/continuation.py",
+        "progress.copied = self._prefix.private(blocks)",
+        "progress.copied = frozenset()",
+        f"{SHARED}::test_a_holder_that_comes_to_the_boundary",
+    ),
+    Mutation(
+        "a copy of a block that is not written yet",
+        "vllm_cascade/kv_cache/prefix.py",
+        "if block.block_id in self._unwritten)",
+        "if block.is_null)",
+        f"{SHARED}::test_whatever_the_others_do[large-pool]",
+    ),
+    Mutation(
+        "a block that a boundary has written to found by its old hash",
+        "vllm_cascade/kv_cache/prefix.py",
+        "self._pool.evict_blocks({block.block_id for block in known",
+        "(lambda _: None)({block.block_id for block in known",
+        f"{SHARED}::test_whatever_the_others_do[small-pool]",
+    ),
+    Mutation(
+        "a boundary run again with a token that was taken back",
+        "vllm_cascade/kv_cache/manager.py",
+        "any(part.merges for part in taken_back)",
+        "False",
+        "tests/e2e/test_sessions.py::test_tokens_taken_back[distinct-queued]",
     ),
     Mutation(
         "a copied block without its scores",

@@ -78,12 +78,40 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "kv_cache_group_id",
             "_pending_cow_copies",
         ),
-        "vllm.v1.core.block_pool.BlockPool": ("free_blocks", "get_num_free_blocks"),
+        "vllm.v1.core.block_pool.BlockPool": (
+            "free_blocks",
+            "get_new_blocks",
+            "get_num_free_blocks",
+        ),
         "vllm.v1.request.Request": ("request_id", "num_tokens"),
     },
     "vllm_cascade/kv_cache/continuation.py": {
-        "vllm.v1.request.Request": ("is_finished", "num_computed_tokens", "num_prompt_tokens"),
-        "vllm.v1.core.kv_cache_utils.KVCacheBlock": ("ref_cnt",),
+        "vllm.v1.request.Request": (
+            "is_finished",
+            "num_computed_tokens",
+            "num_prompt_tokens",
+            "num_tokens",
+        ),
+        "vllm.v1.core.kv_cache_utils.KVCacheBlock": ("block_id", "ref_cnt"),
+    },
+    "vllm_cascade/kv_cache/prefix.py": {
+        "vllm.v1.core.block_pool.BlockPool": (
+            "cache_full_blocks",
+            "emit_cached_block_events",
+            "evict_blocks",
+            "get_cached_block",
+            "get_new_blocks",
+            "move_block_hashes",
+            "touch",
+        ),
+        "vllm.v1.request.Request": (
+            "block_hashes",
+            "max_tokens",
+            "num_computed_tokens",
+            "num_prompt_tokens",
+            "resumable",
+        ),
+        "vllm.v1.core.kv_cache_utils.KVCacheBlock": ("block_id", "block_hash"),
     },
     "vllm_cascade/kv_cache/ends.py": {
         "vllm.v1.request.Request": (
@@ -104,6 +132,12 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "prefix_cache_lookup_enabled",
         ),
         "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("single_type_managers",),
+    },
+    "patches/taken_back_tokens.py": {
+        "vllm.v1.core.sched.scheduler.Scheduler": ("kv_cache_manager", "_free_request_blocks"),
+        "vllm.v1.core.kv_cache_manager.KVCacheManager": ("coordinator",),
+        "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("single_type_managers",),
+        "vllm.v1.request.Request": ("request_id", "num_computed_tokens"),
     },
     "vllm_cascade/kv_cache/spec.py": {
         "vllm.v1.kv_cache_interface.AttentionSpec": (

@@ -22,6 +22,7 @@ BLOCK = 32
 # Multiples of this block, which vLLM's own attention takes too; nothing moves up to here.
 OPTIONS = CASCADE | {"num_sink_tokens": 32, "cache_tokens": 256}
 UNMOVED = 351
+LONG_CHUNK = 128
 TEXTS = [
     prompt_without_ties(620, seed=seed, neighbours=620, vocab_size=MODEL["vocab_size"])
     for seed in (1, 2)
@@ -31,6 +32,8 @@ SYSTEM, REST = TEXTS[0][:200], TEXTS[1]
 
 def start(model: str, cascade: dict[str, Any] | None = OPTIONS, **options: Any) -> Any:
     options = {"max_num_batched_tokens": 256, "max_num_seqs": 6, **options}
+    # A long prompt leaves room in its steps for others.
+    options = {"long_prefill_token_threshold": LONG_CHUNK, **options}
     options = {"enable_prefix_caching": True, **options}
     return engine(
         cascade,
@@ -123,6 +126,15 @@ def test_a_request_that_may_come_to_the_boundary_gets_copies(
     check_alike(outputs, [run(llm, [prompt], 200)[0] for prompt in prompts[1:]])
 
 
+def test_a_holder_that_comes_to_the_boundary(llm: Any) -> None:
+    """A request that stays below it goes on from the holder's blocks, and outlives the boundary."""
+    prompts, lengths = [TEXTS[0], [*TEXTS[0][:200], *REST[:20]]], [4, 60]
+    outputs = run(llm, prompts, lengths)
+    assert cached(outputs) == [0, LONG_CHUNK]
+    assert llm.reset_prefix_cache()
+    check_alike(outputs, [run(llm, [p], n)[0] for p, n in zip(prompts, lengths, strict=True)])
+
+
 def test_the_first_part_of_a_document(llm: Any) -> None:
     """It is found after the document's own request has moved it, and by longer requests too."""
     run(llm, [TEXTS[0]], 4)
@@ -196,7 +208,7 @@ def test_hits_and_blocks_as_vllm(model: str, monkeypatch: pytest.MonkeyPatch) ->
     prompts = [[*SYSTEM, *REST[start : start + 40]] for start in range(0, 480, 40)]
 
     def served(cascade: dict[str, Any] | None) -> tuple[list[Any], list[Any], int]:
-        with start(model, cascade) as llm:
+        with start(model, cascade, long_prefill_token_threshold=0) as llm:
             used = most_used(llm, monkeypatch)
             return run(llm, prompts, 8), run(llm, prompts, 8), used[-1]
 

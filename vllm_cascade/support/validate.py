@@ -244,10 +244,10 @@ def log_prefix_caching(vllm_config: Any) -> None:
             )
             return
         log(
-            "Prefix caching with CASCADE: a request goes on from a finished one that it begins "
-            "with, as a chat's next turn does, or from a copy made shortly before the end of a "
-            "long prompt that begins like it. Other prefixes are computed again, as what a block "
-            "holds depends on all that came after it."
+            "Prefix caching with CASCADE: up to the budget requests share whole blocks, where the "
+            "policy keeps no attention scores. Beyond it a request goes on from a finished one "
+            "that it begins with, as a chat's next turn does, or from a copy made shortly before "
+            "the end of a long prompt that begins like it."
         )
 
 
