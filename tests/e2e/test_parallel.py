@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from e2e.ranks import Played, assert_same_up_to_ties, check_replicas, play
 from e2e.servers import serve
@@ -86,6 +88,33 @@ def test_two_ranks(options: dict[str, Any], model: str, one: Played, tmp_path: P
 
 def test_two_ranks_with_scores(model: str, tmp_path: Path) -> None:
     check_two_ranks(tmp_path, model, play_alone(tmp_path, model, "blend"), "blend", TENSOR)
+
+
+def test_more_ranks_than_heads(tmp_path: Path) -> None:
+    """Both ranks have the only KV head, and keep the same tokens of it."""
+    model = save_llama(
+        tmp_path / "llama",
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
+    one = play_alone(tmp_path, model, "distinct")
+    two = play(
+        tmp_path,
+        model,
+        PROMPTS,
+        ANSWER,
+        distributed_executor_backend="mp",
+        **TENSOR,
+        **traced(),
+    )
+    assert two.ranks == 2
+    for kept in two.kept.values():
+        first, second = kept.unbind(1)
+        assert torch.equal(first, second)
+    first = {num_tokens: kept[:, :1] for num_tokens, kept in two.kept.items()}
+    assert_same_up_to_ties(dataclasses.replace(two, kept=first), one)
 
 
 def check_two_ranks(

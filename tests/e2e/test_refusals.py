@@ -237,7 +237,10 @@ def test_models_it_does_not_serve(configure, config, words):
     [
         ({"model_impl": "transformers"}, "Transformers backend"),
         ({"runner": "pooling"}, "runner 'pooling'"),
-        ({"tensor_parallel_size": 4}, "tensor_parallel_size 4 with 2 KV heads"),
+        (
+            {"tensor_parallel_size": 4, "additional_config": {"cascade": {"policy": "blend"}}},
+            "tensor_parallel_size 4 with 2 KV heads and policy 'blend'",
+        ),
         ({"kv_cache_dtype": "fp8"}, "KV cache dtype 'fp8'"),
         ({"kv_cache_dtype": "bfloat16", "dtype": "float32"}, "KV cache dtype 'bfloat16'"),
         ({"kv_offloading_size": 1.0}, "KV offloading"),

@@ -216,7 +216,11 @@ def test_every_option_has_a_flag(model, capsys):
         ({}, ["--cache-tokens=1000000"], "'cache_tokens' = 1000000: .* Nearest: "),
         ({}, ["--stride=100", "--block-size=16"], "'stride' = 100: .* Nearest: 128"),
         ({}, ["--num-sink-tokens=-1"], "Nearest: 0"),
-        ({}, ["--tensor-parallel-size=8"], "8 with 4 KV heads.*--tensor-parallel-size 4"),
+        (
+            {},
+            ["--tensor-parallel-size=8", "--policy=blend"],
+            "8 with 4 KV heads.*--tensor-parallel-size 4",
+        ),
         ({}, ["--tensor-parallel-size=3"], "divisible by tensor parallel size"),
         ({}, ["--dtype=complex"], "complex"),
         ({"rope_theta": None, "rope_parameters": {"rope_type": "longrope"}}, [], "longrope|RoPE"),

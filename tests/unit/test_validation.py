@@ -167,7 +167,13 @@ SPOILT = [
     ({"hf_text_config.num_kv_shared_layers": 4}, "num_kv_shared_layers = 4"),
     ({"hf_text_config.use_cla": True}, "use_cla"),
     ({"cache_config.kv_sharing_fast_prefill": True}, "kv-sharing-fast-prefill.*Leave the flag out"),
-    ({"parallel_config.tensor_parallel_size": 4}, "4 with 2 KV heads.*size 2 or less"),
+    (
+        {
+            "parallel_config.tensor_parallel_size": 4,
+            "additional_config": {"cascade": {"policy": "blend"}},
+        },
+        "4 with 2 KV heads and policy 'blend'.*size 2 or less",
+    ),
     ({"parallel_config.decode_context_parallel_size": 2}, "Leave out --decode-context-parallel"),
     ({"parallel_config.prefill_context_parallel_size": 2}, "Leave out --prefill-context-parallel"),
     ({"speculative_config": object()}, "speculative decoding.*--speculative-config"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.support import hybrid, unsupported
 from vllm_cascade.support.names import BACKEND_NAME, log_of
@@ -49,7 +50,8 @@ def validate(vllm_config: Any) -> None:
     check_kinds(vllm_config.attention_config)
     for check in (_device, _model, _windows, _rope, _attention, _parallel, _features):
         check(vllm_config)
-    resolve_options(vllm_config, vllm_config.cache_config.block_size)
+    config = resolve_options(vllm_config, vllm_config.cache_config.block_size)
+    _copies_of_heads(vllm_config, config)
     check_selection(AttentionBackendEnum[BACKEND_NAME].get_class(), layer_of(vllm_config))
     log_prefix_caching(vllm_config)
     log_blend(vllm_config)
@@ -191,14 +193,6 @@ def _attention(vllm_config: Any) -> None:
 
 def _parallel(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
-    ranks = parallel.tensor_parallel_size
-    num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
-    if ranks > num_kv_heads:
-        raise UnsupportedError(
-            f"tensor_parallel_size {ranks} with {num_kv_heads} KV heads",
-            "ranks would hold copies of a head, and nothing makes copies keep the same tokens yet",
-            f"Use --tensor-parallel-size {num_kv_heads} or less",
-        )
     for flag in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, flag) > 1:
             raise UnsupportedError(
@@ -206,6 +200,21 @@ def _parallel(vllm_config: Any) -> None:
                 "a request's cache is small and stays on one rank",
                 f"Leave out --{flag.replace('_', '-')}",
             )
+
+
+def _copies_of_heads(vllm_config: Any, config: CascadeConfig) -> None:
+    """Refuse ranks with copies of one KV head, where the copies would keep different tokens."""
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
+    if ranks > num_kv_heads and config.needs_scores:
+        raise UnsupportedError(
+            f"tensor_parallel_size {ranks} with {num_kv_heads} KV heads and policy "
+            f"{config.policy!r}",
+            "ranks would hold copies of a head, each scored by its own rank's queries, and what is "
+            "kept would depend on the number of ranks",
+            f"Use --tensor-parallel-size {num_kv_heads} or less, or a policy without attention "
+            "scores",
+        )
 
 
 def _features(vllm_config: Any) -> None:
