@@ -133,6 +133,15 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("single_type_managers",),
     },
+    "vllm_cascade/support/exact.py": {
+        "vllm.v1.engine.EngineCoreRequest": (
+            "prompt_embeds",
+            "prompt_token_ids",
+            "resumable",
+            "sampling_params",
+        ),
+        "vllm.sampling_params.SamplingParams": ("extra_args", "max_tokens"),
+    },
     "patches/taken_back_tokens.py": {
         "vllm.v1.core.sched.scheduler.Scheduler": ("kv_cache_manager", "_free_request_blocks"),
         "vllm.v1.core.kv_cache_manager.KVCacheManager": ("coordinator",),

@@ -28,6 +28,8 @@ CASCADE = {
 MAX_MODEL_LEN = 2000
 VOCABULARY = 49_152
 
+# A request with this is refused if it may outgrow the budget.
+EXACT: dict[str, Any] = {"vllm_xargs": {"cascade_exact": True}}
 # What a request has instead of something sensible -> words of the message.
 REFUSED = [
     ({"prompt": [7] * (MAX_MODEL_LEN + 1)}, "maximum context length is 2000"),
@@ -65,6 +67,9 @@ REFUSED = [
     ({"stop_token_ids": [10**30]}, "out-of-vocab"),
     ({"stop": [""]}, "stop cannot contain an empty string"),
     ({"structured_outputs": {"regex": "("}}, "invalid regex"),
+    ({"prompt": [7] * 273, **EXACT}, "exact for the first 272 tokens of a request"),
+    ({"prompt": [7] * 260, "max_tokens": 14, **EXACT}, "Give a max_tokens of at most 13"),
+    ({"vllm_xargs": {"cascade_exact": "yes"}}, "cascade_exact = 'yes': must be true or false"),
 ]
 # Odd, but allowed; the last two make NaN and infinities of the request's own logits.
 ALLOWED = [
@@ -74,6 +79,7 @@ ALLOWED = [
     {"prompt": [7] * (MAX_MODEL_LEN - 1), "max_tokens": 1},
     {"logit_bias": {"5": math.nan}},
     {"repetition_penalty": 1e-300},
+    {"prompt": [7] * 260, "max_tokens": 13, **EXACT},
 ]
 SENSIBLE = {"prompt": "It was a dark and stormy night. " * 60, "max_tokens": 24, "temperature": 0}
 
