@@ -297,4 +297,4 @@ def test_the_command_ends_with_one_error_and_starts_no_engine(tmp_path):
     assert ended.returncode != 0
     assert output.strip().splitlines()[-1].endswith("score_decay, trace_tokens"), output[-2000:]
     assert output.count("'budget' = 1: no such option") == 1
-    assert "EngineCore" not in output
+    assert "EngineCore" not in output and "Traceback" not in output
