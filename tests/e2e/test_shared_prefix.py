@@ -64,7 +64,7 @@ def llm(shared_llm: Any) -> Any:
     return shared_llm
 
 
-def sampling(max_tokens: int, **options: Any) -> SamplingParams:
+def sampling(max_tokens: int) -> SamplingParams:
     return SamplingParams(
         temperature=0,
         max_tokens=max_tokens,
@@ -72,7 +72,6 @@ def sampling(max_tokens: int, **options: Any) -> SamplingParams:
         detokenize=False,
         logprobs=0,
         presence_penalty=2,
-        **options,
     )
 
 
@@ -143,6 +142,27 @@ def test_the_first_part_of_a_document(llm: Any) -> None:
     assert cached(outputs) == [256, 288]
     assert llm.reset_prefix_cache()
     check_alike(outputs, [run(llm, [prompt], 4)[0] for prompt in prompts])
+
+
+@pytest.mark.parametrize("max_tokens", [4, 300], ids=["shared", "copied"])
+def test_several_answers_to_a_prompt(
+    llm: Any, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    """They come at once; one computes the prompt, the others wait a step for its blocks."""
+    scheduler, computed = core_of(llm).scheduler, list[int]()
+    schedule = scheduler.schedule
+
+    def counted(*args: Any) -> Any:
+        output = schedule(*args)
+        computed.extend(output.num_scheduled_tokens.values())
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", counted)
+    # Each answer ends with its first token, however many it may have.
+    every = list(range(MODEL["vocab_size"]))
+    several = SamplingParams(n=6, max_tokens=max_tokens, stop_token_ids=every, detokenize=False)
+    llm.generate([{"prompt_token_ids": SYSTEM[:120]}], several, use_tqdm=False)
+    assert computed == [120] + [120 - 96] * 5
 
 
 def test_salts_keep_apart(llm: Any) -> None:
