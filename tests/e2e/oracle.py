@@ -23,15 +23,20 @@ REACH_OPTIONS = {
 }
 
 
-def check_four_times_past_reach(policy: str, tokens_of: Callable[[int], list[int]]) -> None:
+def check_four_times_past_reach(
+    policy: str, tokens_of: Callable[[int], list[int]], folder: str | None = None
+) -> None:
     """Assert that every kept set and every log-probability is the oracle's.
 
     Args:
         policy: The cascade's policy.
         tokens_of: A prompt of so many tokens.
+        folder: Of the model; SmolLM2 unless given.
     """
+    folder = folder or model_folder()
     with engine(
         by_policy(policy, REACH_OPTIONS),
+        folder,
         block_size=16,
         max_model_len=4096,
         max_num_batched_tokens=500,
@@ -51,7 +56,7 @@ def check_four_times_past_reach(policy: str, tokens_of: Callable[[int], list[int
         kept = log.of(output.request_id)
         config = log.config
 
-    model = Llama.from_folder(model_folder(), torch.float64)
+    model = Llama.from_folder(folder, torch.float64)
     run = model.run(tokens, CascadeParameters.like(config), forced=kept)
     assert len(kept) > 25
     assert run.comparison.windows > 1000

@@ -1,13 +1,14 @@
-"""Random models of a few thousand weights, saved as Hugging Face folders."""
+"""Models that run fast: random ones of a few thousand weights, and a real one's first layers."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from reference.llama import random_tensors
 
@@ -82,6 +83,37 @@ def save_llama(folder: Path, seed: int = 0, **changes: Any) -> str:
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {name: t.float().contiguous() for name, t in random_tensors(config, seed).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def save_first_layers(folder: Path, model: str, num_layers: int) -> str:
+    """Write the first layers of a saved Llama to `folder`, with its tokenizer.
+
+    Args:
+        folder: Where to; made if missing.
+        model: Folder of the whole model.
+        num_layers: How many of its layers.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in Path(model).iterdir():
+        if file.suffix == ".safetensors":
+            tensors |= load_file(file)
+        elif file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    config = json.loads((Path(model) / "config.json").read_text())
+    config["num_hidden_layers"] = num_layers
+    (folder / "config.json").write_text(json.dumps(config))
+    layer_of = re.compile(r"model\.layers\.(\d+)\.")
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (found := layer_of.match(name)) or int(found[1]) < num_layers
+    }
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
 
 
