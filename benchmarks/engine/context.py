@@ -258,14 +258,7 @@ def start(backend: str, arguments: argparse.Namespace, folder: Path) -> bool:
     command = processes.command("engine.context", "--backend", backend, "--model", str(folder))
     command += ["--lengths", ",".join(map(str, arguments.lengths))]
     command += ["--output", str(arguments.output)] + ["--tiny"] * arguments.tiny
-    environment = processes.environment(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_LOGGING_STREAM="ext://sys.stderr",
-        VLLM_NO_USAGE_STATS="1",
-        HF_HUB_OFFLINE="1",
-    )
-    # It would overrule the tiny engine's own size.
-    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    environment = processes.engine_environment()
     begin = time.perf_counter()
     code = processes.run(command, environment, log, arguments.timeout)
     print(f"{backend}: {time.perf_counter() - begin:.0f} s, log in {log}")

@@ -26,6 +26,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **more}
 
 
+def engine_environment() -> dict[str, str]:
+    """`environment` of a process in which an engine and its worker run."""
+    found = environment(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_LOGGING_STREAM="ext://sys.stderr",
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+    )
+    # It would overrule a tiny engine's own size.
+    found.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    return found
+
+
 def run(
     command: list[str],
     environment: dict[str, str],

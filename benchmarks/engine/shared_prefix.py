@@ -145,7 +145,6 @@ def play(llm: Any, work: Workload, seed: int) -> dict[str, Any]:
             if name not in first:
                 first[name] = time.perf_counter() - sent[name]
                 cached[name] = output.num_cached_tokens or 0
-            # The prompts alone differ in length; blocks are counted while all are under way.
             most = max(most, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
             if output.finished or len(output.outputs[0].token_ids) >= work.answer:
                 if not output.finished:
@@ -219,13 +218,7 @@ def main() -> int:
             found, log = folder / f"{backend}.json", folder / f"{backend}.log"
             command = processes.command("engine.shared_prefix", "--backend", backend)
             command += ["--model", name, "--output", str(found)] + ["--tiny"] * arguments.tiny
-            environment = processes.environment(
-                VLLM_ENABLE_V1_MULTIPROCESSING="0",
-                VLLM_LOGGING_STREAM="ext://sys.stderr",
-                VLLM_NO_USAGE_STATS="1",
-                HF_HUB_OFFLINE="1",
-            )
-            environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+            environment = processes.engine_environment()
             code = processes.run(command, environment, log, arguments.timeout)
             if processes.is_well(backend, code, log, arguments.timeout):
                 rows += json.loads(found.read_text())

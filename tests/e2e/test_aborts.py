@@ -10,9 +10,9 @@ from random import Random
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
 
 from e2e.support import cascade_manager_of, engine
+from e2e.test_shared_prefix import check_alike, run, sampling
 from e2e.tiny import CASCADE, prompt_without_ties, save_llama
 
 MODEL = {"vocab_size": 4096, "tie_word_embeddings": False}
@@ -31,17 +31,6 @@ def start(model: str, **options: Any) -> Any:
         skip_tokenizer_init=True,
         disable_log_stats=False,
         **options,
-    )
-
-
-def sampling(max_tokens: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=0,
-        max_tokens=max_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=0,
-        presence_penalty=2,
     )
 
 
@@ -121,12 +110,5 @@ def check(model: str, cycles: int, seed: int) -> None:
     assert sum(count > 0 for count in went_on) > cycles // 4 and max(went_on) > 400
     with start(model, enable_prefix_caching=False) as llm:
         for prompt, output in client.finished:
-            (ours,) = output.outputs
-            request = {"prompt_token_ids": prompt}
-            (alone,) = llm.generate([request], sampling(len(ours.token_ids)), use_tqdm=False)
-            (theirs,) = alone.outputs
-            assert list(ours.token_ids) == list(theirs.token_ids), output.request_id
-            for mine, other, token in zip(
-                ours.logprobs, theirs.logprobs, ours.token_ids, strict=True
-            ):
-                assert abs(mine[token].logprob - other[token].logprob) < 1e-4, output.request_id
+            max_tokens = len(output.outputs[0].token_ids)
+            check_alike([output], run(llm, [prompt], max_tokens))

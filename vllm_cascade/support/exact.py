@@ -40,12 +40,10 @@ def check_exact(vllm_config: Any, request: Any) -> None:
     # The last token of an answer is not computed.
     if request.resumable or num_prompt + max_tokens - 1 > limit:
         most = limit - num_prompt + 1
+        what = f"a prompt of {num_prompt} tokens and max_tokens = {max_tokens}"
         instead = f"Give a max_tokens of at most {most}" if most > 0 else "Send a shorter prompt"
-        what = (
-            "an input session, which may go on for ever"
-            if request.resumable
-            else (f"a prompt of {num_prompt} tokens and max_tokens = {max_tokens}")
-        )
+        if request.resumable:
+            what, instead = "an input session, which may go on for ever", "Send a single request"
         raise VLLMValidationError(
             f"{EXACT}: attention is exact for the first {limit} tokens of a request, and this is "
             f"{what}. {instead}, leave {EXACT} out, or have the server started with more "
