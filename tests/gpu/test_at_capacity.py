@@ -60,6 +60,8 @@ def test_decodes_and_a_prefill_at_gpu_memory_utilization_90_percent(tmp_path: Pa
         assert free < 0.15 * total
         peaks = []
         for _ in range(2):
+            # A second run is to compute what the first did.
+            assert llm.reset_prefix_cache()
             torch.cuda.reset_peak_memory_stats()
             with watched() as steps:
                 check(llm, steps)

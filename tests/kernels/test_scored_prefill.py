@@ -300,14 +300,15 @@ def test_attention(shape, has_sinks, device):
 )
 def test_flash_attention(shape, has_sinks):
     """Its log-sum-exps count the sinks, as the scores of keys need them."""
-    from vllm_cascade.attention import gpu_step as gpu_metadata
-    from vllm_cascade.attention import gpu_workspace
+    from vllm_cascade.attention.gpu_layer import GpuLayer
+    from vllm_cascade.attention.gpu_step import Rows
+    from vllm_cascade.attention.gpu_workspace import Shape as Heads
 
     device = torch.device("cuda")
     case = make_case(shape, device)
     num_queries, num_rows = case.segments.num_queries, case.segments.num_rows
     sinks = sinks_of(shape.num_heads, shape.dtype, device) if has_sinks else None
-    heads = gpu_workspace.Shape(
+    heads = Heads(
         shape.num_heads,
         shape.num_kv_heads,
         shape.head_size,
@@ -315,11 +316,11 @@ def test_flash_attention(shape, has_sinks):
         None if sinks is None else sinks.dtype,
     )
     config = resolve(CascadeOptions(), block_size=16, max_model_len=4096, position_limit=4096)
-    layer = gpu_workspace.GpuLayer(config, heads, case.scale, None, None, True, None, sinks)
+    layer = GpuLayer(config, heads, case.scale, None, None, True, None, sinks)
     if layer.flash is None:
         pytest.skip("needs FlashAttention-3")
     out = torch.full_like(case.query[:num_queries], NAN)
-    rows = gpu_metadata.Rows(
+    rows = Rows(
         case.query[:num_queries],
         case.key[:num_rows],
         case.value[:num_rows],
