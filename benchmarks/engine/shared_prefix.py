@@ -1,10 +1,11 @@
 """Requests that begin alike, with the cascade and with FlashAttention: hits, first tokens, blocks.
 
 Models of Llama-3.1-8B's shape with dummy weights, one engine after the other, prefix caching on.
-Three workloads: `system`, many short questions behind one system prompt, all within the budget;
-`open`, the same by clients that give no `max_tokens` and leave after as many tokens; and `text`,
-questions about a text of several budgets, the cascade alone. Of the first two a fixed number of
-requests is under way at a time; the questions of the third come one after another.
+Four workloads: `system`, many short questions behind one system prompt, all within the budget;
+`arriving`, the same at random times, where no request waits for another to end; `open`, as `system`
+by clients that give no `max_tokens` and leave after as many tokens; and `text`, questions about a
+text of several budgets, the cascade alone. Of `system` and `open` a fixed number of requests is
+under way at a time; the questions about the text come one after another.
 
     python benchmarks engine.shared_prefix         writes benchmarks/results/gpu_shared_prefix.csv
     python benchmarks engine.shared_prefix --tiny  proves the program on a CPU, nothing written
@@ -29,6 +30,8 @@ from records import RESULTS, conditions, percentiles, read_rows, write_rows
 
 OUTPUT = RESULTS / "gpu_shared_prefix.csv"
 THEIRS, CPU = "FLASH_ATTN", "CPU_ATTN"
+# Requests that arrive in a second: both backends serve them as they come.
+RATE = 12.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ class Workload:
         own: Further tokens of each request's prompt.
         answer: Tokens that a client reads of each answer.
         requests: How many in all.
-        at_once: How many are under way at a time.
+        at_once: Most requests that are under way at a time.
+        per_second: How many arrive in a second, at exponential gaps; at once if 0.
         is_open: Whether the requests give no `max_tokens`, and clients leave.
     """
 
@@ -51,6 +55,7 @@ class Workload:
     answer: int
     requests: int
     at_once: int
+    per_second: float = 0.0
     is_open: bool = False
 
 
@@ -76,7 +81,11 @@ class Sizes:
 
     def workloads(self, backend: str) -> list[Workload]:
         """Those of a backend."""
-        both = [self.system, replace(self.system, name="open", is_open=True)]
+        both = [
+            self.system,
+            replace(self.system, name="arriving", at_once=self.system.requests, per_second=RATE),
+            replace(self.system, name="open", is_open=True),
+        ]
         return [*both, self.text] if backend == OURS else both
 
 
@@ -126,9 +135,11 @@ def play(llm: Any, work: Workload, seed: int) -> dict[str, Any]:
     sent: dict[str, float] = {}
     first: dict[str, float] = {}
     cached: dict[str, int] = {}
-    begin = time.perf_counter()
+    begin = due = time.perf_counter()
     while waiting or sent:
-        while waiting and len(sent) < work.at_once:
+        if not sent:
+            time.sleep(max(0.0, due - time.perf_counter()))
+        while waiting and len(sent) < work.at_once and due <= time.perf_counter():
             name = f"{work.name}-{len(waiting)}"
             params = SamplingParams(
                 temperature=0,
@@ -136,7 +147,10 @@ def play(llm: Any, work: Workload, seed: int) -> dict[str, Any]:
                 ignore_eos=True,
                 detokenize=False,
             )
-            sent[name] = time.perf_counter()
+            if work.per_second:
+                sent[name], due = due, due + random.expovariate(work.per_second)
+            else:
+                sent[name] = time.perf_counter()
             engine.add_request(name, {"prompt_token_ids": [*shared, *waiting.pop()]}, params)
         for output in engine.step():
             name = output.request_id
@@ -159,6 +173,7 @@ def play(llm: Any, work: Workload, seed: int) -> dict[str, Any]:
         "workload": work.name,
         "requests": work.requests,
         "at_once": work.at_once,
+        "per_second": work.per_second,
         "shared_tokens": work.shared,
         "own_tokens": work.own,
         "answer_tokens": work.answer,
