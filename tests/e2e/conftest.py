@@ -1,7 +1,9 @@
-"""What all end-to-end tests share."""
+"""What all end-to-end tests share: engines in the test's own process start and end in a second."""
 
 from __future__ import annotations
 
+import functools
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -17,4 +19,32 @@ def models_are_inspected_here() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_run_in_subprocess", lambda ask: ask())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_not_searched_for_garbage() -> Iterator[None]:
+    """vLLM collects garbage nine times an engine; what it imports makes each last half a second.
+
+    An engine's own objects are collected all the same.
+    """
+    from vllm import LLM  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_replaced_once() -> Iterator[None]:
+    """For each engine vLLM looks through all modules for Triton's kernels, and replaces them."""
+    from vllm.platforms import current_platform
+
+    platform, name = type(current_platform), "register_triton_kernel_overrides"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, name, staticmethod(functools.cache(getattr(platform, name))))
         yield

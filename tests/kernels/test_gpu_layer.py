@@ -81,20 +81,22 @@ class Engine(Pool):
         return output.cpu()
 
 
-# Long chunks cross many boundaries in one step, short ones mix prefill with decode.
+# Long chunks cross many boundaries in one step, short ones mix prefill with decode. The second is
+# the only one of four sub-caches: the interpreter takes seconds for a step. `blend` as it is by
+# default is in the test of a layer that repeats.
 LONG, SHORT = 500, 40
 CASES = [
     pytest.param(options, longest_cut, id="-".join(map(str, (*options.values(), longest_cut))))
     for options, longest_cut in zip(
-        POLICIES, (LONG, LONG, SHORT, LONG, LONG, SHORT, SHORT), strict=True
+        POLICIES, (LONG, LONG, None, LONG, LONG, SHORT, SHORT), strict=True
     )
+    if longest_cut
 ]
 
 
 @pytest.mark.parametrize(("options", "longest_cut"), CASES)
 def test_layer_equals_oracle(options: dict, longest_cut: int) -> None:
-    # The interpreter takes seconds for a step, and there are many of the short ones.
-    is_small = longest_cut == SHORT or options not in POLICIES[:3]
+    is_small = options != POLICIES[1]
     small = {"cache_tokens": 64, "num_sub_caches": 2} if is_small else {}
     config = config_of(500, **(small | options))
     lengths = [300, 31, 200] if small else [500, 31, 390]
@@ -109,27 +111,23 @@ def test_layer_equals_oracle(options: dict, longest_cut: int) -> None:
                 assert torch.equal(kept[r][end].long(), boundaries[end]), (r, end)
 
 
-def test_sinks_are_in_outputs_and_scores() -> None:
-    """By single tokens and in chunks; what they take of the softmax changes what is kept."""
-    config = config_of(420, policy="paper", cache_tokens=64, num_sub_caches=2)
-    last = config.num_sink_tokens + 4 * config.stride
-    outputs, kept, (q, k, v) = play(partial(Engine, sinks=SINKS), config, [last], 40, seed=3)
-    expected, boundaries = oracle(config, q[0], k[0], v[0], SINKS)
-    torch.testing.assert_close(outputs[0], expected.float(), rtol=2e-4, atol=2e-5)
-    assert torch.equal(kept[0][last].long(), boundaries[last])
-    assert not torch.equal(oracle(config, q[0], k[0], v[0])[1][last], boundaries[last])
-
-
 def test_a_layer_that_repeats_what_another_launched() -> None:
-    """Chunks whose rows lie apart, single tokens and boundaries, and sinks of its own."""
+    """Chunks whose rows lie apart, single tokens and boundaries, and sinks of its own.
+
+    Sinks are in outputs and in scores: what they take of the softmax changes what is kept.
+    """
     config = config_of(500, policy="blend", selection_window=64, cache_tokens=64, num_sub_caches=2)
-    lengths = [230, 31, 200]
-    alone, kept_alone, _ = play(partial(Engine, sinks=SINKS), config, lengths, 90, seed=4)
+    # Two of them end with a boundary.
+    lengths = [config.num_sink_tokens + n * config.stride for n in (3, 0, 2)]
+    lengths[1] -= 1
     engine_of = partial(Engine, sinks=SINKS, follows=True)
-    outputs, kept, _ = play(engine_of, config, lengths, 90, seed=4)
-    for r in range(len(lengths)):
-        assert torch.equal(outputs[r], alone[r])
-        assert all(torch.equal(kept[r][end], kept_alone[r][end]) for end in kept[r])
+    outputs, kept, (q, k, v) = play(engine_of, config, lengths, 90, seed=4)
+    for r, last in enumerate(lengths):
+        expected, boundaries = oracle(config, q[r], k[r], v[r], SINKS)
+        torch.testing.assert_close(outputs[r], expected.float(), rtol=2e-4, atol=2e-5)
+        if r != 1:
+            assert torch.equal(kept[r][last].long(), boundaries[last])
+            assert not torch.equal(oracle(config, q[r], k[r], v[r])[1][last], boundaries[last])
 
 
 @pytest.mark.gpu
