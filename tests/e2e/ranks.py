@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import multiprocessing
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
+import time
+import traceback
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +23,7 @@ import torch
 
 from e2e.servers import Server
 
+SECONDS = 420
 # Two ranks add in another order than one. Of logits below 16 in float32 that is some 1e-5.
 TIE, NEAR_TIES = 1e-3, 0.01
 # What a user would write. Prompts and options come as a file: a command line has an end.
@@ -89,6 +96,7 @@ def play(
     *,
     alone: bool = False,
     begun: int = 0,
+    forks: bool = False,
     **options: Any,
 ) -> Played:
     """Let all ranks of an engine answer, in processes of their own.
@@ -100,6 +108,8 @@ def play(
         answer: Tokens to generate for each.
         alone: One request after the other, as a server without load has them.
         begun: Tokens of the longest prompt that another request computes before.
+        forks: Whether the processes are forks of this one, which spares each of them the import of
+            vLLM; not where CUDA is in use.
         options: Of `LLM`; the cascade's have to switch `trace_tokens` on.
     """
     script, given, found = folder / "play.py", folder / "given.json", folder / "found.json"
@@ -114,7 +124,7 @@ def play(
         # Ray would show a line that several ranks log once only.
         "RAY_DEDUP_LOGS": "0",
     }
-    if not any(name.endswith("_parallel_size") for name in options):
+    if forks or not any(name.endswith("_parallel_size") for name in options):
         # One rank needs no process of its own.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     given.write_text(
@@ -130,15 +140,11 @@ def play(
         )
     )
     found.unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, str(script), str(given), str(found)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=420,
-        env=os.environ | environment,
-    )
-    assert done.returncode == 0 and found.exists(), done.stdout[-6000:]
+    command, log = [str(script), str(given), str(found)], folder / "log"
+    run = run_fork if forks else run_script
+    code = run(command, log, os.environ | environment)
+    said = log.read_text()
+    assert code == 0 and found.exists(), said[-6000:]
     results = json.loads(found.read_text())
     lengths = [len(prompt) + answer - 1 for prompt in prompts]
     together = join(results["ranks"])
@@ -147,8 +153,77 @@ def play(
         margins=results["margins"],
         cached=results["cached"],
         kept={num_tokens: together[num_tokens] for num_tokens in lengths},
-        log=done.stdout,
+        log=said,
     )
+
+
+def run_script(command: list[str], log: Path, environment: dict[str, str]) -> int:
+    """Run a script, as users do; return its exit status.
+
+    Args:
+        command: The script and its arguments.
+        log: For what it prints.
+        environment: Its environment variables.
+    """
+    with log.open("w") as stream:
+        return subprocess.run(
+            [sys.executable, *command],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            timeout=SECONDS,
+            env=environment,
+        ).returncode
+
+
+def run_fork(command: list[str], log: Path, environment: dict[str, str]) -> int:
+    """As `run_script`, in a fork of this process; its workers are forks as well."""
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm import LLM  # noqa: F401
+
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            os.setsid()
+            _become(command, log, environment)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    end = time.monotonic() + SECONDS
+    while (status := os.waitpid(pid, os.WNOHANG))[0] != pid and time.monotonic() < end:
+        time.sleep(0.1)
+    try:
+        # Its workers, and itself where it is too slow.
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    if status[0] != pid:
+        os.waitpid(pid, 0)
+        return -signal.SIGKILL
+    return os.waitstatus_to_exitcode(status[1])
+
+
+def _become(command: list[str], log: Path, environment: dict[str, str]) -> None:
+    """Turn this process into one that runs a script."""
+    from vllm.v1.executor import multiproc_executor
+
+    stream = log.open("w", buffering=1)
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    sys.stdout = sys.stderr = stream
+    for handler in logging.getLogger("vllm").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    # vLLM's CPU platform would spawn them.
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def ranks_in(log: str) -> int:

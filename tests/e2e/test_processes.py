@@ -19,7 +19,7 @@ import pytest
 
 from e2e.servers import START_SECONDS, serve
 from e2e.support import model_folder
-from e2e.tiny import random_prompt
+from e2e.tiny import random_prompt, save_llama
 from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.structure.layout import build_layout
 
@@ -61,7 +61,7 @@ def generate(folder: Path, model: str, prompts: list[list[int]], **options: obje
 
 def test_no_other_option_is_needed(tmp_path: Path) -> None:
     """Default block size, default options, compiled, on a model shorter than the default budget."""
-    answers = generate(tmp_path, model_folder(), [random_prompt(300, seed=1)])
+    answers = generate(tmp_path, save_llama(tmp_path / "llama"), [random_prompt(300, seed=1)])
     assert len(answers[0]) == 16
 
 
@@ -131,7 +131,7 @@ def test_streaming_equals_not_streaming(client: openai.OpenAI) -> None:
 
 def test_twenty_requests_at_once(client: openai.OpenAI) -> None:
     """Mixed lengths, some many times the budget, one past the model's own positions."""
-    lengths = [3, 20, 150, 1300, 9000, *[40 * i + 7 for i in range(15)]]
+    lengths = [3, 20, 150, 1300, 8600, *[10 * i + 7 for i in range(15)]]
     prompts = [" ".join(f"word{j % 97}" for j in range(n // 3 + 1)) for n in lengths]
 
     def ask(prompt: str) -> openai.types.Completion:
