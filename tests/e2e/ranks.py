@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -196,11 +197,9 @@ def run_fork(command: list[str], log: Path, environment: dict[str, str]) -> int:
     end = time.monotonic() + SECONDS
     while (status := os.waitpid(pid, os.WNOHANG))[0] != pid and time.monotonic() < end:
         time.sleep(0.1)
-    try:
-        # Its workers, and itself where it is too slow.
+    # Its workers, and itself where it is too slow.
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     if status[0] != pid:
         os.waitpid(pid, 0)
         return -signal.SIGKILL
