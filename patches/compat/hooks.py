@@ -142,6 +142,12 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "vllm.sampling_params.SamplingParams": ("extra_args", "max_tokens"),
     },
+    "patches/evicted_tokens.py": {
+        "vllm.v1.core.sched.scheduler.Scheduler": ("kv_cache_manager",),
+        "vllm.v1.core.kv_cache_manager.KVCacheManager": ("coordinator",),
+        "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("single_type_managers",),
+        "vllm.v1.request.Request": ("num_prompt_tokens", "num_output_tokens"),
+    },
     "patches/taken_back_tokens.py": {
         "vllm.v1.core.sched.scheduler.Scheduler": ("kv_cache_manager", "_free_request_blocks"),
         "vllm.v1.core.kv_cache_manager.KVCacheManager": ("coordinator",),

@@ -67,6 +67,22 @@ def run(llm: Any, *prompts: Any, sampling: SamplingParams = SAMPLING) -> list[An
     return llm.generate(given, sampling, use_tqdm=False)
 
 
+def test_an_answer_tells_what_was_evicted(llm: Any) -> None:
+    """The tokens that are no longer held, of a request that went on from another as well."""
+    held = [
+        len(prompt) + SAMPLING.max_tokens - 1 - evicted_by(output)
+        for prompt in (TEXT[:100], PROMPT, PROMPT + MORE)
+        for output in run(llm, prompt)
+    ]
+    layout = cascade_manager_of(llm)._layout
+    assert held == [layout.held(n + SAMPLING.max_tokens - 1)[1] for n in (100, 700, 790)]
+    assert held[0] == 119
+
+
+def evicted_by(output: Any) -> int:
+    return output.kv_transfer_params["cascade_evicted_tokens"]
+
+
 def tokens_of(output: Any) -> list[int]:
     return list(output.outputs[0].token_ids)
 

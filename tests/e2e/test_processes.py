@@ -165,14 +165,16 @@ def test_metrics_count_what_requests_cost(server: str, client: openai.OpenAI) ->
         return {name: float(value) for name, value in re.findall(series, text, re.MULTILINE)}
 
     before = read()
+    evicted = []
     for prompt_tokens in (100, 2400):
-        client.completions.create(
+        answer = client.completions.create(
             model="smollm2",
             prompt=[7] * prompt_tokens,
             max_tokens=8,
             temperature=0,
             extra_body={"ignore_eos": True},
         )
+        evicted.append(answer.model_extra["kv_transfer_params"]["cascade_evicted_tokens"])
     # A response may be sent before its step is recorded.
     deadline = time.monotonic() + 30
     while read()["request_span_tokens_count"] < before["request_span_tokens_count"] + 2:
@@ -188,6 +190,7 @@ def test_metrics_count_what_requests_cost(server: str, client: openai.OpenAI) ->
     assert rise["requests_past_budget_total"] == 1
     held = build_layout(config).held(2407)[1]
     assert rise["tokens_evicted_total"] == 2407 - held > 500
+    assert evicted == [0, 2407 - held]
     assert rise["boundaries_run_total"] == build_layout(config).epoch_of(2407)
     assert rise["request_span_tokens_count"] == 2
     assert rise["request_span_tokens_sum"] == 107 + 2407

@@ -13,6 +13,7 @@ from vllm_cascade.kv_cache.continuation import Continuation, Progress
 from vllm_cascade.kv_cache.ends import Ends
 from vllm_cascade.kv_cache.prefix import Prefix
 from vllm_cascade.kv_cache.spec import CascadeSpec
+from vllm_cascade.structure.accounting import computed_tokens, tokens_evicted
 from vllm_cascade.structure.layout import build_layout
 
 if TYPE_CHECKING:
@@ -136,6 +137,19 @@ class CascadeManager(CircularBufferManager):
             return False
         taken_back = self._layout.segments(num_tokens, progress.num_tokens)
         return self._layout.config.needs_scores or any(part.merges for part in taken_back)
+
+    def num_evicted(self, num_prompt_tokens: int, num_output_tokens: int) -> int:
+        """Count the tokens that a request no longer holds when it ends.
+
+        Args:
+            num_prompt_tokens: Tokens of its prompt.
+            num_output_tokens: Tokens sampled; the last one has not been computed.
+
+        Returns:
+            Tokens evicted, per layer and KV head.
+        """
+        num_tokens = computed_tokens(num_prompt_tokens, num_output_tokens)
+        return tokens_evicted(self._layout.config, num_tokens)
 
     def allocate_external_computed_blocks(
         self,
