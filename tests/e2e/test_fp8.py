@@ -43,18 +43,32 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
+def save_scaled(folder: Path, scales: tuple[torch.Tensor, torch.Tensor], **changes: Any) -> str:
+    """Write a random Llama whose checkpoint has scales of each KV head.
+
+    Args:
+        folder: Where to.
+        scales: [num_kv_heads] float32 of keys and of values, the same in every layer.
+        changes: Fields of config.json that differ from `LLAMA`.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    save_llama(folder, **changes, quantization_config=QUANTIZATION)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(LLAMA["num_hidden_layers"]):
+        for name, scale in zip("kv", scales, strict=True):
+            tensors[f"model.layers.{layer}.self_attn.{name}_scale"] = scale.view(-1, 1, 1).clone()
+        heads = LLAMA["num_attention_heads"]
+        tensors[f"model.layers.{layer}.self_attn.q_scale"] = torch.ones(heads, 1, 1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def scaled(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same model with scales of each KV head in its checkpoint."""
-    folder = tmp_path_factory.mktemp("scaled")
-    save_llama(folder, quantization_config=QUANTIZATION)
-    tensors = load_file(Path(folder) / "model.safetensors")
-    for layer in range(LLAMA["num_hidden_layers"]):
-        for name, scale in zip("kv", SCALES, strict=True):
-            tensors[f"model.layers.{layer}.self_attn.{name}_scale"] = scale.view(-1, 1, 1).clone()
-        tensors[f"model.layers.{layer}.self_attn.q_scale"] = torch.ones(4, 1, 1)
-    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
+    """The same model with scales."""
+    return save_scaled(tmp_path_factory.mktemp("scaled"), SCALES)
 
 
 def test_a_checkpoints_scales_and_any_cut(plain: str, scaled: str) -> None:

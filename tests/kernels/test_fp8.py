@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layers import KV_HEADS, CpuEngine, GpuEngine, Pool, config_of, oracle, play
+from layers import HEAD, KV_HEADS, SHARED, CpuEngine, GpuEngine, Pool, config_of, oracle, play
 from reference import paged_decode
 from reference.fp8 import round_trip, stored
 from vllm_cascade.kernels import kv_write
@@ -123,6 +123,59 @@ def check(config, outputs, kept, q, k, v) -> None:
             assert torch.equal(kept[r][end].long(), boundaries[end]), (r, end)
 
 
+def test_a_prompt_may_be_cut_anywhere() -> None:
+    """A token that its own step has computed is used as later steps find it."""
+    config = config_of(500, policy="distinct", selection_window=64)
+    torch.manual_seed(7)
+    shapes = ((2, 50, KV_HEADS * SHARED, HEAD), (2, 50, KV_HEADS, HEAD), (2, 50, KV_HEADS, HEAD))
+    inputs = [torch.randn(shape) for shape in shapes]
+    for x in inputs:
+        x[1] = x[0]
+    engine = GpuEngine(config, 2, torch.float32, scales=SCALES)
+    whole = engine.step([(0, 0, 50)], *inputs)
+    parts = [engine.step([(1, *span)], *inputs) for span in ((0, 23), (23, 24), (24, 50))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
+    first, second = (held(engine, 50, request).view(torch.uint8) for request in range(2))
+    assert torch.equal(first, second)
+    # What is lost on the way in is large beside that.
+    plain = GpuEngine(config, 1, torch.float32).step([(0, 0, 50)], *inputs)
+    assert (plain - whole).abs().max() > 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_long_mixed_batches(dtype: torch.dtype) -> None:
+    """What is held does not depend on the cut by a bit; outputs are those of the oracle."""
+    config = config_of(1500, policy="distinct", selection_window=64)
+    lengths = [1500, 900, 31, 320, 433, 1300]
+    found = []
+    for longest_cut in (60, 700):
+        engines = []
+
+        def engine_of(*args: Any, engines: list[GpuEngine] = engines) -> GpuEngine:
+            engines.append(GpuEngine(*args, scales=SCALES))
+            return engines[0]
+
+        outputs, kept, inputs = play(engine_of, config, lengths, longest_cut, seed=3, dtype=dtype)
+        pages = [held(engines[0], n, r).view(torch.uint8) for r, n in enumerate(lengths)]
+        found.append((outputs, kept, pages, inputs))
+    (outputs, kept, pages, (q, k, v)), (_, other_kept, other_pages, _) = found
+    unit = torch.finfo(dtype).eps
+    for r, length in enumerate(lengths):
+        assert torch.equal(pages[r], other_pages[r])
+        for end in kept[r].keys() & other_kept[r].keys():
+            assert torch.equal(kept[r][end], other_kept[r][end])
+        used = round_trip(k[r], SCALES[0]), round_trip(v[r], SCALES[1])
+        expected, _ = oracle(config, q[r], *used)
+        # Beyond the budget near ties may be settled otherwise than in float64.
+        last = min(length, config.num_sink_tokens + config.cache_tokens)
+        error = (outputs[r].double() - expected).abs()[:last]
+        largest = used[1].abs().max().double()
+        bound = expected.abs()[:last] * unit + largest * 8 * unit + 1e-4
+        assert (error <= bound).all(), (r, error.max())
+
+
 def test_pages_are_the_same_on_gpu_and_cpu() -> None:
     """Every byte that is read again: keys, values and token indices, past several boundaries."""
     options = {"policy": "distinct", "selection_window": 64}
@@ -144,10 +197,10 @@ def test_pages_are_the_same_on_gpu_and_cpu() -> None:
     assert all(torch.equal(gpu_kept[0][end], cpu_kept[0][end]) for end in cpu_kept[0])
 
 
-def held(pool: Pool, num_tokens: int) -> Tensor:
-    """[KV_HEADS, kept, 2 * HEAD] bytes of the first request, in logical order."""
+def held(pool: Pool, num_tokens: int, request: int = 0) -> Tensor:
+    """[KV_HEADS, kept, 2 * HEAD] FP8 numbers of a request, in logical order."""
     entries, places = pool.layout.held(num_tokens)
-    blocks = torch.from_numpy(pool.table[0][entries]).long().to(pool.pages.kv.device)
+    blocks = torch.from_numpy(pool.table[request][entries]).long().to(pool.pages.kv.device)
     return pool.pages.kv[blocks].transpose(0, 1).flatten(1, 2)[:, :places]
 
 
