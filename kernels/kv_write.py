@@ -8,6 +8,7 @@ import triton.language as tl
 
 from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
+from vllm_cascade.kernels.primitives import load_scale, to_e4m3
 
 
 @triton.jit(
@@ -21,12 +22,16 @@ def _write_kernel(
     rows_ptr,
     slots_ptr,
     tokens_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     kv_stride_block,
     token_stride_block,
     key_stride_token,
     key_stride_head,
     value_stride_token,
     value_stride_head,
+    key_scale_stride,
+    value_scale_stride,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -41,6 +46,8 @@ def _write_kernel(
         kv_ptr: `Pages.kv`, whose blocks lie `kv_stride_block` elements apart.
         token_ptr: `Pages.token`, or None where tokens are not traced.
         tokens_ptr: [entries] int32 index of each token in its request; None as `token_ptr` is.
+        key_scale_ptr: `Pages.key_scale`, None where pages are not in FP8; the next pointer is
+            `Pages.value_scale` likewise.
         rows_ptr: [entries] int32 row of `key_ptr` and `value_ptr`.
         slots_ptr: [entries] int64 ``block * BLOCK_SIZE + offset``, -1 to skip the entry.
         HEADS: NUM_KV_HEADS rounded up to a power of two.
@@ -62,6 +69,11 @@ def _write_kernel(
     key = tl.load(key_at + channels[None, :], mask=keep)
     value_at = value_ptr + row * value_stride_token + heads[:, None] * value_stride_head
     value = tl.load(value_at + channels[None, :], mask=keep)
+    if key_scale_ptr is not None:
+        # [HEADS, 1]; past the last head one that is there is loaded, and nothing stored
+        head = tl.minimum(heads, NUM_KV_HEADS - 1)[:, None]
+        key = to_e4m3(key, load_scale(key_scale_ptr, head, key_scale_stride))
+        value = to_e4m3(value, load_scale(value_scale_ptr, head, value_scale_stride))
 
     head_slots = heads * BLOCK_SIZE + offset
     page_at = kv_ptr + block * kv_stride_block + head_slots[:, None] * (2 * HEAD_SIZE)
@@ -125,12 +137,15 @@ def write(
         rows,
         slots,
         None if pages.token is None else tokens,
+        pages.key_scale,
+        pages.value_scale,
         pages.kv.stride(0),
         0 if pages.token is None else pages.token.stride(0),
         key.stride(0),
         key.stride(1),
         value.stride(0),
         value.stride(1),
+        *pages.scale_strides,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,

@@ -9,6 +9,8 @@ import triton.language as tl
 
 LOG2_E = math.log2(math.e)
 _LOG2_E = tl.constexpr(LOG2_E)
+# The largest finite number of FP8 (e4m3).
+_E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -41,6 +43,50 @@ def load_angles(cos_line, sin_line, valid, ROTARY_DIM: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
+def to_e4m3(x, scale):
+    """Divide by a scale and round to what FP8 (e4m3) can hold, to nearest, ties to even.
+
+    Triton's interpreter casts wrongly where a cast rounds. What is rounded before is cast to
+    `tl.float8e4nv` and back without a loss, by any cast.
+
+    Args:
+        x: A tile of numbers of any floating dtype.
+        scale: float32 scale, broadcast against `x`.
+
+    Returns:
+        As `x`, float32. What is beyond +-448 becomes +-448; NaN stays NaN.
+    """
+    x = x.to(tl.float32)
+    x = tl.div_rn(x, tl.zeros_like(x) + scale)
+    x = tl.where(x > _E4M3_MAX, _E4M3_MAX, tl.where(x < -_E4M3_MAX, -_E4M3_MAX, x))
+    # Three of the 23 bits of a mantissa stay.
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    # Below 2**-6 numbers are multiples of 2**-9, as float32 numbers from 2**14 to 2**15 are.
+    subnormal = (x + 24576.0) - 24576.0
+    rounded = tl.where(tl.abs(x) < 0.015625, subnormal, normal)
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit
+def load_scale(scale_ptr, head, stride):
+    """Load the float32 scale of a KV head, or of several.
+
+    Args:
+        scale_ptr: `Pages.key_scale` or `Pages.value_scale`.
+        head: KV head, or a tile of them.
+        stride: Elements between the scales of two heads; 0 where all heads share one.
+    """
+    return tl.load(scale_ptr + head * stride)
+
+
+@triton.jit
+def _store(at, x, mask):
+    """Store numbers in the dtype of the memory."""
+    tl.store(at, x.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def rotate_tile(
     target,
     source,
@@ -52,8 +98,13 @@ def rotate_tile(
     IS_NEOX: tl.constexpr,
     BLOCK_D: tl.constexpr,
     plain=None,
+    scale=None,
 ):
     """Copy heads; rotate their first ROTARY_DIM channels in float32 and round once.
+
+    With a scale, one of source and second copy is in FP8. A source in FP8 is multiplied by the
+    scale. Of another source the second copy is in FP8, and what is rotated is what can be read
+    back from there.
 
     Args:
         target: [rows] pointers to channel 0 of each head to write.
@@ -66,6 +117,7 @@ def rotate_tile(
         IS_NEOX: Whether channel i pairs with i + ROTARY_DIM / 2 (else 2i with 2i + 1).
         BLOCK_D: At least half of either the rotated or the other channels.
         plain: [rows] pointers to channel 0 of a second copy, which is not rotated; or None.
+        scale: float32 scale of the head in FP8, or None where nothing is.
     """
     HALF: tl.constexpr = ROTARY_DIM // 2
     # [rows, BLOCK_D] pairs of channels
@@ -74,16 +126,24 @@ def rotate_tile(
     if IS_NEOX:
         first = tl.load(source[:, None] + pair[None, :], mask=inside, other=0.0)
         second = tl.load(source[:, None] + HALF + pair[None, :], mask=inside, other=0.0)
+        if scale is not None and plain is not None:
+            first, second = to_e4m3(first, scale), to_e4m3(second, scale)
         if plain is not None:
-            tl.store(plain[:, None] + pair[None, :], first, mask=inside)
-            tl.store(plain[:, None] + HALF + pair[None, :], second, mask=inside)
+            _store(plain[:, None] + pair[None, :], first, inside)
+            _store(plain[:, None] + HALF + pair[None, :], second, inside)
+        if scale is not None:
+            first, second = first.to(tl.float32) * scale, second.to(tl.float32) * scale
     else:
         # [rows, 2 * BLOCK_D]
         channel = tl.arange(0, 2 * BLOCK_D)
         both = valid[:, None] & (channel < ROTARY_DIM)[None, :]
         x = tl.load(source[:, None] + channel[None, :], mask=both, other=0.0)
+        if scale is not None and plain is not None:
+            x = to_e4m3(x, scale)
         if plain is not None:
-            tl.store(plain[:, None] + channel[None, :], x, mask=both)
+            _store(plain[:, None] + channel[None, :], x, both)
+        if scale is not None:
+            x = x.to(tl.float32) * scale
         first, second = tl.split(tl.reshape(x, (x.shape[0], BLOCK_D, 2)))
     turned_first = first * cos - second * sin
     turned_second = second * cos + first * sin
@@ -98,6 +158,10 @@ def rotate_tile(
         rest = ROTARY_DIM + tl.arange(0, 2 * BLOCK_D)
         kept = valid[:, None] & (rest < HEAD_SIZE)[None, :]
         tail = tl.load(source[:, None] + rest[None, :], mask=kept, other=0.0)
-        tl.store(target[:, None] + rest[None, :], tail.to(dtype), mask=kept)
+        if scale is not None and plain is not None:
+            tail = to_e4m3(tail, scale)
         if plain is not None:
-            tl.store(plain[:, None] + rest[None, :], tail, mask=kept)
+            _store(plain[:, None] + rest[None, :], tail, kept)
+        if scale is not None:
+            tail = tail.to(tl.float32) * scale
+        tl.store(target[:, None] + rest[None, :], tail.to(dtype), mask=kept)

@@ -14,6 +14,8 @@ import torch
 
 from reference.attention import rope_table, rotate, scored_attention
 from reference.cascade import Cascade, CascadeParameters, Values
+from vllm_cascade.attention.cpu_layer import CpuLayer
+from vllm_cascade.attention.cpu_step import plan_step
 from vllm_cascade.attention.trace import kept_in
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.structure.config import CascadeConfig
@@ -23,6 +25,8 @@ from vllm_cascade.structure.resolve import resolve
 
 KV_HEADS, SHARED, HEAD = 2, 3, 16
 THETA = 10_000.0
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MAX_TOKENS = 4096
 SMALL = {"cache_tokens": 256, "num_sub_caches": 4, "num_sink_tokens": 32, "stride": 64}
 
 
@@ -78,27 +82,134 @@ def oracle(
 
 
 class Pool:
-    """Poisoned pages and a block table."""
+    """Poisoned pages and a block table.
+
+    With `scales` of keys and of values, [KV_HEADS] each, pages are in FP8.
+    """
 
     def __init__(
-        self, config: CascadeConfig, num_requests: int, dtype: torch.dtype, device: str = "cpu"
+        self,
+        config: CascadeConfig,
+        num_requests: int,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.config, self.layout = config, build_layout(config)
         blocks = self.layout.max_blocks * num_requests
         slots, tail = KV_HEADS * config.block_size, config.needs_scores + config.trace_tokens
+        if scales is not None:
+            dtype = torch.float8_e4m3fn
         per_word = 4 // dtype.itemsize
         page = slots * 2 * HEAD + slots * tail * per_word
-        pool = torch.full((blocks * page,), float("nan"), dtype=dtype, device=device)
+        # NaN in every dtype.
+        pool = torch.full((blocks * page * dtype.itemsize,), 255, dtype=torch.uint8, device=device)
+        pool = pool.view(dtype)
         kv = pool.view(blocks, page)[:, : slots * 2 * HEAD]
         self.pages = Pages.view(
             kv.view(blocks, KV_HEADS, config.block_size, 2 * HEAD),
             config.needs_scores,
             config.trace_tokens,
+            *(() if scales is None else (scale.to(device) for scale in scales)),
         )
         self.table = torch.randperm(blocks).view(num_requests, -1).numpy().astype(np.int32)
 
     def kept(self, request: int, num_tokens: int) -> torch.Tensor:
         return kept_in(self.pages, self.layout, self.table[request], num_tokens).cpu()
+
+
+class CpuEngine(Pool):
+    """The least that runs a layer on a CPU."""
+
+    def __init__(
+        self,
+        config: CascadeConfig,
+        num_requests: int,
+        dtype: torch.dtype,
+        sinks: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__(config, num_requests, dtype, scales=scales)
+        cos, sin = rope_table(config.max_places, HEAD, THETA, torch.float32)
+        self.layer = CpuLayer(config, HEAD**-0.5, cos, sin, is_neox=True, sinks=sinks)
+
+    def step(self, spans, q, k, v) -> torch.Tensor:
+        """Run tokens start .. end - 1 of several requests; spans: (request, start, end)."""
+        rows = [r for r, _, _ in spans]
+        lengths = [end - start for _, start, end in spans]
+        plan = plan_step(
+            self.layout,
+            np.cumsum([0, *lengths]),
+            np.array([end for _, _, end in spans]),
+            self.table[rows],
+        )
+        query, key, value = (
+            torch.cat([x[r][start:end] for r, start, end in spans]) for x in (q, k, v)
+        )
+        output = torch.full_like(query, float("nan"))
+        self.layer.forward(query, key, value, self.pages, plan, output)
+        return output
+
+
+class GpuEngine(Pool):
+    """The least that runs a layer on a GPU, with room for one full cache at a time.
+
+    With `follows` another layer, with tensors of its own, takes each step before it.
+    """
+
+    def __init__(
+        self,
+        config: CascadeConfig,
+        num_requests: int,
+        dtype: torch.dtype,
+        sinks: torch.Tensor | None = None,
+        follows: bool = False,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        from vllm_cascade.attention.gpu_layer import GpuLayer
+        from vllm_cascade.attention.gpu_step import Planner
+        from vllm_cascade.attention.gpu_workspace import Shape, make_workspace
+
+        super().__init__(config, num_requests, dtype, DEVICE, scales)
+        if sinks is not None:
+            sinks = sinks.to(DEVICE, dtype)
+        sinks_dtype = None if sinks is None else dtype
+        pages_dtype = self.pages.kv.dtype
+        shape = Shape(KV_HEADS * SHARED, KV_HEADS, HEAD, dtype, sinks_dtype, pages_dtype)
+        workspace = make_workspace(config, shape, MAX_TOKENS, num_requests, DEVICE)
+        self.counters = workspace.counters.zero_()
+        cos, sin = (x.to(DEVICE) for x in rope_table(config.max_places, HEAD, THETA, torch.float32))
+        table = (cos, sin, True)
+        self.layer = GpuLayer(config, shape, HEAD**-0.5, *table, workspace, sinks)
+        self.planner = Planner(self.layout, DEVICE, num_requests, max_keys=700)
+        self.first = None
+        if follows:
+            others = (cos.clone(), sin.clone(), True, workspace, None if sinks is None else -sinks)
+            self.first = GpuLayer(config, shape, HEAD**-0.5, *others)
+            others = None if scales is None else tuple(2 * scale for scale in scales)
+            self.first_pages = Pool(config, num_requests, dtype, DEVICE, others).pages
+
+    def step(self, spans, q, k, v) -> torch.Tensor:
+        """Run tokens start .. end - 1 of several requests; spans: (request, start, end)."""
+        starts = np.cumsum([0, *(end - start for _, start, end in spans)]).astype(np.int32)
+        lengths = np.array([end for _, _, end in spans], dtype=np.int32)
+        rows = torch.from_numpy(self.table[[r for r, _, _ in spans]]).to(DEVICE)
+        query, key, value = (
+            torch.cat([x[r][start:end] for r, start, end in spans]).to(DEVICE) for x in (q, k, v)
+        )
+        step = self.planner.plan(
+            torch.from_numpy(starts).to(DEVICE),
+            starts,
+            torch.from_numpy(lengths).to(DEVICE),
+            lengths,
+            rows,
+        )
+        if self.first is not None:
+            parts = (torch.randn_like(x) for x in (query, key, value))
+            self.first.forward(*parts, self.first_pages, step, torch.empty_like(query))
+        output = torch.full_like(query, float("nan"))
+        self.layer.forward(query, key, value, self.pages, step, output)
+        return output.cpu()
 
 
 def play(

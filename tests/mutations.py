@@ -192,6 +192,32 @@ MUTATIONS = [
         "tests/kernels/test_scored_prefill.py::test_one_kind_of_vector_is_summed",
     ),
     Mutation(
+        "own keys that skip the round trip through FP8",
+        "kernels/primitives.py",
+        "        if scale is not None:\n            first, second = first.to(tl.float32) * scale,",
+        "        if scale is not None and plain is not None:\n"
+        "            first = tl.load(source[:, None] + pair[None, :], mask=inside, other=0.0)\n"
+        "            second = tl.load(source[:, None] + HALF + pair, mask=inside, other=0.0)\n"
+        "        elif scale is not None:\n"
+        "            first, second = first.to(tl.float32) * scale,",
+        "tests/kernels/test_fp8.py::test_a_prompt_may_be_cut_anywhere",
+    ),
+    Mutation(
+        "own values that skip the round trip through FP8",
+        "kernels/prefill/workspace.py",
+        "            value = to_e4m3(value, value_scale)\n"
+        "            used = (value * value_scale).to(value_out_ptr.dtype.element_ty)\n",
+        "            value = to_e4m3(value, value_scale)\n",
+        "tests/kernels/test_fp8.py::test_a_prompt_may_be_cut_anywhere",
+    ),
+    Mutation(
+        "a scale of values that decode forgets",
+        "kernels/decode/attend.py",
+        "        attended *= load_scale(value_scale_ptr, kv_head, value_scale_stride)\n",
+        "        pass\n",
+        "tests/kernels/test_fp8.py::test_a_prompt_may_be_cut_anywhere",
+    ),
+    Mutation(
         "padding rows that keep another request's values",
         "kernels/prefill/workspace.py",
         "written = valid | ((place >= num_keys) & (place < num_keys + PADDING))",

@@ -75,6 +75,7 @@ def _plan(given: argparse.Namespace) -> int:
             max_model_len=given.max_model_len,
             block_size=given.block_size,
             dtype=given.dtype,
+            kv_cache_dtype=given.kv_cache_dtype,
             tensor_parallel_size=given.tensor_parallel_size,
             kv_memory_gib=given.gpu_memory,
         )
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-model-len", type=tokens, metavar="TOKENS")
     engine.add_argument("--block-size", type=positive_int, metavar="TOKENS")
     engine.add_argument("--dtype", default="auto")
+    engine.add_argument("--kv-cache-dtype", default="auto")
     engine.add_argument("--tensor-parallel-size", type=positive_int, default=1, metavar="RANKS")
     plan.add_argument(
         "--gpu-memory", type=positive, metavar="GIB", help="memory for KV on each GPU"

@@ -93,16 +93,21 @@ class Driver:
         self.config, self.shape, self.device = config, shape, device
         self.layout = build_layout(config)
         width = self.layout.max_blocks
-        slots, size = shape.num_kv_heads * config.block_size, shape.dtype.itemsize
+        dtype = shape.pages or shape.dtype
+        slots, size = shape.num_kv_heads * config.block_size, dtype.itemsize
         content = slots * 2 * shape.head_size
         tail = slots * (config.needs_scores + config.trace_tokens) * 4 // size
+        # NaN in every dtype.
         pool = torch.full(
-            (num_requests * width, content + tail), float("nan"), dtype=shape.dtype, device=device
-        )
+            (num_requests * width, (content + tail) * size), 255, dtype=torch.uint8, device=device
+        ).view(dtype)
         view = (-1, shape.num_kv_heads, config.block_size, 2 * shape.head_size)
-        self.pages = Pages.view(
-            pool[:, :content].unflatten(1, view[1:]), config.needs_scores, config.trace_tokens
-        )
+        kv = pool[:, :content].unflatten(1, view[1:])
+        scales = ()
+        if shape.pages is not None:
+            # Numbers as drawn here need no other scale: a quarter of FP8's range is used.
+            scales = torch.full((2, shape.num_kv_heads), 2.0**-5, device=device).unbind()
+        self.pages = Pages.view(kv, config.needs_scores, config.trace_tokens, *scales)
         blocks = torch.randperm(num_requests * width, generator=torch.Generator().manual_seed(0))
         self.table = blocks.view(num_requests, width).to(torch.int32)
         self.device_table = self.table.to(device)
@@ -116,7 +121,10 @@ class Driver:
     def fill(self) -> None:
         """Put random keys and values and a score of zero into every page."""
         for block in self.pages.kv.split(4096):
-            block.normal_()
+            if self.pages.is_fp8:
+                block.copy_(32 * torch.randn(block.shape, device=self.device))
+            else:
+                block.normal_()
         if self.pages.score is not None:
             self.pages.score.zero_()
 

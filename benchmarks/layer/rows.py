@@ -160,8 +160,8 @@ def under_budget(bench: Bench, name: str) -> list[Row]:
 class Decode:
     """One token of each of several requests, right after a boundary in the middle of a request."""
 
-    def __init__(self, bench: Bench) -> None:
-        sizes, shape = bench.sizes, bench.sizes.shape
+    def __init__(self, bench: Bench, pages: torch.dtype | None = None) -> None:
+        sizes, shape = bench.sizes, replace(bench.sizes.shape, pages=pages)
         config = make_config(sizes.long, **sizes.narrow)
         self.bench = bench
         self.driver = Driver(config, shape, sizes.chunk, sizes.num_decodes, bench.device)
@@ -219,9 +219,9 @@ class Decode:
 
 
 @functools.cache
-def decode_case(bench: Bench) -> Decode:
-    """The one that all rows share."""
-    return Decode(bench)
+def decode_case(bench: Bench, pages: torch.dtype | None = None) -> Decode:
+    """The one that all rows share, with pages of the activations' dtype or of another."""
+    return Decode(bench, pages)
 
 
 def decode(bench: Bench, name: str) -> list[Row]:
@@ -258,6 +258,26 @@ def decode_check(bench: Bench, name: str) -> list[Row]:
         record(name, case.length, f"{OURS} without the check", unchecked),
         record(name, case.length, OURS, checked, ratio=ratio, target=target),
     ]
+
+
+def decode_fp8(bench: Bench, name: str) -> list[Row]:
+    """Single tokens with keys and values in FP8 against those in the activations' dtype."""
+    wide, narrow = decode_case(bench), decode_case(bench, torch.float8_e4m3fn)
+    theirs, ours = wide.timed[True], narrow.timed[True]
+    shape = bench.sizes.shape
+    keys = bench.sizes.num_decodes * narrow.length * shape.num_kv_heads
+    floor = keys * 2 * shape.head_size / bench.copy_rate
+    target = Target("FP8 / the other", 0.65, 0.55, is_floor=False)
+    ratio = percentiles(ours)[1] / percentiles(theirs)[1]
+    best = floor / percentiles(theirs)[1]
+    note = f"{bench.sizes.num_decodes} requests; copy at {bench.copy_rate / 1e9:.2f} TB/s"
+    return [
+        record(name, wide.length, OURS, theirs),
+        record(
+            name, narrow.length, f"{OURS}, FP8", ours, floor=floor, ratio=ratio, ratio_floor=best,
+            target=target, note=note,
+        ),
+    ]  # fmt: skip
 
 
 def compaction_share(bench: Bench, name: str) -> list[Row]:
@@ -318,6 +338,7 @@ def rows_of(sizes: Sizes) -> dict[str, Callable[[Bench, str], list[Row]]]:
     return {
         "decode_fa3": decode,
         "decode_check": decode_check,
+        "decode_fp8": decode_fp8,
         "compaction_share": compaction_share,
         "prefill_16k_fa3": under_budget,
         "prefill_64k_xformers": faster(XFORMERS, sizes.short, None, None),

@@ -5,6 +5,7 @@ One attention layer of Llama-3.1-8B: 32 query heads, 8 KV heads, head size 128, 
 every key and value read once. FlashAttention gets keys that are rotated already.
 
     python benchmarks tune.decode
+    python benchmarks tune.decode --fp8   # keys and values in FP8 (e4m3)
     python benchmarks tune.decode --tiny  # in Triton's interpreter, no timings
 """
 
@@ -53,7 +54,9 @@ def median_ms(run: Callable[[], object], replays: int = 15) -> float:
 class Case:
     """Rows of equal length over blocks in random order."""
 
-    def __init__(self, num_rows: int, num_keys: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, num_rows: int, num_keys: int, dtype: torch.dtype, device: str, is_fp8: bool = False
+    ) -> None:
         from vllm_cascade.kernels.pages import Pages
         from vllm_cascade.kernels.segments import DecodeRows
 
@@ -63,11 +66,15 @@ class Case:
         num_blocks = num_rows * per_row + 1
         channels = 2 * HEAD_SIZE
         slots = NUM_KV_HEADS * BLOCK_SIZE
-        page = slots * channels + slots * 4 // torch.empty(0, dtype=dtype).element_size()
-        pool = torch.empty(num_blocks, page, dtype=dtype, device=device).normal_()
+        kept = torch.float8_e4m3fn if is_fp8 else dtype
+        page = slots * channels + slots * 4 // kept.itemsize
+        pool = torch.empty(num_blocks, page, dtype=kept, device=device)
+        for some in pool.split(4096):
+            some.copy_(torch.randn(some.shape, device=device))
+        scales = [torch.ones(NUM_KV_HEADS, device=device) for _ in range(2 * is_fp8)]
         shape = (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, channels)
         kv = pool.as_strided(shape, (page, BLOCK_SIZE * channels, channels, 1))
-        self.pages = Pages.view(kv, has_score=True, has_token=False)
+        self.pages = Pages.view(kv, True, False, *scales)
         assert self.pages.score is not None
         self.pages.score.zero_()
         table = torch.randperm(num_blocks, device=device)[: num_rows * per_row]
@@ -200,12 +207,12 @@ def flash_attention(case: Case) -> Callable[[], object] | None:
     return run
 
 
-def measure(num_rows: int, num_keys: int, tiny: bool) -> None:
+def measure(num_rows: int, num_keys: int, tiny: bool, is_fp8: bool) -> None:
     """Print a line per variant of one shape."""
     from vllm_cascade.kernels.decode import attend as paged_decode
 
     device, dtype = ("cpu", torch.float16) if tiny else ("cuda", torch.bfloat16)
-    case = Case(num_rows, num_keys, dtype, device)
+    case = Case(num_rows, num_keys, dtype, device, is_fp8)
     assert case.pages.score is not None
     print(f"\n{num_rows} rows of {num_keys} keys: {case.bytes / 1e9:.3f} GB of keys and values")
     reference = None
@@ -269,13 +276,14 @@ def main() -> None:
     parser.add_argument(
         "--shape", action="append", metavar="ROWSxKEYS", help="instead of the usual four"
     )
+    parser.add_argument("--fp8", action="store_true", help="keys and values in FP8 (e4m3)")
     options = parser.parse_args()
     if options.tiny:
         os.environ["TRITON_INTERPRET"] = "1"
     usual = ["2x70"] if options.tiny else ["64x16384", "64x1100", "8x16384", "1x16384"]
     for shape in options.shape or usual:
         num_rows, num_keys = map(int, shape.split("x"))
-        measure(num_rows, num_keys, options.tiny)
+        measure(num_rows, num_keys, options.tiny, options.fp8)
         if not options.tiny:
             torch.cuda.empty_cache()
 

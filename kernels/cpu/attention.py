@@ -166,7 +166,7 @@ def prefill(
     shared = num_heads // num_kv_heads
 
     # [num_kv_heads, num_keys, head_size + head_size_v]
-    held = pages.kv[segment.block_ids].transpose(0, 1).flatten(1, 2)[:, :num_keys]
+    held = pages.read(segment.block_ids, head_size).transpose(0, 1).flatten(1, 2)[:, :num_keys]
     key = rotary.rotate(held[..., :head_size], slice(num_keys)).contiguous()
     value = held[..., head_size:].float().contiguous()
     own = slice(segment.first_place, num_keys)
@@ -322,7 +322,7 @@ def decode(
     # [num_blocks, block_size] logical place of every slot
     slot_place = batch.block_place[:, None] * block_size + torch.arange(block_size)
     past_end = slot_place > batch.places[batch.block_row][:, None]
-    held = pages.kv[batch.block_ids]
+    held = pages.read(batch.block_ids, head_size)
     held.masked_fill_(past_end[:, None, :, None], 0)
     spot = slot_place.clamp_(max=len(rotary.cos) - 1)
     # [num_blocks, num_kv_heads, block_size, head_size]

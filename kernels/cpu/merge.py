@@ -142,7 +142,10 @@ def merge_groups(
     def put(pool: torch.Tensor, survivors: torch.Tensor) -> None:
         pool[target] = survivors.unflatten(2, (-1, block_size)).transpose(1, 2)
 
-    put(pages.kv, kv.gather(2, kept[..., None].expand(-1, -1, -1, channels)))
+    # PyTorch gathers no FP8 on a CPU.
+    moved = kv.view(torch.uint8) if pages.is_fp8 else kv
+    moved = moved.gather(2, kept[..., None].expand(-1, -1, -1, channels))
+    put(pages.kv, moved.view(pages.kv.dtype))
     if score is not None:
         put(pages.score, score.gather(2, kept))
     if pages.token is not None:

@@ -35,7 +35,7 @@ from vllm_cascade.kernels.decode.launch_config import (
 )
 from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.kernels.primitives import LOG2_E
+from vllm_cascade.kernels.primitives import LOG2_E, load_scale
 from vllm_cascade.kernels.segments import DecodeRows
 
 # What callers need of paged decode, in one place.
@@ -53,6 +53,8 @@ def _split_kernel(
     logits_ptr,
     query_ptr,
     kv_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     cos_ptr,
     sin_ptr,
     rows_ptr,
@@ -66,6 +68,8 @@ def _split_kernel(
     query_stride_token,
     query_stride_head,
     kv_stride_block,
+    key_scale_stride,
+    value_scale_stride,
     table_stride_row,
     logits_stride_head,
     max_splits,
@@ -97,6 +101,8 @@ def _split_kernel(
         lse_ptr: [rows, query heads, max_splits] float32 log-sum-exps, base 2, written.
         logits_ptr: [rows, query heads, logits_stride_head] float32 scaled logits, base 2, written
             if SCORED.
+        key_scale_ptr: `Pages.key_scale`, None where pages are not in FP8; the next pointer is
+            `Pages.value_scale` likewise.
         rows_ptr: `DecodeRows.rows`; the next two pointers are fields likewise.
         splits_ptr: `Splits.table`.
         scale_log2: Factor on a dot product that gives a logit in units of log 2.
@@ -145,7 +151,10 @@ def _split_kernel(
     asked = in_group & turned[None, :]
     query_first = tl.load(query_at + first[None, :], mask=asked, other=0.0).to(tl.float32)
     query_second = tl.load(query_at + second[None, :], mask=asked, other=0.0).to(tl.float32)
-    dtype = kv_ptr.dtype.element_ty
+    # Of what is multiplied. Keys and values in FP8 are exact in it; their scales come afterwards.
+    dtype = kv_ptr.dtype.element_ty if key_scale_ptr is None else query_ptr.dtype.element_ty
+    if key_scale_ptr is not None:
+        scale_log2 *= load_scale(key_scale_ptr, kv_head, key_scale_stride)
     if HEAD_SIZE > 2 * HALF:
         # [HEADS, REST] the channels that RoPE leaves alone
         rest = 2 * HALF + tl.arange(0, REST)
@@ -217,7 +226,7 @@ def _split_kernel(
         if HEAD_SIZE > 2 * HALF:
             held = valid[None, :] & is_rest[:, None]
             key_rest = tl.load(key_at[None, :] + rest[:, None], mask=held, other=0.0)
-            logits = tl.dot(query_rest, key_rest, logits, input_precision=PRECISION)
+            logits = tl.dot(query_rest, key_rest.to(dtype), logits, input_precision=PRECISION)
         logits *= scale_log2
         if SCORED:
             # Not masked by keys, so that words are wide: rows of logits have room for whole tiles.
@@ -235,12 +244,14 @@ def _split_kernel(
         value_at = key_at[:, None] + (HEAD_SIZE + channel)[None, :]
         value = tl.load(value_at, mask=held, other=0.0)
         acc = acc * faded[:, None]
-        acc = tl.dot(probs.to(dtype), value, acc, input_precision=PRECISION)
+        acc = tl.dot(probs.to(dtype), value.to(dtype), acc, input_precision=PRECISION)
         top = new_top
 
     norm = tl.sum(norms, axis=1)
     # [HEADS, CHANNELS]
     attended = acc / norm[:, None]
+    if value_scale_ptr is not None:
+        attended *= load_scale(value_scale_ptr, kv_head, value_scale_stride)
     written = in_group & (channel < HEAD_SIZE)[None, :]
     if DIRECT and split_keys >= length:
         # A single split: its output is the row's.
@@ -338,6 +349,7 @@ def decode(
         raise ValueError(f"a tile has at most {MAX_BLOCK_SIZE} keys, got {config.keys}")
 
     group = num_heads // num_kv_heads
+    dtype = query.dtype if pages.is_fp8 else pages.kv.dtype
     for begin in range(0, len(batch.rows), max_rows):
         part = slice(begin, begin + max_rows)
         some = DecodeRows(*(getattr(batch, name)[part] for name in DecodeRows.__slots__))
@@ -362,6 +374,8 @@ def decode(
             scratch.logits,
             query,
             pages.kv,
+            pages.key_scale,
+            pages.value_scale,
             cos,
             sin,
             some.rows,
@@ -375,6 +389,7 @@ def decode(
             query.stride(0),
             query.stride(1),
             pages.kv.stride(0),
+            *pages.scale_strides,
             some.block_table.stride(0),
             scratch.logits.stride(1),
             max_splits,
@@ -392,7 +407,7 @@ def decode(
             BY_PLACE=chosen.by_place,
             SCORED=scored,
             DIRECT=is_direct(scored, sinks),
-            PRECISION="ieee" if pages.kv.dtype == torch.float32 else "tf32",
+            PRECISION="ieee" if dtype == torch.float32 else "tf32",
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
             maxnreg=chosen.max_registers,

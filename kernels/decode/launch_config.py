@@ -231,7 +231,7 @@ def launch_config(
     """
     # Two warps hold a tile's keys and rotary angles without spilling. A thread takes all the
     # registers it can have, so a multiprocessor runs eight warps.
-    num_warps = 2 if element_size == 2 and head_size <= 128 else 4
+    num_warps = 2 if element_size <= 2 and head_size <= 128 else 4
     # With many rows a short row is not split at all; with few rows even a short split pays.
     programs = num_rows * num_kv_heads
     min_keys = 4096 if programs >= 512 else 512 if programs >= 64 else 256
@@ -241,7 +241,7 @@ def launch_config(
         min_keys=min_keys,
         by_place=not exact_table,
         num_warps=num_warps,
-        num_stages=3 if element_size == 2 else 2,
+        num_stages=3 if element_size <= 2 else 2,
         max_registers=None,
         score_tile=512,
         score_pieces=max(1, min(64, cdiv(max_places, 2048))),

@@ -4,9 +4,10 @@ The mean is over the places that `kernels.weights` names, a quarter of all that 
 
 Sums of unit vectors are integers. So the sums are the same to the bit whatever the order and the
 number of programs, as long as a tile has at least 16 bytes of a vector for each thread: then the
-squares of a vector are summed in the same order too. Prefill adds units up where it reads keys and
-values anyway (`kernels.prefill.workspace`); for single tokens there is a launch (`add_units`). The
-merge kernel sets the sums back to zero.
+squares of a vector are summed in the same order too. In FP8, squares are summed without rounding,
+in any order; scales are left out, for a unit vector does not depend on its length. Prefill adds
+units up where it reads keys and values anyway (`kernels.prefill.workspace`); for single tokens
+there is a launch (`add_units`). The merge kernel sets the sums back to zero.
 
 Source: KeyDiff, arXiv 2504.15364, which keeps the keys that are least similar to the mean key.
 """
@@ -70,6 +71,7 @@ def add_units_of(
     HEAD_SIZE: tl.constexpr,
     HAS_KEY: tl.constexpr,
     HAS_VALUE: tl.constexpr,
+    IS_FP8: tl.constexpr,
 ):
     """Add the units of some tokens' keys and values to their sums in memory.
 
@@ -81,13 +83,18 @@ def add_units_of(
         HEAD_SIZE: Channels of a key or value.
         HAS_KEY: Whether keys are summed.
         HAS_VALUE: Whether values are summed.
+        IS_FP8: Whether all elements are numbers of FP8 (e4m3). Their squares are summed exactly.
     """
     part = tl.arange(0, 2)
     channel = tl.arange(0, CHANNELS)
     # [M, CHANNELS, 2]: keys and values at once, for each sum over tokens makes threads wait
     x = tl.join(key, value).to(tl.float32)
     # [M, 2]
-    length = tl.sqrt_rn(tl.sum(x * x, 1))
+    squares = x * x
+    if IS_FP8:
+        # A square is a multiple of 2**-18 below 2**18: float64 holds the sum of any 2**17 of them.
+        squares = squares.to(tl.float64)
+    length = tl.sqrt_rn(tl.sum(squares, 1).to(tl.float32))
     # A vector that is not finite has no direction: it adds nothing.
     is_finite = length < float("inf")
     length = tl.where(is_finite, tl.where(length < 1e-30, 1e-30, length), 1.0)
@@ -232,6 +239,7 @@ def _add_units_kernel(
     parts = tl.cdiv(2 * tl.num_programs(0), total_rows * NUM_KV_HEADS)
     parts = tl.minimum(parts, MAX_PARTS)
     channels = tl.arange(0, CHANNELS)
+    IS_FP8: tl.constexpr = kv_ptr.dtype.element_ty == tl.float8e4nv
     for start in range(0, num_rows, ROWS):
         rows = start + tl.arange(0, ROWS)
         counts = tl.load(num_groups_ptr + rows, mask=rows < num_rows, other=0)
@@ -263,7 +271,9 @@ def _add_units_kernel(
                 within = held[:, None] & (channels[None, :] < HEAD_SIZE)
                 key = tl.load(at, mask=within, other=0.0)
                 value = tl.load(at + HEAD_SIZE, mask=within, other=0.0)
-                add_units_of(sums_at, key, value, CHANNELS, HEAD_SIZE, HAS_KEY, HAS_VALUE)
+                if IS_FP8:
+                    key, value = key.to(tl.float32), value.to(tl.float32)
+                add_units_of(sums_at, key, value, CHANNELS, HEAD_SIZE, HAS_KEY, HAS_VALUE, IS_FP8)
 
 
 def make_sums(

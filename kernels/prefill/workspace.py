@@ -2,9 +2,10 @@
 
 A segment's own queries, keys and values come from the activations. The launch writes queries and
 keys to the workspace rotated, values as they are; and it writes keys (before RoPE) and values to
-their pages. It gathers into the workspace what the segment finds in the pages. Where a boundary
-follows, the launch also adds up unit keys and unit values, for the mean that the merge compares
-tokens with.
+their pages. Where pages are in FP8, the workspace gets what can be read back from them, in the
+model's dtype: so results do not depend on how a prompt is cut into steps. The launch gathers into
+the workspace what the segment finds in the pages. Where a boundary follows, the launch also adds up
+unit keys and unit values, for the mean that the merge compares tokens with.
 
 The caller owns the workspace and keeps it. Its shapes, all of the model's dtype: query
 [num_queries, num_heads, head_size]; key and value, each [num_rows, num_kv_heads, head_size].
@@ -19,7 +20,7 @@ import triton.language as tl
 from vllm_cascade.kernels.launch import cdiv, launch, next_power_of_2
 from vllm_cascade.kernels.merge.means import add_units_of, is_in_mean
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.kernels.primitives import load_angles, rotate_tile
+from vllm_cascade.kernels.primitives import load_angles, load_scale, rotate_tile, to_e4m3
 from vllm_cascade.kernels.segments import KEY_PADDING, Segments
 from vllm_cascade.kernels.weights import Weights
 
@@ -91,6 +92,8 @@ def _take_own_keys(
     key_ptr,
     value_ptr,
     tokens_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     table_at,
     cos_ptr,
     sin_ptr,
@@ -110,6 +113,8 @@ def _take_own_keys(
     key_stride_head,
     value_stride_token,
     value_stride_head,
+    key_scale_stride,
+    value_scale_stride,
     NUM_KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -127,6 +132,8 @@ def _take_own_keys(
         token_ptr: `Pages.token`, or None where tokens are not traced.
         sums_at: Pointer to the segment's sums, [KV heads, 2, HEAD_SIZE] int64.
         tokens_ptr: [queries] int32 index of each token in its request; read if traced.
+        key_scale_ptr: `Pages.key_scale`, None where pages are not in FP8; the next pointer is
+            `Pages.value_scale` likewise.
         table_at: Pointer to the segment's row of the block table.
         packed: [rows] int64 row of each token among the packed queries.
         row: [rows] int64 row of each token in the batch.
@@ -137,6 +144,7 @@ def _take_own_keys(
         first_head: First KV head of this program, which takes HEADS of them.
         HEADS: Most KV heads of a program.
     """
+    IS_FP8: tl.constexpr = kv_ptr.dtype.element_ty == tl.float8e4nv
     channel = tl.arange(0, BLOCK_V)
     held = valid[:, None] & (channel < HEAD_SIZE)[None, :]
     in_mean = is_in_mean(place)
@@ -151,6 +159,9 @@ def _take_own_keys(
         page = kv_ptr + block * kv_stride_block + slot * (2 * HEAD_SIZE)
         source = key_ptr + row * key_stride_token + head * key_stride_head
         target = out_row.to(tl.int64) * out_stride_token + head * out_stride_head
+        key_scale = None
+        if key_scale_ptr is not None:
+            key_scale = load_scale(key_scale_ptr, head, key_scale_stride)
         rotate_tile(
             key_out_ptr + target,
             source,
@@ -162,20 +173,29 @@ def _take_own_keys(
             IS_NEOX,
             BLOCK_D,
             page,
+            key_scale,
         )
         # [rows, BLOCK_V]
         value_at = value_ptr + row * value_stride_token + head * value_stride_head
         value = tl.load(value_at[:, None] + channel[None, :], mask=held, other=0.0)
-        tl.store(page[:, None] + HEAD_SIZE + channel[None, :], value, mask=held)
-        tl.store((value_out_ptr + target)[:, None] + channel[None, :], value, mask=held)
+        used = value
+        if value_scale_ptr is not None:
+            value_scale = load_scale(value_scale_ptr, head, value_scale_stride)
+            value = to_e4m3(value, value_scale)
+            used = (value * value_scale).to(value_out_ptr.dtype.element_ty)
+        page_value = value.to(kv_ptr.dtype.element_ty)
+        tl.store(page[:, None] + HEAD_SIZE + channel[None, :], page_value, mask=held)
+        tl.store((value_out_ptr + target)[:, None] + channel[None, :], used, mask=held)
         if token_ptr is not None:
             token = tl.load(tokens_ptr + packed, mask=valid, other=0)
             tl.store(token_ptr + block * token_stride_block + slot, token, mask=valid)
         if (SUM_KEYS or SUM_VALUES) and summed:
             key = tl.load(source[:, None] + channel[None, :], mask=counted, other=0.0)
+            if key_scale is not None:
+                key = to_e4m3(key, key_scale)
             value = tl.where(counted, value, tl.zeros_like(value))
             sum_at = sums_at + head * (2 * HEAD_SIZE)
-            add_units_of(sum_at, key, value, BLOCK_V, HEAD_SIZE, SUM_KEYS, SUM_VALUES)
+            add_units_of(sum_at, key, value, BLOCK_V, HEAD_SIZE, SUM_KEYS, SUM_VALUES, IS_FP8)
 
 
 @triton.jit
@@ -184,6 +204,8 @@ def _take_held(
     value_out_ptr,
     kv_ptr,
     sums_at,
+    key_scale_ptr,
+    value_scale_ptr,
     table_at,
     cos_ptr,
     sin_ptr,
@@ -197,6 +219,8 @@ def _take_held(
     out_stride_token,
     out_stride_head,
     kv_stride_block,
+    key_scale_stride,
+    value_scale_stride,
     NUM_KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -212,6 +236,8 @@ def _take_held(
 
     Args:
         sums_at: Pointer to the segment's sums, [KV heads, 2, HEAD_SIZE] int64.
+        key_scale_ptr: `Pages.key_scale`, None where pages are not in FP8; the next pointer is
+            `Pages.value_scale` likewise.
         table_at: Pointer to the segment's row of the block table.
         place: [rows] logical place of each token.
         out_row: [rows] row of each token in the workspace.
@@ -221,6 +247,7 @@ def _take_held(
         first_head: First KV head of this program, which takes HEADS of them.
         HEADS: Most KV heads of a program.
     """
+    IS_FP8: tl.constexpr = kv_ptr.dtype.element_ty == tl.float8e4nv
     channel = tl.arange(0, BLOCK_V)
     in_head = (channel < HEAD_SIZE)[None, :]
     held = valid[:, None] & in_head
@@ -234,6 +261,9 @@ def _take_held(
         slot = head * BLOCK_SIZE + place % BLOCK_SIZE
         source = kv_ptr + block * kv_stride_block + slot * (2 * HEAD_SIZE)
         target = out_row.to(tl.int64) * out_stride_token + head * out_stride_head
+        key_scale = None
+        if key_scale_ptr is not None:
+            key_scale = load_scale(key_scale_ptr, head, key_scale_stride)
         rotate_tile(
             key_out_ptr + target,
             source,
@@ -244,16 +274,25 @@ def _take_held(
             ROTARY_DIM,
             IS_NEOX,
             BLOCK_D,
+            None,
+            key_scale,
         )
         # [rows, BLOCK_V]
         value = tl.load(source[:, None] + HEAD_SIZE + channel[None, :], mask=held, other=0.0)
+        used = value
+        if value_scale_ptr is not None:
+            value = value.to(tl.float32)
+            value_scale = load_scale(value_scale_ptr, head, value_scale_stride)
+            used = (value * value_scale).to(value_out_ptr.dtype.element_ty)
         target_at = (value_out_ptr + target)[:, None] + channel[None, :]
-        tl.store(target_at, value, mask=written[:, None] & in_head)
+        tl.store(target_at, used, mask=written[:, None] & in_head)
         if (SUM_KEYS or SUM_VALUES) and summed:
             key = tl.load(source[:, None] + channel[None, :], mask=counted, other=0.0)
+            if key_scale is not None:
+                key = key.to(tl.float32)
             value = tl.where(counted, value, tl.zeros_like(value))
             sum_at = sums_at + head * (2 * HEAD_SIZE)
-            add_units_of(sum_at, key, value, BLOCK_V, HEAD_SIZE, SUM_KEYS, SUM_VALUES)
+            add_units_of(sum_at, key, value, BLOCK_V, HEAD_SIZE, SUM_KEYS, SUM_VALUES, IS_FP8)
 
 
 @triton.jit(
@@ -279,6 +318,8 @@ def _prepare_kernel(
     value_ptr,
     rows_ptr,
     tokens_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     query_spans_ptr,
     key_spans_ptr,
     block_table_ptr,
@@ -298,6 +339,8 @@ def _prepare_kernel(
     key_stride_head,
     value_stride_token,
     value_stride_head,
+    key_scale_stride,
+    value_scale_stride,
     table_stride,
     cos_stride,
     NUM_HEADS: tl.constexpr,
@@ -329,6 +372,8 @@ def _prepare_kernel(
         sums_ptr: [>= segments, KV heads, 2, HEAD_SIZE] int64 from `means.make_sums`.
         rows_ptr: [queries] int32 row in the batch of each packed query.
         tokens_ptr: [queries] int32 index of each token in its request; read if traced.
+        key_scale_ptr: `Pages.key_scale`, None where pages are not in FP8; the next pointer is
+            `Pages.value_scale` likewise.
         query_spans_ptr: `Segments.query_spans`; the next three pointers are fields likewise.
         own_tiles: Tiles of the longest segment's own tokens.
         OWN_T: Own tokens of a program.
@@ -375,11 +420,13 @@ def _prepare_kernel(
         else:
             _take_own_keys(
                 key_out_ptr, value_out_ptr, kv_ptr, token_ptr, sums_at,
-                key_ptr, value_ptr, tokens_ptr, table_at, cos_ptr, sin_ptr,
+                key_ptr, value_ptr, tokens_ptr, key_scale_ptr, value_scale_ptr,
+                table_at, cos_ptr, sin_ptr,
                 packed, row, prefix + index, key_start + prefix + index, is_own, summed,
                 (part - QUERY_PARTS) * KV_HEADS,
                 cos_stride, out_stride_token, out_stride_head, kv_stride_block, token_stride_block,
                 key_stride_token, key_stride_head, value_stride_token, value_stride_head,
+                key_scale_stride, value_scale_stride,
                 NUM_KV_HEADS, KV_HEADS, BLOCK_SIZE, HEAD_SIZE, ROTARY_DIM, IS_NEOX,
                 BLOCK_D, BLOCK_V, SUM_KEYS, SUM_VALUES,
             )  # fmt: skip
@@ -394,10 +441,12 @@ def _prepare_kernel(
         written = valid | ((place >= num_keys) & (place < num_keys + PADDING))
         if tile < prefix_tiles + (PADDING + PAGE_T - 1) // PAGE_T:
             _take_held(
-                key_out_ptr, value_out_ptr, kv_ptr, sums_at, table_at, cos_ptr, sin_ptr,
+                key_out_ptr, value_out_ptr, kv_ptr, sums_at, key_scale_ptr, value_scale_ptr,
+                table_at, cos_ptr, sin_ptr,
                 place, key_start + place, valid, written, summed,
                 program % KV_PARTS * KV_HEADS,
                 cos_stride, out_stride_token, out_stride_head, kv_stride_block,
+                key_scale_stride, value_scale_stride,
                 NUM_KV_HEADS, KV_HEADS, BLOCK_SIZE, HEAD_SIZE, ROTARY_DIM, IS_NEOX,
                 BLOCK_D, BLOCK_V, SUM_KEYS, SUM_VALUES,
             )  # fmt: skip
@@ -437,8 +486,9 @@ def prepare(
         is_neox: Whether channel i pairs with i + rotary_dim / 2 (else 2i with 2i + 1).
         query_out: [>= num_queries, num_heads, head_size] in the dtype of `query`, channels dense;
             the first num_queries rows are written, packed, rotated in float32 and rounded once.
-        key_out: [>= num_rows, num_kv_heads, head_size] in the pages' dtype, channels dense; written
-            likewise. Rows of padding keep what they have.
+        key_out: [>= num_rows, num_kv_heads, head_size] in the pages' dtype, or in the dtype of
+            `query` where pages are in FP8; channels dense; written likewise. Rows of padding keep
+            what they have.
         value_out: As `key_out`, with its strides, but not rotated; rows of padding become zero.
         weights: What is ranked at a boundary. Units of keys, or of values, are added up only if
             their weight is above 0.
@@ -468,9 +518,10 @@ def prepare(
             f"key_out and value_out must be [{segments.num_rows} or more, {num_kv_heads}, "
             f"{head_size}], got {list(key_out.shape)} and {list(value_out.shape)}"
         )
-    if query_out.dtype != query.dtype or not key_out.dtype == value_out.dtype == pages.kv.dtype:
+    dtype = query.dtype if pages.is_fp8 else pages.kv.dtype
+    if query_out.dtype != query.dtype or not key_out.dtype == value_out.dtype == dtype:
         raise ValueError(
-            f"the workspace must be of {query.dtype} (query) and {pages.kv.dtype} (key, value), "
+            f"the workspace must be of {query.dtype} (query) and {dtype} (key, value), "
             f"got {query_out.dtype}, {key_out.dtype} and {value_out.dtype}"
         )
     if not query.stride(2) == key.stride(2) == value.stride(2) == query_out.stride(2) == 1:
@@ -511,6 +562,8 @@ def prepare(
         value,
         rows,
         tokens,
+        pages.key_scale,
+        pages.value_scale,
         segments.query_spans,
         segments.key_spans,
         segments.block_table,
@@ -530,6 +583,7 @@ def prepare(
         key.stride(1),
         value.stride(0),
         value.stride(1),
+        *pages.scale_strides,
         segments.block_table.stride(0),
         cos.stride(0),
         NUM_HEADS=num_heads,

@@ -19,6 +19,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
         "get_supported_kernel_block_sizes",
         "supported_kv_cache_layouts",
         "supports_sink",
+        "supports_per_head_quant_scales",
         "supports_kv_connector",
         "customize_spec",
     ),

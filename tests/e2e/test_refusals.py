@@ -241,7 +241,11 @@ def test_models_it_does_not_serve(configure, config, words):
             {"tensor_parallel_size": 4, "additional_config": {"cascade": {"policy": "blend"}}},
             "tensor_parallel_size 4 with 2 KV heads and policy 'blend'",
         ),
-        ({"kv_cache_dtype": "fp8"}, "KV cache dtype 'fp8'"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "KV cache dtype 'fp8_e5m2'"),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["1"]},
+            "KV cache dtype 'fp8' with layers left out",
+        ),
         ({"kv_cache_dtype": "bfloat16", "dtype": "float32"}, "KV cache dtype 'bfloat16'"),
         ({"kv_offloading_size": 1.0}, "KV offloading"),
         (

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from layers import HEAD, KV_HEADS, SHARED, config_of
+from layers import HEAD, KV_HEADS, SHARED, GpuEngine, config_of
 
 SMALL = {"cache_tokens": 64, "num_sub_caches": 2, "num_sink_tokens": 16, "stride": 32}
 # Each but the short one crosses boundaries in chunks, and one more in its last tokens.
 LENGTHS = [149, 151, 30, 119]
 BAD = 1
 CUT, SINGLE = 45, 9
-
-
-def engine_class() -> Any:
-    """The engine of one layer that the kernel tests have."""
-    path = Path(__file__).parents[1] / "kernels" / "test_gpu_layer.py"
-    spec = importlib.util.spec_from_file_location("gpu_layer_engine", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Engine
 
 
 @dataclass
@@ -61,7 +48,7 @@ def play(policy: str, dtype: torch.dtype, bad: list[float]) -> list[Held]:
         cascade |= {"num_sub_caches": 1, "selection_window": None}
     config = config_of(600, **cascade)
     torch.manual_seed(6)
-    engine = engine_class()(config, len(LENGTHS), dtype)
+    engine = GpuEngine(config, len(LENGTHS), dtype)
     done, outputs = [0] * len(LENGTHS), [[] for _ in LENGTHS]
     while any(d < n for d, n in zip(done, LENGTHS, strict=True)):
         spans = []

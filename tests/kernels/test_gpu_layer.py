@@ -9,76 +9,14 @@ from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from layers import HEAD, KV_HEADS, POLICIES, SHARED, THETA, Pool, config_of, oracle, play
-from reference.attention import rope_table
+from layers import DEVICE, HEAD, KV_HEADS, POLICIES, SHARED, GpuEngine, config_of, oracle, play
 from vllm_cascade.kernels.launch import launch
-from vllm_cascade.structure.config import CascadeConfig
 
-MAX_TOKENS = 4096
 # Of each query head; below, among and above the logits of keys.
 SINKS = torch.tensor([-3.0, 0.5, 2.0, 40.0, -60.0, 4.0])
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class Engine(Pool):
-    """The least that runs a layer, with room for one full cache at a time.
-
-    With `follows` another layer, with tensors of its own, takes each step before it.
-    """
-
-    def __init__(
-        self,
-        config: CascadeConfig,
-        num_requests: int,
-        dtype: torch.dtype,
-        sinks: torch.Tensor | None = None,
-        follows: bool = False,
-    ) -> None:
-        from vllm_cascade.attention.gpu_layer import GpuLayer
-        from vllm_cascade.attention.gpu_step import Planner
-        from vllm_cascade.attention.gpu_workspace import Shape, make_workspace
-
-        super().__init__(config, num_requests, dtype, DEVICE)
-        if sinks is not None:
-            sinks = sinks.to(DEVICE, dtype)
-        shape = Shape(KV_HEADS * SHARED, KV_HEADS, HEAD, dtype, None if sinks is None else dtype)
-        workspace = make_workspace(config, shape, MAX_TOKENS, num_requests, DEVICE)
-        self.counters = workspace.counters.zero_()
-        cos, sin = (x.to(DEVICE) for x in rope_table(config.max_places, HEAD, THETA, torch.float32))
-        table = (cos, sin, True)
-        self.layer = GpuLayer(config, shape, HEAD**-0.5, *table, workspace, sinks)
-        self.planner = Planner(self.layout, DEVICE, num_requests, max_keys=700)
-        self.first = None
-        if follows:
-            others = (cos.clone(), sin.clone(), True, workspace, None if sinks is None else -sinks)
-            self.first = GpuLayer(config, shape, HEAD**-0.5, *others)
-            self.first_pages = Pool(config, num_requests, dtype, DEVICE).pages
-
-    def step(self, spans, q, k, v) -> torch.Tensor:
-        """Run tokens start .. end - 1 of several requests; spans: (request, start, end)."""
-        starts = np.cumsum([0, *(end - start for _, start, end in spans)]).astype(np.int32)
-        lengths = np.array([end for _, _, end in spans], dtype=np.int32)
-        rows = torch.from_numpy(self.table[[r for r, _, _ in spans]]).to(DEVICE)
-        query, key, value = (
-            torch.cat([x[r][start:end] for r, start, end in spans]).to(DEVICE) for x in (q, k, v)
-        )
-        step = self.planner.plan(
-            torch.from_numpy(starts).to(DEVICE),
-            starts,
-            torch.from_numpy(lengths).to(DEVICE),
-            lengths,
-            rows,
-        )
-        if self.first is not None:
-            parts = (torch.randn_like(x) for x in (query, key, value))
-            self.first.forward(*parts, self.first_pages, step, torch.empty_like(query))
-        output = torch.full_like(query, float("nan"))
-        self.layer.forward(query, key, value, self.pages, step, output)
-        return output.cpu()
 
 
 # Long chunks cross many boundaries in one step, short ones mix prefill with decode. The second is
@@ -101,7 +39,7 @@ def test_layer_equals_oracle(options: dict, longest_cut: int) -> None:
     config = config_of(500, **(small | options))
     lengths = [300, 31, 200] if small else [500, 31, 390]
     outputs, kept, (q, k, v) = play(
-        Engine, config, lengths, longest_cut, seed=len(str(options)) + longest_cut
+        GpuEngine, config, lengths, longest_cut, seed=len(str(options)) + longest_cut
     )
     for r in range(len(lengths)):
         expected, boundaries = oracle(config, q[r], k[r], v[r])
@@ -120,7 +58,7 @@ def test_a_layer_that_repeats_what_another_launched() -> None:
     # Two of them end with a boundary.
     lengths = [config.num_sink_tokens + n * config.stride for n in (3, 0, 2)]
     lengths[1] -= 1
-    engine_of = partial(Engine, sinks=SINKS, follows=True)
+    engine_of = partial(GpuEngine, sinks=SINKS, follows=True)
     outputs, kept, (q, k, v) = play(engine_of, config, lengths, 90, seed=4)
     for r, last in enumerate(lengths):
         expected, boundaries = oracle(config, q[r], k[r], v[r], SINKS)
@@ -142,7 +80,7 @@ def test_long_mixed_batches(
     """Some 200 steps of prefill and decode in any mixture, many boundaries in one step."""
     config = config_of(1500, policy=policy, selection_window=64)
     lengths = [1500, 900, 31, 320, 433, 1300]
-    engine_of = partial(Engine, sinks=sinks, follows=seed > 0)
+    engine_of = partial(GpuEngine, sinks=sinks, follows=seed > 0)
     outputs, kept, (q, k, v) = play(engine_of, config, lengths, 60, seed=seed, dtype=dtype)
     unit = torch.finfo(dtype).eps
     for r in range(len(lengths)):
@@ -203,7 +141,7 @@ def test_vllms_warm_up_compiles_all_variants(
     def note(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         launched.add(variant(kernel, args, meta))
 
-    engine = Engine(config_of(500, **options, trace_tokens=trace_tokens), 3, torch.float32)
+    engine = GpuEngine(config_of(500, **options, trace_tokens=trace_tokens), 3, torch.float32)
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm_cascade.kernels.") and getattr(module, "launch", None) is launch:
             monkeypatch.setattr(module, "launch", note)

@@ -4,48 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
-from layers import HEAD, KV_HEADS, POLICIES, SHARED, THETA, Pool, config_of, oracle, play
-from reference.attention import rope_table
-from vllm_cascade.attention.cpu_layer import CpuLayer
-from vllm_cascade.attention.cpu_step import plan_step
+from layers import HEAD, KV_HEADS, POLICIES, SHARED, CpuEngine, config_of, oracle, play
 from vllm_cascade.kernels.cpu import attention as cpu_attention
 from vllm_cascade.structure.config import CascadeConfig
-
-
-class Engine(Pool):
-    """The least that runs a layer."""
-
-    def __init__(
-        self,
-        config: CascadeConfig,
-        num_requests: int,
-        dtype: torch.dtype,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        super().__init__(config, num_requests, dtype)
-        cos, sin = rope_table(config.max_places, HEAD, THETA, torch.float32)
-        self.layer = CpuLayer(config, HEAD**-0.5, cos, sin, is_neox=True, sinks=sinks)
-
-    def step(self, spans, q, k, v) -> torch.Tensor:
-        """Run tokens start .. end - 1 of several requests; spans: (request, start, end)."""
-        rows = [r for r, _, _ in spans]
-        lengths = [end - start for _, start, end in spans]
-        plan = plan_step(
-            self.layout,
-            np.cumsum([0, *lengths]),
-            np.array([end for _, _, end in spans]),
-            self.table[rows],
-        )
-        query, key, value = (
-            torch.cat([x[r][start:end] for r, start, end in spans]) for x in (q, k, v)
-        )
-        output = torch.full_like(query, float("nan"))
-        self.layer.forward(query, key, value, self.pages, plan, output)
-        return output
 
 
 @pytest.mark.parametrize("options", POLICIES, ids=lambda o: "-".join(map(str, o.values())))
@@ -69,7 +33,7 @@ def check(
     sinks: torch.Tensor | None = None,
 ) -> None:
     """Hold outputs, and what is kept after each step, against the oracle."""
-    engine_of = partial(Engine, sinks=sinks)
+    engine_of = partial(CpuEngine, sinks=sinks)
     outputs, kept, (q, k, v) = play(engine_of, config, lengths, longest_cut, seed)
     for r in range(len(lengths)):
         expected, boundaries = oracle(config, q[r], k[r], v[r], sinks)
@@ -82,7 +46,9 @@ def check(
 def test_bfloat16_rounds_only_weights_and_output() -> None:
     """Pages hold what the model computed and scores are float32: same choices."""
     config = config_of(900, policy="blend", selection_window=64)
-    outputs, kept, (q, k, v) = play(Engine, config, [900, 300], 200, seed=7, dtype=torch.bfloat16)
+    outputs, kept, (q, k, v) = play(
+        CpuEngine, config, [900, 300], 200, seed=7, dtype=torch.bfloat16
+    )
     for r in range(2):
         expected, boundaries = oracle(config, q[r], k[r], v[r])
         # The output rounds twice, to half a unit in the last of bfloat16's 8 bits each; so does
@@ -97,7 +63,7 @@ def test_every_boundary_is_seen() -> None:
     config = config_of(1200, policy="blend", selection_window=64)
     torch.manual_seed(3)
     q, k, v = (torch.randn(1, 1200, h, HEAD) for h in (KV_HEADS * SHARED, KV_HEADS, KV_HEADS))
-    engine = Engine(config, 1, torch.float32)
+    engine = CpuEngine(config, 1, torch.float32)
     _, boundaries = oracle(config, q[0], k[0], v[0])
     start = 0
     for end in sorted(boundaries):

@@ -64,6 +64,8 @@ def model(tmp_path):
         (CASCADE | {"policy": "blend", "trace_tokens": True}, "bfloat16", 2, 8, 4),
         (CASCADE | {"policy": "blend", "score_weight": 0}, "bfloat16", 2, 0, 1),
         ({"policy": "window", "cache_tokens": 512}, "bfloat16", 2, 0, 1),
+        (CASCADE, "fp8", 1, 0, 1),
+        (CASCADE | {"policy": "blend", "trace_tokens": True}, "fp8_e4m3", 1, 8, 2),
     ],
 )
 def test_bytes_are_those_of_the_engine(model, options, dtype, dtype_bytes, tail_bytes, ranks):
@@ -72,7 +74,8 @@ def test_bytes_are_those_of_the_engine(model, options, dtype, dtype_bytes, tail_
         options,
         max_model_len=50_000,
         block_size=32,
-        dtype=dtype,
+        dtype="auto" if dtype_bytes == 1 else dtype,
+        kv_cache_dtype=dtype if dtype_bytes == 1 else "auto",
         tensor_parallel_size=ranks,
         kv_memory_gib=0.5,
     )
@@ -80,6 +83,9 @@ def test_bytes_are_those_of_the_engine(model, options, dtype, dtype_bytes, tail_
         CascadeOptions.parse(options), block_size=32, max_model_len=50_000, position_limit=4096
     )
     assert plan.config == config
+    kept = "fp8_e4m3" if dtype_bytes == 1 else dtype
+    assert plan.kv_cache_dtype == kept
+    assert (f"keys and values in {kept}" in plan.as_text()) == (dtype_bytes == 1)
     assert plan.max_blocks == build_layout(config).max_blocks
     slot_bytes = 2 * HEAD_SIZE * dtype_bytes
     tokens = plan.max_blocks * 32

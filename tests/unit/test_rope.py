@@ -275,6 +275,7 @@ class FakeAttention(Attention):
     def __init__(self, backend: str, num_positions: int = POSITIONS):
         nn.Module.__init__(self)
         self.layer_name = f"model.layers.0.{backend}"
+        self.kv_cache_dtype = "auto"
         self.attn_backend = type("Backend", (), {"get_name": staticmethod(lambda: backend)})
         self.impl = type(
             "Impl", (), {"bind_rope": lambda self, rope: setattr(self, "rope", rope)}

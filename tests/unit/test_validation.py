@@ -14,6 +14,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_cascade import plugin
 from vllm_cascade.attention.impl import check_layer
+from vllm_cascade.attention.scales import check_scales, scales_of
 from vllm_cascade.structure.config import ConfigError
 from vllm_cascade.support import resolved
 from vllm_cascade.support import validate as validation
@@ -84,6 +85,7 @@ def served(monkeypatch):
         cache_config=SimpleNamespace(
             block_size=128,
             cache_dtype="auto",
+            kv_cache_dtype_skip_layers=[],
             kv_sharing_fast_prefill=False,
             enable_prefix_caching=False,
         ),
@@ -178,7 +180,15 @@ SPOILT = [
     ({"parallel_config.prefill_context_parallel_size": 2}, "Leave out --prefill-context-parallel"),
     ({"speculative_config": object()}, "speculative decoding.*--speculative-config"),
     ({"kv_transfer_config": object()}, "KV connector.*--kv-transfer-config"),
-    ({"cache_config.cache_dtype": "fp8"}, "dtype 'fp8'.*--kv-cache-dtype auto"),
+    ({"cache_config.cache_dtype": "fp8_e5m2"}, "dtype 'fp8_e5m2'.*--kv-cache-dtype auto or fp8"),
+    ({"cache_config.cache_dtype": "nvfp4"}, "dtype 'nvfp4'"),
+    (
+        {
+            "cache_config.cache_dtype": "fp8",
+            "cache_config.kv_cache_dtype_skip_layers": ["0", "sliding_window"],
+        },
+        "layers left out .0, sliding_window.*Leave out --kv-cache-dtype-skip-layers",
+    ),
     ({"cache_config.cache_dtype": "bfloat16"}, "dtype 'bfloat16'"),
     ({"original_max_model_len": -1}, "auto-fit.*--max-model-len as a number"),
     ({"dtype": torch.float64}, "dtype not supported"),
@@ -211,6 +221,11 @@ def spoil(vllm_config, path, value):
     [
         ({}, (7, 5), r"compute capability 7\.5: .*8\.0"),
         ({}, None, "compute capability unknown"),
+        (
+            {"cache_config.cache_dtype": "fp8"},
+            (8, 6),
+            r"'fp8' on a GPU of compute capability 8\.6: .*8\.9.*--kv-cache-dtype auto",
+        ),
         ({"head_size": 72}, (9, 0), "head size 72 on a GPU.*64, 80, 96, 128, 256"),
         ({"cache_config.block_size": 256}, (9, 0), "block size 256 .*--block-size"),
         (
@@ -253,6 +268,64 @@ def test_refused_on_a_gpu(served, monkeypatch, spoilt, capability, words):
 
 def test_what_the_fixture_describes_is_served(served):
     validate(served)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3"])
+@pytest.mark.parametrize("policy", ["distinct", "window", "blend", "paper"])
+def test_fp8_is_served(served, dtype, policy):
+    served.cache_config.cache_dtype = dtype
+    served.additional_config = {"cascade": {"policy": policy}}
+    validate(served)
+
+
+def attention(key, value, quant_method=None, kv_cache_dtype="fp8"):
+    """As much of a loaded attention layer of two KV heads as has to do with scales."""
+    return SimpleNamespace(
+        layer_name="layers.3.attn",
+        kv_cache_dtype=kv_cache_dtype,
+        num_kv_heads=2,
+        _k_scale=torch.as_tensor(key),
+        _v_scale=torch.as_tensor(value),
+        quant_method=quant_method,
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (0.0, 1.0, "FP8 scale k_scale.*it is 0.0"),
+        (1.0, -1.0, "FP8 scale v_scale.*it is -1.0"),
+        ([1.0, float("nan")], [1.0, 1.0], "k_scale.*nan"),
+        (1.0, [1.0, float("inf")], "v_scale.*inf"),
+        ([1.0, 1.0, 1.0], 1.0, "layers.3.attn.*each of 2 KV heads; it has 3 numbers"),
+    ],
+)
+def test_scales_that_fp8_cannot_use_are_refused(key, value, words):
+    with pytest.raises(UnsupportedError, match=words):
+        check_scales(attention(key, value))
+    check_scales(attention(key, value, kv_cache_dtype="auto"))
+
+
+def test_missing_scales_are_told_of_once(said, forget_once):
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    ours = "the checkpoint brings no scales"
+    # vLLM has warned, or there are scales.
+    check_scales(attention(1.0, 1.0, BaseKVCacheMethod(None)))
+    check_scales(attention(1.0, 0.5))
+    check_scales(attention([1.0, 0.5], 1.0))
+    assert not said
+    for _ in range(2):
+        check_scales(attention(1.0, 1.0))
+    assert [ours in message for message in said] == [True]
+
+
+def test_scales_are_views_of_vllms_own():
+    layer = attention(0.5, [1.0, 2.0])
+    key, value = scales_of(layer, 2)
+    layer._k_scale.fill_(4.0)
+    assert key.tolist() == [4.0, 4.0] and value.tolist() == [1.0, 2.0]
+    assert key.stride() == (0,) and value.stride() == (1,)
 
 
 @pytest.mark.parametrize(
@@ -545,7 +618,10 @@ def test_prefix_caching_never_hits_beside_other_backends(said):
     assert sum("never hits" in message for message in said) == 1
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "float32", "bfloat16", "float16"])
+KV_DTYPES = ["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", KV_DTYPES)
 @pytest.mark.parametrize("soft_cap", [None, 0, 0.0])
 def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
     check_layer(**LAYER | {"kv_cache_dtype": kv_cache_dtype, "logits_soft_cap": soft_cap})
@@ -556,7 +632,8 @@ def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
     [
         ({"alibi_slopes": [0.5, 0.25]}, "ALiBi"),
         ({"sliding_window": 512}, "window 512 tokens"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "dtype 'fp8_e4m3'"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "dtype 'fp8_e5m2'"),
+        ({"kv_cache_dtype": "fp8_per_token_head"}, "dtype 'fp8_per_token_head'"),
         ({"kv_cache_dtype": "int8"}, "dtype 'int8'"),
         ({"logits_soft_cap": 30.0}, "soft-capping .30"),
         ({"attn_type": "encoder"}, "encoder attention"),

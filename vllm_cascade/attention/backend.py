@@ -15,6 +15,7 @@ from vllm_cascade.kv_cache.spec import CascadeSpec
 from vllm_cascade.structure.accounting import startup_line
 from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.support.names import BACKEND_NAME, log_of
+from vllm_cascade.support.unsupported import FP8_DTYPES
 
 if TYPE_CHECKING:
     from vllm_cascade.attention.builder import CascadeMetadataBuilder
@@ -28,7 +29,7 @@ class CascadeBackend(AttentionBackend):
 
     forward_includes_kv_cache_update: bool = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16", *FP8_DTYPES]
 
     @staticmethod
     def get_name() -> str:
@@ -64,6 +65,11 @@ class CascadeBackend(AttentionBackend):
     @classmethod
     def supports_sink(cls) -> bool:
         """True: a model's sink logits join the softmax. CASCADE's own sinks are tokens."""
+        return True
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        """True: pages in FP8 have a scale for each KV head, or one for all."""
         return True
 
     @classmethod

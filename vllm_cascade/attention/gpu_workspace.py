@@ -32,8 +32,9 @@ class Shape:
         num_heads: Query heads on this rank.
         num_kv_heads: KV heads on this rank.
         head_size: Channels of a head.
-        dtype: Dtype of activations and pages.
+        dtype: Dtype of activations.
         sinks: Dtype of the sink logits, or None if the model has none.
+        pages: Dtype of pages, or None if they have that of activations.
     """
 
     num_heads: int
@@ -41,6 +42,7 @@ class Shape:
     head_size: int
     dtype: torch.dtype
     sinks: torch.dtype | None = None
+    pages: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -173,7 +175,7 @@ def make_workspace(
             shape.num_heads,
             shape.num_kv_heads,
             shape.head_size,
-            shape.dtype.itemsize,
+            (shape.pages or shape.dtype).itemsize,
             max_places,
             64,
             device,

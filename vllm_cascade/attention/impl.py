@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
@@ -13,6 +14,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_cascade.attention.cpu_layer import CpuLayer
 from vllm_cascade.attention.cpu_step import CascadeMetadata
 from vllm_cascade.attention.rope import Rope
+from vllm_cascade.attention.scales import scales_of
 from vllm_cascade.attention.trace import Seen
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.structure.config import CascadeConfig
@@ -72,10 +74,13 @@ class CascadeImpl(AttentionImpl[Any]):
         self.scale = scale
         self.num_kv_heads = num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.is_fp8 = unsupported.is_fp8(kv_cache_dtype)
         self.sinks = sinks
         # `bind_rope` makes the worker.
         self.worker: CpuLayer | GpuLayer | None = None
         self.pages: Pages | None = None
+        # vLLM's scales of keys and values, of which the pages have views.
+        self._scales: tuple[torch.Tensor, ...] = ()
         self.seen: Seen | None = None
 
     @classmethod
@@ -110,6 +115,7 @@ class CascadeImpl(AttentionImpl[Any]):
             self.head_size,
             vllm_config.model_config.dtype,
             None if self.sinks is None else self.sinks.dtype,
+            torch.float8_e4m3fn if self.is_fp8 else None,
         )
         scheduler = vllm_config.scheduler_config
         workspace = shared_workspace(
@@ -138,11 +144,12 @@ class CascadeImpl(AttentionImpl[Any]):
         """Attend a batch, where vLLM's implementations expect rotated queries and keys.
 
         Args:
-            layer: Not used.
+            layer: vLLM's attention layer, which has the scales of keys and values in FP8.
             query: [num_tokens, num_heads, head_size] before RoPE.
             key: [num_tokens, num_kv_heads, head_size] before RoPE.
             value: [num_tokens, num_kv_heads, head_size_v].
-            kv_cache: [num_blocks, num_kv_heads, block_size, head_size + head_size_v].
+            kv_cache: [num_blocks, num_kv_heads, block_size, head_size + head_size_v], uint8 where
+                keys and values are in FP8.
             attn_metadata: The step, for the layer's device; None in a profiling run, which gives
                 zeros.
             output: [num_tokens, num_heads, head_size_v], written in place.
@@ -155,7 +162,7 @@ class CascadeImpl(AttentionImpl[Any]):
         if attn_metadata is None or kv_cache.numel() == 0:
             return output.zero_()
         assert self.worker is not None
-        pages = self._pages_of(kv_cache)
+        pages = self._pages_of(kv_cache, layer)
         self.worker.forward(query, key, value, pages, attn_metadata, output)
         return output
 
@@ -174,9 +181,19 @@ class CascadeImpl(AttentionImpl[Any]):
         pages = [impl.pages for impl in cls._alive if impl.pages]
         return [each for each in pages if each.kv.data_ptr() in addresses]
 
-    def _pages_of(self, kv_cache: torch.Tensor) -> Pages:
+    def _pages_of(self, kv_cache: torch.Tensor, layer: torch.nn.Module) -> Pages:
+        if self.is_fp8:
+            # Loading weights again may leave others.
+            scales = layer._k_scale, layer._v_scale
+            if any(a is not b for a, b in zip_longest(scales, self._scales)):
+                self._scales, self.pages = scales, None
         if self.pages is None or self.pages.kv.data_ptr() != kv_cache.data_ptr():
-            self.pages = Pages.view(kv_cache, self.config.needs_scores, self.config.trace_tokens)
+            views: tuple[torch.Tensor, ...] = ()
+            if self.is_fp8:
+                kv_cache = kv_cache.view(torch.float8_e4m3fn)
+                views = scales_of(layer, self.num_kv_heads)
+            config = self.config
+            self.pages = Pages.view(kv_cache, config.needs_scores, config.trace_tokens, *views)
         return self.pages
 
 
@@ -194,8 +211,8 @@ def check_layer(
     Args:
         alibi_slopes: As of vLLM's `AttentionImpl`; has to be None.
         sliding_window: The layer's window in tokens; has to be None.
-        kv_cache_dtype: As --kv-cache-dtype; has to be "auto" or a floating-point type of 16 or 32
-            bits.
+        kv_cache_dtype: As --kv-cache-dtype; has to be "auto", a floating-point type of 16 or 32
+            bits, or FP8 (e4m3).
         logits_soft_cap: As of vLLM's `AttentionImpl`; has to be None or 0.
         attn_type: vLLM's `AttentionType`; has to be "decoder".
         kv_sharing_target_layer_name: The layer whose KV cache this one reads; has to be None.
@@ -217,5 +234,6 @@ def check_layer(
         raise unsupported.shared_kv(
             f"a layer that shares the KV cache of {kv_sharing_target_layer_name}"
         )
-    if kv_cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
+    known = ("auto", "float32", "bfloat16", "float16", *unsupported.FP8_DTYPES)
+    if kv_cache_dtype not in known:
         raise unsupported.kv_dtype(kv_cache_dtype)

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from vllm_cascade.attention.scales import check_scales
 from vllm_cascade.support.names import is_cascade
 from vllm_cascade.support.rotation import RotationError, check_rotation
 
@@ -98,6 +99,7 @@ def take_over(model: nn.Module) -> None:
 
     Raises:
         RotationError: A CASCADE layer's rotary embedding cannot be taken over.
+        UnsupportedError: A CASCADE layer keeps FP8 with scales that cannot be.
     """
     from vllm.model_executor.layers.attention import Attention
 
@@ -120,6 +122,7 @@ def take_over(model: nn.Module) -> None:
             ropes[shared] = Rope.from_vllm(rotary_emb, layer_name, shared[1])
         parent.rotary_emb = Unrotated()
         attention.impl.bind_rope(ropes[shared])
+        check_scales(attention)
 
 
 def _position_tables() -> tuple[type, ...]:

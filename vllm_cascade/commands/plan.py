@@ -18,6 +18,7 @@ from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.structure.options import NO_EFFECT, SCORE_KNOBS, CascadeOptions
 from vllm_cascade.support.names import BACKEND_NAME
+from vllm_cascade.support.unsupported import is_fp8
 
 GIB = 1 << 30
 
@@ -29,7 +30,8 @@ class Plan:
     Args:
         model: The model as the user named it.
         config: The resolved configuration.
-        dtype: Dtype of the model and its KV cache.
+        dtype: Dtype of the model.
+        kv_cache_dtype: Dtype of the KV cache: that of the model, or "fp8_e4m3".
         position_limit: Positions the model itself was made for.
         tensor_parallel_size: Ranks that share each layer's KV heads.
         num_layers: Number of CASCADE layers.
@@ -48,6 +50,7 @@ class Plan:
     model: str
     config: CascadeConfig
     dtype: str
+    kv_cache_dtype: str
     position_limit: int
     tensor_parallel_size: int
     num_layers: int
@@ -117,9 +120,12 @@ class Plan:
                 f"{self.window_bytes:,} bytes of it theirs"
             )
         limit = f"the model's own limit is {self.position_limit:,} tokens"
+        kept = ""
+        if self.kv_cache_dtype != self.dtype:
+            kept = f", keys and values in {self.kv_cache_dtype}"
         settled = " ".join(f"{name}={value}" for name, value in effective(config).items())
         rows = [
-            ("valid", f"yes, for {self.model} in {self.dtype}; {limit}"),
+            ("valid", f"yes, for {self.model} in {self.dtype}{kept}; {limit}"),
             ("configuration", settled),
             ("log line", self.startup_line),
             ("reach", f"{config.reach:,} tokens, of requests of up to {config.max_model_len:,}"),
@@ -165,6 +171,7 @@ def make_plan(
     max_model_len: int | None = None,
     block_size: int | None = None,
     dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
     tensor_parallel_size: int = 1,
     kv_memory_gib: float | None = None,
 ) -> Plan:
@@ -176,6 +183,7 @@ def make_plan(
         max_model_len: Most tokens a request may have; None for the model's own limit.
         block_size: Tokens in a KV block; None for vLLM's choice on this device.
         dtype: As vLLM's ``--dtype``.
+        kv_cache_dtype: As vLLM's ``--kv-cache-dtype``.
         tensor_parallel_size: Ranks that share each layer's KV heads; this machine may have fewer.
         kv_memory_gib: Memory for KV on each GPU, in GiB; None leaves the concurrency out.
 
@@ -190,7 +198,7 @@ def make_plan(
     try:
         CascadeOptions.parse(cascade)
         vllm_config = _vllm_config(
-            model, cascade, max_model_len, block_size, dtype, tensor_parallel_size
+            model, cascade, max_model_len, block_size, dtype, kv_cache_dtype, tensor_parallel_size
         )
     except OSError as error:
         raise CommandError(f"cannot read the configuration of {model}: {error}") from error
@@ -214,6 +222,7 @@ def _vllm_config(
     max_model_len: int | None,
     block_size: int | None,
     dtype: str,
+    kv_cache_dtype: str,
     tensor_parallel_size: int,
 ) -> Any:
     """vLLM's configuration, checked for CASCADE; no engine starts."""
@@ -224,6 +233,7 @@ def _vllm_config(
         max_model_len=max_model_len,
         block_size=block_size,
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         attention_backend=BACKEND_NAME,
         enable_prefix_caching=False,  # changes no bytes; on, it would log a line about hits
         additional_config={"cascade": dict(cascade)},
@@ -236,7 +246,12 @@ def _vllm_config(
 
 
 def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        SlidingWindowSpec,
+        get_kv_quant_mode,
+    )
 
     from vllm_cascade.kv_cache.spec import CascadeSpec
     from vllm_cascade.support.hybrid import SLIDING, is_hybrid
@@ -244,12 +259,15 @@ def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
 
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     block_size = vllm_config.cache_config.block_size
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    model_dtype = str(model_config.dtype).removeprefix("torch.")
     config = resolve_options(vllm_config, block_size)
     shape = {
         "block_size": block_size,
         "num_kv_heads": model_config.get_num_kv_heads(parallel),
         "head_size": model_config.get_head_size(),
-        "dtype": model_config.dtype,
+        "dtype": kv_cache_dtype_str_to_dtype(cache_dtype, model_config),
+        "kv_quant_mode": get_kv_quant_mode(cache_dtype),
     }
     full = FullAttentionSpec(**shape)
     spec = CascadeSpec.of(full, config)
@@ -262,7 +280,8 @@ def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
     return Plan(
         model=model,
         config=config,
-        dtype=str(model_config.dtype).removeprefix("torch."),
+        dtype=model_dtype,
+        kv_cache_dtype="fp8_e4m3" if is_fp8(cache_dtype) else model_dtype,
         position_limit=position_limit(model_config),
         tensor_parallel_size=parallel.tensor_parallel_size,
         num_layers=num_layers,

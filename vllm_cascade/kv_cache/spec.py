@@ -77,6 +77,7 @@ class CascadeSpec(AttentionSpec):
             head_size=spec.head_size,
             head_size_v=spec.head_size_v,
             dtype=spec.dtype,
+            kv_quant_mode=spec.kv_quant_mode,
             page_size_padded=padded,
             dcp_sharded=False,
             config=config,

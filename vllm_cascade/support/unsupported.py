@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# What --kv-cache-dtype calls FP8 with four bits of exponent and three of mantissa.
+FP8_DTYPES = ("fp8", "fp8_e4m3")
 ELSEWHERE = "Serve it without --attention-backend CASCADE"
 
 
@@ -64,9 +66,15 @@ def shared_kv(asked: str, instead: str = ELSEWHERE) -> UnsupportedError:
 
 
 def kv_dtype(dtype: str) -> UnsupportedError:
-    """The error for a KV cache whose `dtype`, as --kv-cache-dtype has it, is not the model's."""
+    """The error for a KV cache of another `dtype`, as --kv-cache-dtype has it, than is known."""
     return UnsupportedError(
         f"KV cache dtype {dtype!r}",
-        "keys are compared and rotated from the cache in the model's own dtype",
-        "Use --kv-cache-dtype auto",
+        "keys are compared and rotated from the cache, and it reads the model's own dtype and FP8 "
+        "(e4m3) there",
+        "Use --kv-cache-dtype auto or fp8",
     )
+
+
+def is_fp8(kv_cache_dtype: str) -> bool:
+    """Whether a --kv-cache-dtype is the FP8 that CASCADE has."""
+    return kv_cache_dtype in FP8_DTYPES

@@ -17,6 +17,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 POSITION_EMBEDDING_TYPES = (None, "rope", "rotary")
 ATTENTION_SCALES = ("llama_4_scaling", "attn_temperature_tuning", "use_logn_attn")
 MIN_CAPABILITY = (8, 0)
+FP8_MIN_CAPABILITY = (8, 9)
 GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
 GPU_BLOCK_SIZES = (16, 32, 64, 128)
 GPU_MAX_WINDOW = 1024
@@ -48,7 +49,8 @@ def validate(vllm_config: Any) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     check_kinds(vllm_config.attention_config)
-    for check in (_device, _model, _windows, _rope, _attention, _parallel, _features):
+    checks = (_device, _model, _windows, _rope, _attention, _parallel, _kv_dtype, _features)
+    for check in checks:
         check(vllm_config)
     config = resolve_options(vllm_config, vllm_config.cache_config.block_size)
     _copies_of_heads(vllm_config, config)
@@ -217,6 +219,34 @@ def _copies_of_heads(vllm_config: Any, config: CascadeConfig) -> None:
         )
 
 
+def _kv_dtype(vllm_config: Any) -> None:
+    cache = vllm_config.cache_config
+    dtype = cache.cache_dtype
+    if dtype == "auto" or f"torch.{dtype}" == str(vllm_config.model_config.dtype):
+        return
+    if not unsupported.is_fp8(dtype):
+        raise unsupported.kv_dtype(dtype)
+    if vllm_config.device_config.device_type == "cuda":
+        from vllm.platforms import current_platform
+
+        capability = current_platform.get_device_capability()
+        assert capability is not None, "`_gpu` has refused it"
+        if tuple(capability) < FP8_MIN_CAPABILITY:
+            raise UnsupportedError(
+                f"KV cache dtype {dtype!r} on a GPU of compute capability "
+                f"{'.'.join(map(str, capability))}",
+                "GPUs convert to and from FP8 (e4m3) from compute capability 8.9 (Ada) on",
+                "Use --kv-cache-dtype auto",
+            )
+    if cache.kv_cache_dtype_skip_layers:
+        raise UnsupportedError(
+            f"KV cache dtype {dtype!r} with layers left out "
+            f"({', '.join(cache.kv_cache_dtype_skip_layers)})",
+            "the blocks of all its layers are of one size",
+            "Leave out --kv-cache-dtype-skip-layers",
+        )
+
+
 def _features(vllm_config: Any) -> None:
     if vllm_config.speculative_config is not None:
         raise UnsupportedError(
@@ -230,9 +260,6 @@ def _features(vllm_config: Any) -> None:
             "a block's content depends on the whole request, so it cannot be kept or sent by hash",
             "Leave out --kv-transfer-config and --kv-offloading-size",
         )
-    dtype = vllm_config.cache_config.cache_dtype
-    if dtype != "auto" and f"torch.{dtype}" != str(vllm_config.model_config.dtype):
-        raise unsupported.kv_dtype(dtype)
     if vllm_config.model_config.original_max_model_len == -1:
         raise UnsupportedError(
             "max_model_len -1 (auto-fit)",
