@@ -186,7 +186,7 @@ MUTATIONS = [
     ),
     Mutation(
         "own tokens missing from the sums",
-        "kernels/prefill/workspace.py",
+        "kernels/prefill/tiles.py",
         "slot, token, mask=valid)\n        if (SUM_KEYS or SUM_VALUES) and summed:",
         "slot, token, mask=valid)\n        if (SUM_KEYS or SUM_VALUES) and first_head < 0:",
         "tests/kernels/test_scored_prefill.py::test_one_kind_of_vector_is_summed",
@@ -204,7 +204,7 @@ MUTATIONS = [
     ),
     Mutation(
         "own values that skip the round trip through FP8",
-        "kernels/prefill/workspace.py",
+        "kernels/prefill/tiles.py",
         "            value = to_e4m3(value, value_scale)\n"
         "            used = (value * value_scale).to(value_out_ptr.dtype.element_ty)\n",
         "            value = to_e4m3(value, value_scale)\n",
