@@ -151,15 +151,37 @@ def _split_kernel(
     asked = in_group & turned[None, :]
     query_first = tl.load(query_at + first[None, :], mask=asked, other=0.0).to(tl.float32)
     query_second = tl.load(query_at + second[None, :], mask=asked, other=0.0).to(tl.float32)
-    # Of what is multiplied. Keys and values in FP8 are exact in it; their scales come afterwards.
-    dtype = kv_ptr.dtype.element_ty if key_scale_ptr is None else query_ptr.dtype.element_ty
+    # Of what is multiplied, and of what turns keys.
+    dtype = kv_ptr.dtype.element_ty
+    turning = tl.float32
     if key_scale_ptr is not None:
+        # FP8's numbers are exact in any of these dtypes; their scales come afterwards.
+        dtype = query_ptr.dtype.element_ty
         scale_log2 *= load_scale(key_scale_ptr, kv_head, key_scale_stride)
+        if query_ptr.dtype.element_ty != tl.float32:
+            # Half the instructions that float32 takes, and more exact than bfloat16. Queries of any
+            # size fit: each head's is divided by its largest element.
+            dtype = tl.float16
+            turning = tl.float16
+            largest = tl.maximum(
+                tl.max(tl.abs(query_first), axis=1), tl.max(tl.abs(query_second), axis=1)
+            )
     if HEAD_SIZE > 2 * HALF:
         # [HEADS, REST] the channels that RoPE leaves alone
         rest = 2 * HALF + tl.arange(0, REST)
         is_rest = rest < HEAD_SIZE
         query_rest = tl.load(query_at + rest[None, :], mask=in_group & is_rest[None, :], other=0.0)
+        if turning == tl.float16:
+            query_rest = query_rest.to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(query_rest), axis=1))
+    if turning == tl.float16:
+        largest = tl.where(largest > 0, largest, 1.0)[:, None]
+        query_first /= largest
+        query_second /= largest
+        scale_log2 *= largest
+        if HEAD_SIZE > 2 * HALF:
+            query_rest /= largest
+    if HEAD_SIZE > 2 * HALF:
         query_rest = query_rest.to(dtype)
 
     if BY_PLACE:
@@ -171,8 +193,8 @@ def _split_kernel(
         # [PAIRS, KEYS]
         table_at = offset[None, :] * HALF + pair[:, None]
         within = (offset < num_positions)[None, :] & turned[:, None]
-        key_cos = tl.load(cos_ptr + table_at, mask=within, other=0.0).to(tl.float32)
-        key_sin = tl.load(sin_ptr + table_at, mask=within, other=0.0).to(tl.float32)
+        key_cos = tl.load(cos_ptr + table_at, mask=within, other=0.0).to(turning)
+        key_sin = tl.load(sin_ptr + table_at, mask=within, other=0.0).to(turning)
 
     top = tl.full([HEADS], float("-inf"), tl.float32)
     # Summed over keys after the last tile: a sum in every tile would make warps exchange data.
@@ -206,12 +228,12 @@ def _split_kernel(
             held = held & turned[:, None]
         key_first = tl.load(key_at[None, :] + first[:, None], mask=held, other=0.0)
         key_second = tl.load(key_at[None, :] + second[:, None], mask=held, other=0.0)
-        key_first = key_first.to(tl.float32)
-        key_second = key_second.to(tl.float32)
+        key_first = key_first.to(turning)
+        key_second = key_second.to(turning)
         if BY_PLACE:
             angle_at = key_place[None, :] * HALF + pair[:, None]
-            key_cos = tl.load(cos_ptr + angle_at, mask=held, other=0.0).to(tl.float32)
-            key_sin = tl.load(sin_ptr + angle_at, mask=held, other=0.0).to(tl.float32)
+            key_cos = tl.load(cos_ptr + angle_at, mask=held, other=0.0).to(turning)
+            key_sin = tl.load(sin_ptr + angle_at, mask=held, other=0.0).to(turning)
         else:
             angle_at = (place - base) * HALF + pair
             cos = tl.load(cos_ptr + angle_at, mask=turned, other=0.0).to(tl.float32)[None, :]
