@@ -159,8 +159,8 @@ def _split_kernel(
         dtype = query_ptr.dtype.element_ty
         scale_log2 *= load_scale(key_scale_ptr, kv_head, key_scale_stride)
         if query_ptr.dtype.element_ty != tl.float32:
-            # Half the instructions that float32 takes, and more exact than bfloat16. Queries of any
-            # size fit: each head's is divided by its largest element.
+            # Two numbers in an instruction, unlike float32, and more exact than bfloat16. Queries
+            # of any size fit: each head's is divided by its largest element.
             dtype = tl.float16
             turning = tl.float16
             largest = tl.maximum(
