@@ -16,9 +16,6 @@ export PYTHONUNBUFFERED := 1
 # Threads that wait by spinning slow everything down tenfold where another program is running.
 export OMP_WAIT_POLICY ?= passive
 
-# End-to-end tests of many processes, which would wait for each other.
-ALONE := tests/e2e/test_parallel.py tests/e2e/test_processes.py
-
 # What `make test-quick` runs.
 QUICK := tests/unit tests/kernels/test_kv_write.py tests/kernels/test_block_tables.py \
 	tests/e2e/test_streaming.py
@@ -63,8 +60,7 @@ test-mutations: $(SETUP) ## break the code in one place at a time: a named test 
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py $(MUTATIONS)
 
 test-e2e: $(SETUP) $(MODEL) ## end to end, real engines, two files at a time
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ALONE:%=--ignore=%) tests/e2e
-	$(BIN)/pytest $(ALONE)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/e2e
 
 test-quick: $(SETUP) $(MODEL) ## for the inner loop: unit tests, two kernels, one real model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal $(QUICK)

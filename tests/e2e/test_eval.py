@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from e2e.support import ROOT, model_folder
 from vllm_cascade import cli
+from vllm_cascade.evaluation import engine
 
 pytestmark = pytest.mark.model
 
-LENGTH, BUDGET = 500, 256
+LENGTH, BUDGET, STRIDE = 500, 256, 128
 
 
 def read(folder: Path) -> list[dict[str, str]]:
@@ -21,6 +24,15 @@ def read(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.fixture
+def vllm_is_imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines' processes are forks of one that has; test_inspect.py starts one as users do."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
+    monkeypatch.setattr(engine, "multiprocessing", SimpleNamespace(get_context=lambda _: forks))
+
+
+@pytest.mark.usefixtures("vllm_is_imported_once")
 def test_measures_two_caches_and_goes_on_where_it_stopped(tmp_path: Path, capfd) -> None:
     texts, output = tmp_path / "texts", tmp_path / "output"
     texts.mkdir()
@@ -28,7 +40,7 @@ def test_measures_two_caches_and_goes_on_where_it_stopped(tmp_path: Path, capfd)
     (texts / "code.txt").write_text((ROOT / "vllm_cascade" / "structure" / "config.py").read_text())
     command = ["eval", model_folder(), f"--output={output}", f"--texts={texts}"]
     command += ["--tasks", "passkey", "perplexity", "--fillers", "sentences", "code", "--no-chat"]
-    command += ["--caches", "full", f"blend:cache_tokens={BUDGET},stride=128"]
+    command += ["--caches", "full", f"blend:cache_tokens={BUDGET},stride={STRIDE}"]
     command += [f"--lengths={LENGTH}", "--count=1", "--perplexity-count=1"]
     command += ["--engine-args", '{"dtype": "float32", "block_size": 32}']
     assert cli.main(command) == 0
@@ -44,14 +56,14 @@ def test_measures_two_caches_and_goes_on_where_it_stopped(tmp_path: Path, capfd)
     assert full["tokens_evicted"] == "0" < blend["tokens_evicted"]
     assert int(full["kv_blocks"]) == -(-(LENGTH + 7) // 32)
     # Sinks, budget and a stride, where all is aligned; a group waits where it is not.
-    budget_blocks = (64 + BUDGET + 128) // 32
+    budget_blocks = (64 + BUDGET + STRIDE) // 32
     assert budget_blocks - 2 <= int(blend["kv_blocks"]) < int(full["kv_blocks"])
     assert 0 < float(full_code["nats"]) != float(blend_code["nats"])
     assert float(blend_code["nats"]) == pytest.approx(float(full_code["nats"]), rel=0.2)
     assert json.loads(blend["options"])["cache_tokens"] == BUDGET
     said = capfd.readouterr()
     assert "passkey, filler sentences: right answers" in said.out and "1 of 1" in said.out
-    assert "500 tokens, 3 of 3 answered" in said.err
+    assert f"{LENGTH} tokens, 3 of 3 answered" in said.err
 
     file = output / "results.csv"
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
