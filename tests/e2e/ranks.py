@@ -214,9 +214,13 @@ def _become(command: list[str], log: Path, environment: dict[str, str]) -> None:
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
     sys.stdout = sys.stderr = stream
-    for handler in logging.getLogger("vllm").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(stream)
+    for logger in (logging.getLogger(), logging.getLogger("vllm")):
+        for handler in list(logger.handlers):
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(stream)
+            else:
+                # pytest's: a line would be there more than once.
+                logger.removeHandler(handler)
     os.environ.clear()
     os.environ.update(environment)
     # vLLM's CPU platform would spawn them.
