@@ -6,7 +6,7 @@ A random model of three layers, requests of several budgets, one engine with all
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -247,36 +247,35 @@ def test_an_urgent_request_takes_the_blocks_of_others(llm: Any) -> None:
 @OTHERS
 def test_steps_of_nobody(llm: Any) -> None:
     """An engine of several that has nothing to do runs along; requests are not touched."""
+    check_interrupted(llm, lambda: core_of(llm).execute_dummy_batch(), range(100))
+
+
+@OTHERS
+def test_paused_and_resumed(llm: Any) -> None:
+    """In the middle of prefill and of decode."""
+
+    def pause() -> None:
+        core_of(llm).pause_scheduler("keep")
+        assert not llm.llm_engine.step()
+        core_of(llm).resume_scheduler()
+
+    check_interrupted(llm, pause, (2, 9))
+
+
+def check_interrupted(llm: Any, interrupt: Callable[[], None], after: Container[int]) -> None:
+    """Two requests are answered as without what happens after some of their steps."""
     expected = run(llm, PROMPT, OTHER)
     assert llm.reset_prefix_cache()
-    core = llm.llm_engine
+    core, steps = llm.llm_engine, 0
     for name, prompt in (("0", PROMPT), ("1", OTHER)):
         core.add_request(name, {"prompt_token_ids": prompt}, sampling())
     outputs: dict[str, Any] = {}
     while core.has_unfinished_requests():
         outputs.update({each.request_id: each for each in core.step()})
-        core_of(llm).execute_dummy_batch()
-    for name, wanted in enumerate(expected):
-        check_same(outputs[str(name)], wanted)
-
-
-@OTHERS
-def test_paused_and_resumed(llm: Any) -> None:
-    """What has been computed when scheduling stops is neither computed again nor lost."""
-    expected = run(llm, PROMPT, OTHER)
-    assert llm.reset_prefix_cache()
-    core = llm.llm_engine
-    for name, prompt in (("0", PROMPT), ("1", OTHER)):
-        core.add_request(name, {"prompt_token_ids": prompt}, sampling())
-    outputs: dict[str, Any] = {}
-    for number in range(100):
-        if number in (2, 9):
-            core_of(llm).pause_scheduler("keep")
-            assert not core.step()
-            core_of(llm).resume_scheduler()
-        outputs.update({each.request_id: each for each in core.step()})
-        if not core.has_unfinished_requests():
-            break
+        steps += 1
+        if steps in after:
+            interrupt()
+    assert steps > 9
     for name, wanted in enumerate(expected):
         check_same(outputs[str(name)], wanted)
 
