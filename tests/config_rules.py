@@ -16,9 +16,23 @@ def rules_hold(
     decay: float,
     positions: int,
     share: float,
+    structure: str = "fixed",
 ) -> bool:
     """The design's list of valid configurations, written down a second time."""
     group = max(window, 2 * block)
+    if structure == "elastic":
+        unit = group // 2
+        room, newest, steps = cache // unit, int(cache * share) // unit, stride // unit
+        return (
+            room - newest >= max(2, steps)
+            and sinks % block == 0
+            and share <= 1
+            and window >= 2
+            and window & (window - 1) == 0
+            and stride >= 1
+            and stride % group == 0
+            and sinks + max(room, newest + steps + number) * unit + stride <= positions
+        )
     sizes = sub_caches(cache, number, block, share)
     return (
         sizes[-1] >= block
@@ -50,3 +64,11 @@ def smallest_number(cache: int, sinks: int, block: int, longest: int, share: flo
         if sinks + sizes[0] + sizes[-1] * (2**number - 2) >= longest:
             return number
     return None
+
+
+def levels(longest: int, block: int, window: int) -> int:
+    """The most levels of a request of `longest` tokens: a unit of the last one has half of it."""
+    unit, number = max(window // 2, block), 2
+    while unit << number <= longest:
+        number += 1
+    return number

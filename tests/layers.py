@@ -269,7 +269,13 @@ POLICIES = [
         "key_weight": 0.5,
         "value_weight": 0.25,
     },
-    {"policy": "distinct", "selection_window": 16, "key_weight": 0},
+    {
+        "policy": "distinct",
+        "selection_window": 16,
+        "key_weight": 0,
+        "structure": "elastic",
+        "num_sub_caches": "auto",
+    },
     {"policy": "paper", "selection_window": 16, "score_decay": 0.999},
     {"policy": "window", "num_sub_caches": 1},
 ]

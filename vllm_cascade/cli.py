@@ -14,6 +14,7 @@ from typing import Any
 from vllm_cascade.commands.arguments import positive, positive_int, tokens
 from vllm_cascade.evaluation.command import add_commands
 from vllm_cascade.inspection.command import add_command
+from vllm_cascade.structure.config import ELASTIC, FIXED
 from vllm_cascade.structure.options import PRESETS, CascadeOptions
 
 INVALID = 2  # argparse's own exit code for a bad command line
@@ -27,6 +28,7 @@ def _whole_or_auto(text: str) -> int | str:
 READERS: dict[str, dict[str, Any]] = {
     "cache_tokens": {"type": tokens, "metavar": "TOKENS"},
     "policy": {"choices": tuple(PRESETS)},
+    "structure": {"choices": (FIXED, ELASTIC)},
     "num_sub_caches": {"type": _whole_or_auto, "metavar": "NUMBER|auto"},
     "score_weight": {"type": float},
     "key_weight": {"type": float},

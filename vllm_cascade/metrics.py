@@ -57,7 +57,7 @@ class CascadeStatLogger(AggregateStatLoggerBase):
         CascadeStatLogger._registered = ()
         budget = _gauge("budget_tokens", "Budget of the sub-caches in tokens, sinks not counted")
         reach = _gauge(
-            "reach_tokens", "Tokens spanned, newest to oldest, where each sub-cache is just full"
+            "reach_tokens", "Tokens of text spanned, where each fixed sub-cache is just full"
         )
         blocks = _gauge("max_blocks_per_request", "Most KV blocks a request holds in a layer")
         self._past_budget = _counter(

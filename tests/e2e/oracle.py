@@ -21,6 +21,8 @@ REACH_OPTIONS = {
     "selection_window": 64,
     "trace_tokens": True,
 }
+# Of fixed sub-caches with these options.
+REACH = 544
 
 
 def check_four_times_past_reach(
@@ -42,7 +44,7 @@ def check_four_times_past_reach(
         max_num_batched_tokens=500,
     ) as llm:
         log = KeptLog(llm)
-        prompt = tokens_of(4 * log.config.reach + 40)
+        prompt = tokens_of(4 * REACH + 40)
         with log.recording(), poisoned(llm):
             output = llm.generate(
                 {"prompt_token_ids": prompt},

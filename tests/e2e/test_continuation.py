@@ -13,9 +13,9 @@ import torch
 from vllm import SamplingParams
 
 from e2e.support import KeptLog, cascade_manager_of, core_of, engine
-from e2e.tiny import CASCADE, prompt_without_ties, random_prompt, save_llama
+from e2e.tiny import ELASTIC, prompt_without_ties, random_prompt, save_llama
 
-TRACED = CASCADE | {"trace_tokens": True}
+TRACED = ELASTIC | {"trace_tokens": True}
 # No token twice, in answers either: which of two equal keys is kept is a matter of rounding.
 SAMPLING = SamplingParams(
     temperature=0,

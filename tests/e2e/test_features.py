@@ -17,7 +17,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from e2e.support import cascade_manager_of, core_of, engine, model_folder
-from e2e.tiny import CASCADE, prompt_without_ties, save_llama
+from e2e.tiny import ELASTIC, prompt_without_ties, save_llama
 
 # Untied, and no token twice: which of two equal keys is kept is a matter of rounding.
 MODEL = {"vocab_size": 2048, "tie_word_embeddings": False}
@@ -32,7 +32,7 @@ def start(model: str, **options: Any) -> Any:
     options = {"max_num_batched_tokens": 256, "max_num_seqs": 6, **options}
     # Beam search asks a tokenizer, of whatever model, for the end of a text.
     options = {"tokenizer": model_folder(), **options}
-    return engine(CASCADE, model, block_size=16, max_model_len=2048, **options)
+    return engine(ELASTIC, model, block_size=16, max_model_len=2048, **options)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from vllm_cascade.structure.layout import build_layout
 
 pytestmark = pytest.mark.model
 
-BUDGET = {"cache_tokens": 1024, "num_sub_caches": 4, "stride": 256}
+BUDGET = {"cache_tokens": 1024, "stride": 256}
 MAX_MODEL_LEN = 20_000  # SmolLM2 has 8,192 positions
 
 GENERATE = """

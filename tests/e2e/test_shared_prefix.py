@@ -15,12 +15,12 @@ from vllm import SamplingParams
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
 from e2e.support import cascade_manager_of, core_of, engine
-from e2e.tiny import CASCADE, prompt_without_ties, save_llama
+from e2e.tiny import ELASTIC, prompt_without_ties, save_llama
 
 MODEL = {"vocab_size": 2048, "tie_word_embeddings": False, "head_dim": 32}
 BLOCK = 32
 # Multiples of this block, which vLLM's own attention takes too; nothing moves up to here.
-OPTIONS = CASCADE | {"num_sink_tokens": 32, "cache_tokens": 256}
+OPTIONS = ELASTIC | {"num_sink_tokens": 32, "cache_tokens": 256}
 UNMOVED = 351
 LONG_CHUNK = 128
 # No token twice: which of two equal keys is kept is a matter of rounding.

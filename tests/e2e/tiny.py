@@ -21,6 +21,8 @@ CASCADE = {
     "stride": 64,
     "selection_window": 64,
 }
+# The same budget in levels.
+ELASTIC = CASCADE | {"structure": "elastic", "num_sub_caches": "auto"}
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -61,10 +63,15 @@ def by_policy(policy: str, cascade: dict[str, Any]) -> dict[str, Any]:
     """A cascade's options by another policy.
 
     Args:
-        policy: Its name; `paper` compares pairs and has the window that it presets.
+        policy: Its name; `paper` compares pairs and has the window that it presets, `distinct`
+            has levels.
         cascade: The options, with a window that their stride allows.
     """
-    return {**cascade, "policy": policy} | ({"selection_window": None} if policy == "paper" else {})
+    own: dict[str, dict[str, Any]] = {
+        "paper": {"selection_window": None},
+        "distinct": {"structure": "elastic", "num_sub_caches": "auto"},
+    }
+    return {**cascade, "policy": policy} | own.get(policy, {})
 
 
 def save_llama(folder: Path, seed: int = 0, **changes: Any) -> str:

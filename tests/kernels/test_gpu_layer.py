@@ -35,7 +35,8 @@ CASES = [
 @pytest.mark.parametrize(("options", "longest_cut"), CASES)
 def test_layer_equals_oracle(options: dict, longest_cut: int) -> None:
     is_small = options != POLICIES[1]
-    small = {"cache_tokens": 64, "num_sub_caches": 2} if is_small else {}
+    cache_tokens = 96 if "structure" in options else 64
+    small = {"cache_tokens": cache_tokens, "num_sub_caches": 2} if is_small else {}
     config = config_of(500, **(small | options))
     lengths = [300, 31, 200] if small else [500, 31, 390]
     outputs, kept, (q, k, v) = play(

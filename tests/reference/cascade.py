@@ -32,11 +32,13 @@ class CascadeParameters:
     score_power: float = 1.0
     score_reduction: str = "max"
     score_decay: float = 0.9999999
+    structure: str = "fixed"
 
     @classmethod
     def like(cls, config: object) -> CascadeParameters:
         """Copy the fields of the same names from any object."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+        names = [field.name for field in fields(cls) if hasattr(config, field.name)]
+        return cls(**{name: getattr(config, name) for name in names})
 
     @property
     def sub_cache_tokens(self) -> list[int]:
@@ -61,7 +63,7 @@ class CascadeParameters:
 
     @property
     def max_tokens_held(self) -> int:
-        """The bound on memory, a stride's own tokens included."""
+        """The bound on memory of fixed sub-caches, a stride's own tokens included."""
         waiting = (self.num_sub_caches - 1) * (self.group_tokens - self.block_size)
         return self.num_sink_tokens + sum(self.sub_cache_tokens) + self.stride + waiting
 
@@ -94,7 +96,8 @@ class Cascade:
     Attributes:
         sinks: int64 [num_kv_heads, up to F].
         sub_caches: N times int64 [num_kv_heads, tokens], oldest first; number 0 is the newest.
-            While nothing has been dropped, sub-cache 0 holds everything.
+            While nothing has been dropped, sub-cache 0 holds everything. Of an elastic structure
+            they are the levels, number 0 the lowest.
     """
 
     def __init__(self, parameters: CascadeParameters, num_kv_heads: int) -> None:
@@ -123,6 +126,9 @@ class Cascade:
             return
         caches, sizes = self.sub_caches, self.parameters.sub_cache_tokens
         caches[0] = torch.cat((caches[0], new), dim=1)
+        if self.parameters.structure == "elastic":
+            self._thin(choice)
+            return
         if self.filling:
             if caches[0].shape[1] <= sum(sizes):
                 return
@@ -134,6 +140,33 @@ class Cascade:
         while last >= sizes[-1] + block:
             last -= block
         caches[-1] = caches[-1][:, caches[-1].shape[1] - last :]
+
+    def _thin(self, choice: Choice) -> None:
+        """While more than the budget is held, merge pairs of units, the lowest level first.
+
+        A unit is half a group. What a merge makes does not merge again at the same boundary; the
+        newest tokens of level 0 stay as they are.
+        """
+        parameters, unit = self.parameters, self.parameters.group_tokens // 2
+        heads = self.sinks.shape[0]
+        newest = int(parameters.newest_share * parameters.cache_tokens) // unit * unit
+        held = sum(level.shape[1] for level in self.sub_caches)
+        over = held // unit - parameters.cache_tokens // unit
+        made = self.sinks[:, :0]
+        for level in range(len(self.sub_caches)):
+            tokens = self.sub_caches[level]
+            free = tokens.shape[1] - (newest if level == 0 else 0)
+            merging = max(0, min(over, free // (2 * unit)))
+            over -= merging
+            leaving = tokens[:, : merging * 2 * unit]
+            windows = leaving.unflatten(1, (-1, parameters.selection_window))
+            kept = made
+            if merging:
+                made = windows[choice(level, windows)].view(heads, -1)
+            else:
+                made = leaving
+            self.sub_caches[level] = torch.cat((tokens[:, leaving.shape[1] :], kept), dim=1)
+        assert not made.shape[1], "the highest level has no pair"
 
     def _share_out(self) -> None:
         """Give each later sub-cache its share of the oldest tokens; number 0 has the rest."""

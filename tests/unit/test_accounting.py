@@ -21,6 +21,8 @@ from vllm_cascade.structure.resolve import resolve
 
 CONFIGS = [
     {},
+    {"cache_tokens": 512, "stride": 64, "selection_window": 16},
+    {"cache_tokens": 250, "stride": 128, "selection_window": 64, "newest_share": 0.3},
     {"policy": "paper", "num_sub_caches": 4, "cache_tokens": 256},
     {"policy": "paper", "num_sub_caches": 3, "cache_tokens": 208, "stride": 32},
     {"policy": "window", "cache_tokens": 128, "stride": 96},

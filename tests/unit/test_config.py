@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from config_rules import rules_hold, smallest_number
+from config_rules import levels, rules_hold, smallest_number
 from vllm_cascade.structure.config import CascadeConfig, ConfigError, Model
 from vllm_cascade.structure.options import NO_EFFECT, PRESETS, WEIGHTS, CascadeOptions
 from vllm_cascade.structure.resolve import resolve
@@ -45,11 +45,13 @@ def refusal(options: dict[str, Any], **model: int) -> ConfigError:
 
 def amended(options: dict[str, Any], error: ConfigError) -> dict[str, Any]:
     """`options` with what the message of `error` offers."""
-    offer = re.search(r"Nearest: ([^\s;]+)(?:; and leave out ([^;]+))?(?:; or|$)", str(error))
+    offer = re.search(
+        r"(?:Nearest: ([^\s;]+)|Leave it out)(?:; and leave out ([^;]+))?(?:; or|$)", str(error)
+    )
     assert offer, str(error)
-    dropped = (offer[2] or "").split(", ")
+    dropped = [error.field, *(offer[2] or "").split(", ")]
     kept = {name: value for name, value in options.items() if name not in dropped}
-    return kept | {error.field: json.loads(offer[1])}
+    return kept | ({error.field: json.loads(offer[1])} if offer[1] else {})
 
 
 def with_effect(options: dict[str, Any]) -> dict[str, Any]:
@@ -68,27 +70,27 @@ def with_effect(options: dict[str, Any]) -> dict[str, Any]:
     [
         (
             {"block_size": 16, "max_model_len": 8192, "position_limit": 8192},
-            {"cache_tokens": 7760, "num_sub_caches": 2, "num_sink_tokens": 64, "stride": 256},
+            {"cache_tokens": 7872, "num_sub_caches": 8, "num_sink_tokens": 64, "stride": 256},
         ),
         (
             {"block_size": 128, "max_model_len": 8192, "position_limit": 8192},
-            {"cache_tokens": 7680, "num_sub_caches": 2, "num_sink_tokens": 128, "stride": 256},
+            {"cache_tokens": 7808, "num_sub_caches": 7, "num_sink_tokens": 128, "stride": 256},
         ),
         (
             {"block_size": 16, "max_model_len": 131_072, "position_limit": 131_072},
-            {"cache_tokens": 16_384, "num_sub_caches": 6, "num_sink_tokens": 64, "stride": 1024},
+            {"cache_tokens": 16_384, "num_sub_caches": 12, "num_sink_tokens": 64, "stride": 1024},
         ),
         (
             {"block_size": 16, "max_model_len": 1_048_576, "position_limit": 131_072},
-            {"cache_tokens": 16_384, "num_sub_caches": 10, "num_sink_tokens": 64, "stride": 1024},
+            {"cache_tokens": 16_384, "num_sub_caches": 15, "num_sink_tokens": 64, "stride": 1024},
         ),
         (
             {"block_size": 128, "max_model_len": 1_048_576, "position_limit": 8192},
-            {"cache_tokens": 6400, "num_sub_caches": 12, "num_sink_tokens": 128, "stride": 256},
+            {"cache_tokens": 7808, "num_sub_caches": 14, "num_sink_tokens": 128, "stride": 256},
         ),
         (
             {"block_size": 128, "max_model_len": 2048, "position_limit": 2048},
-            {"cache_tokens": 1536, "num_sub_caches": 2, "num_sink_tokens": 128, "stride": 256},
+            {"cache_tokens": 1664, "num_sub_caches": 5, "num_sink_tokens": 128, "stride": 256},
         ),
     ],
 )
@@ -97,7 +99,8 @@ def test_defaults(model: dict[str, int], expected: dict[str, int]) -> None:
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.reach >= config.max_model_len == model["max_model_len"]
     assert config.max_places <= model["position_limit"]
-    assert config.policy == "distinct"
+    assert (config.policy, config.structure) == ("distinct", "elastic")
+    assert config.stays_in_budget
     assert (config.score_weight, config.key_weight, config.value_weight) == (0, 1, 1)
     assert config.selection_window == 128
     assert config.block_size == model["block_size"]
@@ -131,7 +134,11 @@ def test_defaults_are_the_largest_that_work(
     sinks = options.get("num_sink_tokens", -(-64 // block) * block)
     window = options.get("selection_window", PRESETS[policy]["selection_window"])
     group = max(window, 2 * block)
-    budgets = [options["cache_tokens"]] if "cache_tokens" in options else range(16_384, 0, -block)
+    structure = options.get("structure", PRESETS[policy]["structure"])
+    if "num_sub_caches" in options:
+        structure = "fixed"
+    step = group // 2 if structure == "elastic" else block
+    budgets = [options["cache_tokens"]] if "cache_tokens" in options else range(16_384, 0, -step)
     strides = (
         [options["stride"]] if "stride" in options else range(1024 // group * group, 0, -group)
     )
@@ -143,13 +150,19 @@ def test_defaults_are_the_largest_that_work(
         for cache in budgets:
             number = 1 if policy == "window" else options.get("num_sub_caches")
             number = number or smallest_number(cache, sinks, block, longest, share)
+            if structure == "elastic":
+                number = levels(longest, block, window)
+            most = cache / 4 if structure == "elastic" and "stride" not in options else math.inf
+            fit: list[tuple[int, int, int]] = []
             for stride in [s for s in strides if s >= floor] if number else ():
                 if rules_hold(
                     block=block, sinks=sinks, cache=cache, number=number, stride=stride,
                     window=window, decay=options.get("score_decay", 0.9999999),
-                    positions=positions, share=share,
+                    positions=positions, share=share, structure=structure,
                 ):  # fmt: skip
-                    return cache, number, stride
+                    fit.append((cache, number, stride))
+            if fit:  # a quarter of the budget at most, if one of them is
+                return next((found for found in fit if found[2] <= most), fit[-1])
         return None
 
     model = {"block_size": block, "max_model_len": longest, "position_limit": positions}
@@ -170,7 +183,7 @@ def test_a_group_larger_than_the_default_stride_sets_the_stride() -> None:
 
 
 def test_auto_is_the_smallest_number_whose_reach_covers_the_longest_request() -> None:
-    given = {"cache_tokens": 2048, "stride": 256}
+    given = {"cache_tokens": 2048, "stride": 256, "structure": "fixed"}
     config = settle(given | {"num_sub_caches": "auto"}, max_model_len=32_768)
     assert config == settle(given, max_model_len=32_768)
     assert config.reach >= 32_768
@@ -220,6 +233,7 @@ def test_every_option_reaches_the_configuration() -> None:
     given = {
         "policy": "paper",
         "cache_tokens": 1000,
+        "structure": "fixed",
         "num_sub_caches": 3,
         "newest_share": 0.45,
         "num_sink_tokens": 32,
@@ -285,7 +299,7 @@ def test_a_window_never_chooses() -> None:
 )  # fmt: skip
 def test_a_summary_tells_what_decides(options: dict[str, Any], told: list[str]) -> None:
     summary = settle(options, max_model_len=100_000).summary()
-    knobs = {*PRESETS["blend"]} - {"newest_share"}
+    knobs = {*PRESETS["blend"]} - {"newest_share", "structure"}
     assert {name for name in knobs if f"{name}=" in summary} == set(told)
 
 
@@ -415,16 +429,18 @@ def test_any_refusal_blames_what_was_set_and_offers_what_works(
 
 
 def test_options_for_smaller_blocks_may_be_kept() -> None:
-    error = refusal({"cache_tokens": 1024}, block_size=128, max_model_len=20_000)
+    options = {"cache_tokens": 1024, "structure": "fixed"}
+    error = refusal(options, block_size=128, max_model_len=20_000)
     assert str(error).endswith(
         "Nearest: 1152; or keep what was given and start vLLM with --block-size 64"
     )
-    settle({"cache_tokens": 1024}, block_size=64, max_model_len=20_000)
+    settle(options, block_size=64, max_model_len=20_000)
     assert "block-size" not in str(refusal({"cache_tokens": 63}, block_size=16))
 
 
 # Values of every option that some policy takes, and that none takes.
 RIGHT: dict[str, st.SearchStrategy[Any]] = {
+    "structure": st.sampled_from(["fixed", "elastic"]),
     "num_sub_caches": st.sampled_from(["auto", 1, 2, 4]),
     "newest_share": st.sampled_from([0.0, 0.25, 0.5]),
     "selection_window": st.sampled_from([2, 64, 128]),
@@ -555,12 +571,12 @@ def test_several_culprits_are_all_named() -> None:
 @pytest.mark.parametrize(
     ("model", "fix"),
     [
-        ({"block_size": 128, "max_model_len": 512, "position_limit": 512}, "block_size"),
+        ({"block_size": 128, "max_model_len": 1024, "position_limit": 1024}, "block_size"),
         ({"block_size": 4096}, "block_size"),
         ({"block_size": 65_536}, "block_size"),
         ({"block_size": 96}, "block_size"),
         ({"block_size": 0}, "block_size"),
-        ({"max_model_len": 512, "position_limit": 256}, "max_model_len"),
+        ({"max_model_len": 1 << 20, "position_limit": 512}, "max_model_len"),
     ],
 )
 def test_a_model_that_no_options_fit_says_what_flag_would_help(
@@ -630,6 +646,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "score_power": (2, 0),
     "score_reduction": ("mean", "sum"),
     "score_decay": (0.9999, 2),
+    "structure": ("elastic", "loose"),
 }
 WHY = {
     "distinct": 'policy "distinct" does not look at attention scores',
@@ -665,7 +682,7 @@ def test_a_policy_refuses_options_without_effect(policy: str, name: str, which: 
 
 
 @pytest.mark.parametrize("policy", ["distinct", "blend", "paper"])
-@pytest.mark.parametrize("name", [name for name in VALUES if name != "num_sub_caches"])
+@pytest.mark.parametrize("name", sorted(VALUES.keys() - {"num_sub_caches", "structure"}))
 def test_one_sub_cache_refuses_options_without_effect(policy: str, name: str) -> None:
     value = VALUES[name][0]
     error = refusal({"policy": policy, "num_sub_caches": 1, name: value})

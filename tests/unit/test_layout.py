@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from reference.blocks import Boundary, block_moves
+from reference.blocks import Boundary, block_moves, elastic_moves
 from reference.paper import token_by_token
 from vllm_cascade.structure.config import CascadeConfig, broken_rule
 from vllm_cascade.structure.layout import Layout, _most_ones, build_layout
@@ -42,6 +43,8 @@ def configuration(
     window: int,
     total: int,
     more: int = 0,
+    structure: str = "fixed",
+    newest_share: float | None = None,
 ) -> CascadeConfig:
     """A configuration from its structure, `size` being an older sub-cache's tokens.
 
@@ -53,7 +56,11 @@ def configuration(
         block_size=block,
         cache_tokens=budget,
         num_sub_caches=number,
-        newest_share=min(1.0, (size + more + block / 2) / budget),  # safely rounded to blocks
+        newest_share=(
+            min(1.0, (size + more + block / 2) / budget)  # safely rounded to blocks
+            if newest_share is None
+            else newest_share
+        ),
         num_sink_tokens=sinks,
         stride=stride,
         selection_window=window,
@@ -65,6 +72,7 @@ def configuration(
         score_decay=0.9999999,
         trace_tokens=False,
         max_model_len=total,
+        structure=structure,
     )
 
 
@@ -131,6 +139,56 @@ def aligned_configurations(draw: st.DrawFn) -> CascadeConfig:
     )
 
 
+def elastic(
+    *, block: int, sinks: int, budget: int, share: float, stride: int, window: int, total: int
+) -> CascadeConfig:
+    """An elastic configuration with as many levels as its longest request can come to."""
+    levels = max(2, (total // max(window // 2, block)).bit_length())
+    config = configuration(
+        block=block,
+        sinks=sinks,
+        size=budget,
+        number=1,
+        stride=stride,
+        window=window,
+        total=total,
+        structure="elastic",
+        newest_share=share,
+    )
+    return replace(config, num_sub_caches=levels)
+
+
+@st.composite
+def elastic_configurations(draw: st.DrawFn) -> CascadeConfig:
+    """Any valid elastic one; in some more than the budget waits at times."""
+    block, window = draw(powers(1, 64)), draw(powers(2, 128))
+    unit = max(window // 2, block)
+    stride = 2 * unit * draw(st.integers(1, 5))
+    room = stride // unit + draw(st.integers(0, 24))
+    newest = draw(st.integers(0, 12))
+    budget = (newest + room) * unit
+    strides = draw(st.one_of(st.integers(-2, 12), st.integers(20, 120)))
+    filled = budget // stride * stride
+    config = elastic(
+        block=block,
+        sinks=block * draw(st.integers(0, 4)),
+        budget=budget + draw(st.integers(0, unit - 1)),
+        share=min(1.0, (newest + 0.25) * unit / (budget + unit - 1)),
+        stride=stride,
+        window=window,
+        total=max(1, min(filled + strides * stride, 60_000) + draw(st.integers(0, stride))),
+    )
+    assert broken_rule(config, config.max_places) is None
+    return config
+
+
+def every_structure() -> st.SearchStrategy[CascadeConfig]:
+    return st.one_of(configurations(), elastic_configurations())
+
+
+# With the budget kept at every boundary, and with more held at some.
+KEEPS = elastic(block=16, sinks=64, budget=1024, share=0.25, stride=128, window=64, total=60_000)
+WAITS = elastic(block=16, sinks=16, budget=256, share=0.25, stride=128, window=64, total=30_011)
 # Well past the reach, with the smallest groups and with groups that often wait.
 LONG = configuration(block=16, sinks=64, size=128, number=8, stride=128, window=2, total=100_000)
 UNALIGNED = configuration(
@@ -159,6 +217,17 @@ class Draws:
 
 def simulate(config: CascadeConfig, draws: Draws) -> Iterator[Boundary]:
     """Run the list simulation on `config`."""
+    if config.is_elastic:
+        return elastic_moves(
+            config.max_model_len,
+            config.num_sink_tokens,
+            config.block_size,
+            config.cache_tokens,
+            config.newest_share,
+            config.stride,
+            config.selection_window,
+            draws.choose,
+        )
     return block_moves(
         config.max_model_len,
         config.num_sink_tokens,
@@ -214,7 +283,7 @@ class Request:
         self.pages[np.setdiff1d(np.arange(self.layout.max_blocks), prefix)] = STALE
 
 
-@given(configurations())
+@given(every_structure())
 @quick
 def test_no_row_entry_is_used_twice(config: CascadeConfig) -> None:
     for epoch in build_layout(config).epochs:
@@ -222,11 +291,11 @@ def test_no_row_entry_is_used_twice(config: CascadeConfig) -> None:
         assert epoch.table.min() >= 0
 
 
-@given(configurations())
+@given(every_structure())
 @quick
 def test_epochs_follow_each_other_on_the_stride_grid(config: CascadeConfig) -> None:
     layout = build_layout(config)
-    full = sum(config.sub_cache_tokens)
+    full = config.total_tokens - config.num_sink_tokens
     expected, end = [0], config.num_sink_tokens
     while end - config.num_sink_tokens <= full:
         end += config.stride
@@ -235,7 +304,7 @@ def test_epochs_follow_each_other_on_the_stride_grid(config: CascadeConfig) -> N
     assert [epoch.end for epoch in layout.epochs] == [*expected[1:], config.max_model_len]
 
 
-@given(configurations())
+@given(every_structure())
 @quick
 def test_every_place_is_filled(config: CascadeConfig) -> None:
     block = config.block_size
@@ -247,7 +316,7 @@ def test_every_place_is_filled(config: CascadeConfig) -> None:
         assert len(epoch.table) == -(-places // block)
 
 
-@given(configurations())
+@given(every_structure())
 @quick
 def test_need_grows_to_the_most_blocks_and_no_further(config: CascadeConfig) -> None:
     layout = build_layout(config)
@@ -260,7 +329,7 @@ def test_need_grows_to_the_most_blocks_and_no_further(config: CascadeConfig) -> 
     assert layout.max_groups >= max(len(epoch.groups) for epoch in layout.epochs)
 
 
-@given(configurations())
+@given(every_structure())
 @quick
 def test_only_allocated_blocks_are_touched(config: CascadeConfig) -> None:
     layout = build_layout(config)
@@ -284,6 +353,33 @@ def test_memory_stays_under_the_bound(config: CascadeConfig) -> None:
         assert epoch.place(epoch.end - 1) < config.max_places
 
 
+@given(elastic_configurations())
+@quick
+def test_levels_stay_under_the_bound(config: CascadeConfig) -> None:
+    layout, unit = build_layout(config), max(config.selection_window // 2, config.block_size)
+    room, newest = config.cache_tokens // unit, int(config.cache_tokens * config.newest_share) // unit
+    waiting = newest + config.stride // unit + config.num_sub_caches
+    bound = config.num_sink_tokens + unit * max(room, waiting) + config.stride
+    assert layout.max_blocks * config.block_size <= bound == config.max_places
+    held = [sum(epoch.sub_caches) // unit for epoch in layout.epochs[1:]]
+    assert all(number >= room for number in held)
+    if waiting <= room:
+        assert config.stays_in_budget
+        assert all(number == room for number in held)
+
+
+@given(elastic_configurations())
+@quick
+def test_nothing_is_out_of_reach(config: CascadeConfig) -> None:
+    """Density is even: no level but the lowest few has units while a lower one has many."""
+    layout, unit = build_layout(config), max(config.selection_window // 2, config.block_size)
+    for epoch in layout.epochs[1:]:
+        text = sum(tokens << level for level, tokens in enumerate(epoch.sub_caches))
+        assert text == epoch.start - config.num_sink_tokens, "a stretch of text has no survivors"
+        assert all(tokens % unit == 0 for tokens in epoch.sub_caches)
+        assert epoch.sub_caches[0] >= config.newest_units * unit
+
+
 @given(aligned_configurations())
 @quick
 def test_aligned_sizes_hold_budget_and_stride_only(config: CascadeConfig) -> None:
@@ -291,7 +387,7 @@ def test_aligned_sizes_hold_budget_and_stride_only(config: CascadeConfig) -> Non
     assert build_layout(config).max_blocks <= bound // config.block_size
 
 
-@given(configurations(), st.integers(0, 2**32))
+@given(every_structure(), st.integers(0, 2**32))
 @quick
 def test_segments_cover_a_range_however_it_is_cut(config: CascadeConfig, seed: int) -> None:
     layout, total = build_layout(config), config.max_model_len
@@ -326,7 +422,7 @@ def test_segments_refuse_what_is_no_range_of_a_request(start: int, end: int) -> 
         build_layout(config).segments(start, end)
 
 
-@given(configurations())
+@given(every_structure())
 @quick
 def test_boundaries_before_counts_grid_points(config: CascadeConfig) -> None:
     layout, passed = build_layout(config), 0
@@ -372,9 +468,11 @@ def test_groups_leave_the_right_sub_caches_in_order(config: CascadeConfig) -> No
     assert len(layout.epochs[-1].groups) == 0
 
 
-@given(configurations(), st.integers(0, 2**32))
+@given(every_structure(), st.integers(0, 2**32))
 @example(LONG, 0)
 @example(UNALIGNED, 1)
+@example(KEEPS, 2)
+@example(WAITS, 3)
 @quick
 def test_content_is_that_of_the_list_simulation(config: CascadeConfig, seed: int) -> None:
     layout, draws = build_layout(config), Draws(seed, config.max_model_len)
@@ -446,7 +544,7 @@ def test_a_small_cascade_by_hand() -> None:
 def test_a_million_tokens_take_a_budget_of_blocks_and_a_few_megabytes_of_tables() -> None:
     config = resolve(CascadeOptions(), block_size=16, max_model_len=2**20, position_limit=131_072)
     layout = build_layout(config)
-    assert layout.max_blocks == layout.need(2**20) <= config.max_places // 16
+    assert layout.max_blocks == layout.need(2**20) == config.max_places // 16
     assert sum(epoch.table.nbytes for epoch in layout.epochs) < 6e6
     assert layout.epochs[-1].end == 2**20
 

@@ -180,10 +180,11 @@ def test_only_what_has_an_effect_is_shown(model, options, shown, included):
     given = rows["configuration"].split()
     assert set(shown) <= set(given)
     names = {word.partition("=")[0] for word in given}
-    assert {"policy", "cache_tokens", "num_sub_caches", "num_sink_tokens", "stride"} <= names
+    assert {"policy", "cache_tokens", "num_sink_tokens", "stride"} <= names
+    assert ("num_sub_caches" in names) != plan.config.is_elastic
     for name in names & set(CascadeOptions.__dataclass_fields__):
         CascadeOptions.parse(options | {name: getattr(plan.config, name)})
-    for name in set(CascadeOptions.__dataclass_fields__) - names:
+    for name in set(CascadeOptions.__dataclass_fields__) - names - {"num_sub_caches"}:
         with pytest.raises(ConfigError, match="no effect"):
             CascadeOptions.parse(options | {name: getattr(plan.config, name)})
     assert rows["memory"].endswith(f"in all {LAYERS}{included}")
@@ -195,6 +196,7 @@ def test_every_option_has_a_flag(model, capsys):
     flags = {
         "policy": "paper",
         "cache_tokens": 512,
+        "structure": "fixed",
         "num_sub_caches": 2,
         "num_sink_tokens": 32,
         "stride": 64,

@@ -156,11 +156,13 @@ def effective(config: CascadeConfig) -> dict[str, Any]:
     """List the options of `config` by name, without those that have no effect in it."""
     without = set(NO_EFFECT[config.policy])
     if config.num_sub_caches == 1:
-        without |= set(NO_EFFECT["window"])
+        without |= set(NO_EFFECT["window"]) - {"structure"}
     elif not config.score_weight:
         without |= set(SCORE_KNOBS)
     # A user wants to see the number of sub-caches, whoever chose it.
     without.discard("num_sub_caches")
+    if config.is_elastic:
+        without.add("num_sub_caches")
     return {name: value for name, value in asdict(config).items() if name not in without}
 
 

@@ -50,7 +50,7 @@ def add_command(commands: Any) -> None:
         "--max-model-len",
         type=tokens,
         metavar="TOKENS",
-        help='what num_sub_caches "auto" reaches back; just long enough unless given',
+        help="the longest request; just long enough unless given",
     )
     command.add_argument(
         "--chat", action="store_true", help="put the prompt in the model's chat template"

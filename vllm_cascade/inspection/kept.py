@@ -147,11 +147,14 @@ class Kept:
     def as_text(self) -> str:
         """Sum up what was kept in a few lines, for a reader."""
         total, config = len(self.token_ids), self.config
+        caches = f"{config.num_sub_caches} sub-cache{'s' * (config.num_sub_caches > 1)}"
+        if config.is_elastic:
+            caches = f"{sum(part.startswith('level') for part in self.parts)} levels"
         lines = [
             f"{total:,} tokens computed, {self.num_prompt_tokens:,} of them the prompt's; "
             f"answer: {self.answer!r}",
-            f"{config.policy}: {config.cache_tokens:,} tokens in {config.num_sub_caches} "
-            f"sub-cache{'s' * (config.num_sub_caches > 1)}, {config.num_sink_tokens} sinks, "
+            f"{config.policy}: {config.cache_tokens:,} tokens in {caches}, "
+            f"{config.num_sink_tokens} sinks, "
             f"stride {config.stride:,}, reach {config.reach:,} tokens",
             f"each of {self.num_heads} layer and KV head pairs kept {self.num_kept:,} tokens "
             f"({self.num_kept / total:.1%}); all of them kept "

@@ -7,6 +7,7 @@ form: nobody has to walk through a finished request's epochs to count them.
 from __future__ import annotations
 
 from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.structure.levels import held_units
 
 SMALLEST_BUCKET = 64
 
@@ -54,14 +55,14 @@ def boundaries_run(config: CascadeConfig, num_tokens: int) -> int:
         which the cache is still filling.
     """
     last = min(num_tokens, config.max_model_len - 1)
-    return max(0, (last - _first_boundary(config)) // config.stride + 1)
+    return max(0, (last - config.first_boundary) // config.stride + 1)
 
 
 def tokens_evicted(config: CascadeConfig, num_tokens: int) -> int:
     """Count the tokens that a request has computed but no longer holds.
 
-    Half of each group that leaves a sub-cache is evicted. What leaves the last sub-cache is
-    evicted whole.
+    Half of each group that leaves a sub-cache or level is evicted. What leaves the last of fixed
+    sub-caches is evicted whole.
 
     Args:
         config: A valid configuration.
@@ -73,7 +74,10 @@ def tokens_evicted(config: CascadeConfig, num_tokens: int) -> int:
     boundaries = boundaries_run(config, num_tokens)
     if not boundaries:
         return 0
-    end = _first_boundary(config) + (boundaries - 1) * config.stride
+    end = config.first_boundary + (boundaries - 1) * config.stride
+    if config.is_elastic:
+        held = held_units(config, boundaries) * config.unit_tokens
+        return end - config.num_sink_tokens - held
     overfull = end - kept_whole(config)
     if config.num_sub_caches == 1:
         return overfull
@@ -126,8 +130,3 @@ def startup_line(
         f"request and layer, {max_blocks * page_size_bytes * num_layers} bytes per request in all "
         f"{num_layers} CASCADE layers of a rank"
     )
-
-
-def _first_boundary(config: CascadeConfig) -> int:
-    filling = sum(config.sub_cache_tokens) // config.stride
-    return config.num_sink_tokens + (filling + 1) * config.stride

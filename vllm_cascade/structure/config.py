@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MIN_DECAY_PER_STRIDE = 1e-3
+FIXED, ELASTIC = "fixed", "elastic"
 
 
 class ConfigError(ValueError):
@@ -104,9 +105,10 @@ class CascadeConfig:
         policy: Name of the preset the knobs came from.
         block_size: Tokens in a KV block.
         cache_tokens: Budget of all sub-caches together, in tokens; sinks come on top.
-        num_sub_caches: Number of sub-caches.
-        newest_share: Share of the budget that the newest sub-cache has, 0 to 1; it has an equal
-            share if that is more.
+        num_sub_caches: Number of sub-caches; of an elastic structure, the most levels that a
+            request can come to.
+        newest_share: Share of the budget that the newest tokens have, 0 to 1. The newest of fixed
+            sub-caches has an equal share if that is more.
         num_sink_tokens: Number of sinks: a request's first tokens, never evicted.
         stride: Tokens between two boundaries.
         selection_window: Number of neighbouring tokens of which half survive a merge.
@@ -118,6 +120,8 @@ class CascadeConfig:
         score_decay: Factor on a score for each token that follows.
         trace_tokens: Whether the pages record each kept token's index.
         max_model_len: Most tokens a request may have.
+        structure: "fixed": sub-caches of fixed sizes, the last of which drops its oldest tokens.
+            "elastic": levels as large as the request's length asks for, of which none drops.
     """
 
     policy: str
@@ -136,10 +140,47 @@ class CascadeConfig:
     score_decay: float
     trace_tokens: bool
     max_model_len: int
+    structure: str = FIXED
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether levels take the place of fixed sub-caches."""
+        return self.structure == ELASTIC
+
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens of a group that survive its merge."""
+        return self.group_tokens // 2
+
+    @property
+    def capacity_units(self) -> int:
+        """Whole units that the budget has room for."""
+        return self.cache_tokens // self.unit_tokens
+
+    @property
+    def newest_units(self) -> int:
+        """Whole units of the newest tokens, which an elastic structure leaves as they are."""
+        return int(self.newest_share * self.cache_tokens) // self.unit_tokens
+
+    @property
+    def most_units(self) -> int:
+        """Units that an elastic structure never holds more of after a boundary.
+
+        With k units beside the newest ones, and one of each level without a partner, (k - levels)
+        / 2 pairs can merge. So a stride of s units leaves at most s + levels of them, or what the
+        budget has room for.
+        """
+        stride = self.stride // self.unit_tokens
+        return max(self.capacity_units, self.newest_units + stride + self.num_sub_caches)
+
+    @property
+    def stays_in_budget(self) -> bool:
+        """Whether enough pairs can merge at every boundary of an elastic structure."""
+        return self.most_units == self.capacity_units
 
     @property
     def sub_cache_tokens(self) -> tuple[int, ...]:
-        """Tokens in each sub-cache, the newest first; together the whole blocks of the budget.
+        """Tokens in each fixed sub-cache, the newest first; together the budget's whole blocks.
 
         The newest sub-cache has `newest_share` of the budget, or an equal share if that is more.
         The others divide the rest equally, and the newest one takes the blocks left over.
@@ -162,27 +203,41 @@ class CascadeConfig:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens that sinks and sub-caches hold."""
+        """Tokens that sinks and the budget's whole blocks or units hold."""
+        if self.is_elastic:
+            return self.num_sink_tokens + self.capacity_units * self.unit_tokens
         newest, older = self._sizes
         return self.num_sink_tokens + newest + (self.num_sub_caches - 1) * older
 
     @property
+    def first_boundary(self) -> int:
+        """Tokens at the first grid point at which the cache is overfull."""
+        filling = (self.total_tokens - self.num_sink_tokens) // self.stride
+        return self.num_sink_tokens + (filling + 1) * self.stride
+
+    @property
     def group_tokens(self) -> int:
-        """Tokens that leave a sub-cache together."""
+        """Tokens that leave a sub-cache or level together."""
         return max(self.selection_window, 2 * self.block_size)
 
     @property
     def max_places(self) -> int:
         """The most logical places that a request can use, those of the current stride included."""
-        waiting = (self.num_sub_caches - 1) * (self.group_tokens - self.block_size)
+        if self.is_elastic:
+            waiting = (self.most_units - self.capacity_units) * self.unit_tokens
+        else:
+            waiting = (self.num_sub_caches - 1) * (self.group_tokens - self.block_size)
         return self.total_tokens + self.stride + waiting
 
     @property
     def reach(self) -> int:
-        """Tokens of text that the cache spans where each sub-cache is just full.
+        """Tokens of text that the cache spans where each fixed sub-cache is just full.
 
         A request spans a little more: the current stride, and tokens that wait for a full group.
+        An elastic structure spans the longest request.
         """
+        if self.is_elastic:
+            return self.max_model_len
         return self.num_sink_tokens + spanned(*self._sizes, self.num_sub_caches)
 
     @property
@@ -202,6 +257,7 @@ class CascadeConfig:
     def summary(self) -> str:
         """The configuration in one line, for a log."""
         choice = ""
+        sub_caches = "" if self.is_elastic else f"num_sub_caches={self.num_sub_caches} "
         if self.num_sub_caches > 1:
             choice = (
                 f"selection_window={self.selection_window} score_weight={self.score_weight:g} "
@@ -213,8 +269,8 @@ class CascadeConfig:
                     f"score_decay={self.score_decay!r} "
                 )
         return (
-            f"policy={self.policy} cache_tokens={self.cache_tokens} "
-            f"num_sub_caches={self.num_sub_caches} newest_share={self.newest_share:g} "
+            f"policy={self.policy} cache_tokens={self.cache_tokens} structure={self.structure} "
+            f"{sub_caches}newest_share={self.newest_share:g} "
             f"num_sink_tokens={self.num_sink_tokens} stride={self.stride} {choice}"
             f"block_size={self.block_size} reach={self.reach} tokens"
         )
@@ -230,8 +286,7 @@ def broken_rule(config: CascadeConfig, position_limit: int) -> Fault | None:
     Returns:
         The field to blame, its value and the reason; None if `config` is valid.
     """
-    block, group = config.block_size, config.group_tokens
-    stride, size = config.stride, config.smallest_sub_cache_tokens
+    block, group, stride = config.block_size, config.group_tokens, config.stride
     if config.num_sink_tokens % block:
         return Fault(
             "num_sink_tokens",
@@ -244,25 +299,16 @@ def broken_rule(config: CascadeConfig, position_limit: int) -> Fault | None:
         return Fault(
             "selection_window", config.selection_window, "must be a power of two, at least 2"
         )
-    if size < block:
-        return Fault(
-            "cache_tokens",
-            config.cache_tokens,
-            f"leaves no whole block of {block} tokens for each of {config.num_sub_caches} "
-            "sub-caches",
-        )
+    if (fault := _too_small(config)) is not None:
+        return fault
     if stride < group or stride % group:
         return Fault(
             "stride",
             stride,
             f"must be a multiple of {group}, the larger of selection_window and two blocks",
         )
-    if stride > 2 * size:
-        return Fault(
-            "stride",
-            stride,
-            f"must not exceed two of the smallest sub-caches, of {size} tokens each",
-        )
+    if (fault := _too_long(config)) is not None:
+        return fault
     if stride * math.log(config.score_decay) < math.log(MIN_DECAY_PER_STRIDE):
         return Fault(
             "score_decay",
@@ -276,4 +322,37 @@ def broken_rule(config: CascadeConfig, position_limit: int) -> Fault | None:
             f"needs {config.max_places} positions (with {config.num_sink_tokens} sinks, a stride "
             f"of {stride} and groups of {group}), but the model has {position_limit}",
         )
+    return None
+
+
+def _too_small(config: CascadeConfig) -> Fault | None:
+    """What there is not enough budget for, if anything."""
+    block, group = config.block_size, config.group_tokens
+    if not config.is_elastic:
+        if config.smallest_sub_cache_tokens >= block:
+            return None
+        why = f"no whole block of {block} tokens for each of {config.num_sub_caches} sub-caches"
+        return Fault("cache_tokens", config.cache_tokens, f"leaves {why}")
+    if config.capacity_units < 2:
+        return Fault("cache_tokens", config.cache_tokens, f"leaves no group of {group} tokens")
+    if config.capacity_units - config.newest_units < 2:
+        return Fault(
+            "newest_share",
+            config.newest_share,
+            f"leaves no group of {group} of {config.cache_tokens} tokens to choose from",
+        )
+    return None
+
+
+def _too_long(config: CascadeConfig) -> Fault | None:
+    """What a stride has to fit, if it does not."""
+    if config.is_elastic:
+        room = (config.capacity_units - config.newest_units) * config.unit_tokens
+        if config.stride > room:
+            why = f"must not exceed the {room} tokens that the newest ones leave of the budget"
+            return Fault("stride", config.stride, why)
+    elif config.stride > 2 * config.smallest_sub_cache_tokens:
+        size = config.smallest_sub_cache_tokens
+        why = f"must not exceed two of the smallest sub-caches, of {size} tokens each"
+        return Fault("stride", config.stride, why)
     return None

@@ -8,10 +8,11 @@ request's life is a sequence of *epochs*, and nothing moves within an epoch. Epo
 the cache is first overfull; every later epoch is one stride long. At the end of an epoch (a
 *boundary*) whole groups of the oldest blocks leave each overfull sub-cache. A group's survivors
 are written into the first half of the group's own blocks. That half becomes the newest part of the
-next sub-cache; the other half is free for the next stride.
+next sub-cache; the other half is free for the next stride. Fixed sub-caches hand on what is beyond
+their size. Elastic ones, called levels, hand on what is beyond the budget, the lowest level first.
 
 Source: Willette et al., arXiv 2406.17808, for the cascade of sub-caches; groups of whole blocks
-are ours.
+and levels are ours.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_cascade.structure.config import CascadeConfig
+from vllm_cascade.structure.levels import (
+    FOLLOWED,
+    held_units,
+    merging_pairs,
+    most_held_units,
+)
 
 Entries = npt.NDArray[np.int32]
 
@@ -42,8 +49,8 @@ class Epoch:
             ``i * block_size`` on. Blocks of earlier epochs come first, then the epoch's own.
         groups: [num_groups, blocks_per_group] row entries of the groups that merge at the end,
             the oldest block of a group first. Survivors fill the first half of a group's entries.
-        sub_caches: Tokens held from earlier epochs in sub-cache 0 .. N-1; the epoch's own tokens
-            join sub-cache 0.
+        sub_caches: Tokens held from earlier epochs in sub-cache or level 0 .. N-1; the epoch's own
+            tokens join number 0.
     """
 
     start: int
@@ -163,14 +170,18 @@ class Layout:
 
         Returns:
             "sinks", "sub-cache N-1" .. "sub-cache 0", each with the number of places it takes.
-            Until the first boundary all places but the sinks' are sub-cache 0's.
+            Until the first boundary all places but the sinks' are sub-cache 0's. Of an elastic
+            structure "level i", without the levels that are empty.
         """
+        name = "level" if self.config.is_elastic else "sub-cache"
         epoch = self.epochs[self.epoch_of(num_tokens)]
         places = epoch.place(num_tokens)
         older = epoch.sub_caches[1:]
         parts = {"sinks": min(self.config.num_sink_tokens, places)}
-        parts |= {f"sub-cache {i}": older[i - 1] for i in range(len(older), 0, -1)}
-        return parts | {"sub-cache 0": places - sum(parts.values())}
+        for number in range(len(older), 0, -1):
+            if older[number - 1] or not self.config.is_elastic:
+                parts[f"{name} {number}"] = older[number - 1]
+        return parts | {f"{name} 0": places - sum(parts.values())}
 
     def segments(self, start: int, end: int) -> list[Segment]:
         """Cut the tokens ``start .. end - 1`` of a request where epochs end.
@@ -219,11 +230,12 @@ def build_layout(config: CascadeConfig) -> Layout:
 def _epochs(config: CascadeConfig) -> Iterator[Epoch]:
     """The epochs of the longest request, in order."""
     block, stride = config.block_size, config.stride
-    sizes = [size // block for size in config.sub_cache_tokens]
+    sizes = _sizes(config)
     sinks = list(range(config.num_sink_tokens // block))
     end = _first_end(config)
     table = list(range(-(-end // block)))
     # Oldest first in each sub-cache; sub-cache 0 takes what is left once the others are full.
+    # Levels are empty at first.
     rest, caches = table[len(sinks) :], list[list[int]]()
     for size in reversed(sizes[1:]):
         caches.insert(0, rest[:size])
@@ -250,8 +262,14 @@ def _epochs(config: CascadeConfig) -> Iterator[Epoch]:
 
 def _first_end(config: CascadeConfig) -> int:
     """The end of epoch 0: the first grid point at which the cache is overfull."""
-    filling = sum(config.sub_cache_tokens) // config.stride
-    return min(config.num_sink_tokens + (filling + 1) * config.stride, config.max_model_len)
+    return min(config.first_boundary, config.max_model_len)
+
+
+def _sizes(config: CascadeConfig) -> list[int]:
+    """Blocks of each fixed sub-cache, number 0 first; levels have no size of their own."""
+    if config.is_elastic:
+        return [0] * config.num_sub_caches
+    return [size // config.block_size for size in config.sub_cache_tokens]
 
 
 def _most_blocks(config: CascadeConfig, num_epochs: int) -> int:
@@ -266,6 +284,8 @@ def _most_blocks(config: CascadeConfig, num_epochs: int) -> int:
     at_first = -(-first_end // block)
     if num_epochs == 1:
         return at_first
+    if config.is_elastic:
+        return max(at_first, _most_blocks_of_levels(config, num_epochs - 1))
     newest, *older = (size // block for size in config.sub_cache_tokens)
     group, per_epoch = config.group_tokens // block, config.stride // config.group_tokens
     full, leaving = config.num_sink_tokens // block + newest + sum(older), 0
@@ -282,6 +302,18 @@ def _most_blocks(config: CascadeConfig, num_epochs: int) -> int:
         between = config.stride // block
         between += group // 2 * _most_ones(leaving, per_epoch, boundaries - 1, digits)
     return max(at_first, full + max(at_last, between))
+
+
+def _most_blocks_of_levels(config: CascadeConfig, boundaries: int) -> int:
+    """The most blocks that a request with levels holds after its first boundary."""
+    block, sinks = config.block_size, config.num_sink_tokens
+    last_start = config.first_boundary + (boundaries - 1) * config.stride
+    at_last = config.most_units if boundaries > FOLLOWED else held_units(config, boundaries)
+    at_last = at_last * config.unit_tokens + config.max_model_len - last_start
+    between = 0
+    if boundaries > 1:
+        between = most_held_units(config, boundaries - 1) * config.unit_tokens + config.stride
+    return -(-(sinks + max(at_last, between)) // block)
 
 
 def _most_ones(first: int, step: int, number: int, digits: int, tried: int = 1 << 16) -> int:
@@ -316,6 +348,9 @@ def _most_ones(first: int, step: int, number: int, digits: int, tried: int = 1 <
 
 def _most_groups(config: CascadeConfig) -> int:
     """An upper bound on the groups that merge at one boundary."""
+    if config.is_elastic:
+        most = config.most_units + config.stride // config.unit_tokens
+        return most - config.capacity_units
     newest, *older = config.sub_cache_tokens
     overfull = _first_end(config) - config.num_sink_tokens - newest - sum(older)
     leaving = max(config.stride, overfull) // config.group_tokens
@@ -330,10 +365,21 @@ def _move(caches: list[list[int]], sizes: list[int], config: CascadeConfig) -> l
     """Run one boundary: edit `caches` in place, return the row entries of each group that merges.
 
     A token that passed through two sub-caches at one boundary would have to merge twice. The rule
-    that a stride is at most two of the smallest sub-caches excludes this case.
+    that a stride is at most two of the smallest sub-caches excludes this case; levels count what
+    they hand on before anything moves.
     """
     blocks = config.group_tokens // config.block_size
-    groups = []
+    groups: list[list[int]] = []
+    if config.is_elastic:
+        counts = [2 * len(cache) // blocks for cache in caches]
+        pairs = merging_pairs(counts, config.newest_units, config.capacity_units)
+        for level, merging in enumerate(pairs):
+            for _ in range(merging):
+                leaving = caches[level][:blocks]
+                del caches[level][:blocks]
+                groups.append(leaving)
+                caches[level + 1] += leaving[: blocks // 2]
+        return groups
     for older, cache, size in zip(caches[1:], caches, sizes, strict=False):
         while len(cache) >= size + blocks:
             leaving = cache[:blocks]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from vllm_cascade.structure.config import ConfigError
+from vllm_cascade.structure.config import ELASTIC, FIXED, ConfigError
 
 # How attention becomes a score, where pages keep scores.
 SCORE_KNOBS = ("score_power", "score_reduction", "score_decay")
@@ -22,10 +22,16 @@ _PLAIN = {"selection_window": 2, "key_weight": 0.0, "value_weight": 0.0, "newest
 
 # policy -> the knobs it presets; a knob that the user sets wins.
 PRESETS: dict[str, dict[str, Any]] = {
-    "distinct": {**_BY_KIND, **_BY_SCORE, "score_weight": 0.0, "score_power": 2.0},
-    "blend": {**_BY_KIND, **_BY_SCORE, "score_weight": 1.0, "score_power": 2.0},
-    "paper": {**_PLAIN, **_BY_SCORE, "score_weight": 1.0},
-    "window": {**_PLAIN, **_BY_SCORE, "score_weight": 0.0},
+    "distinct": {
+        **_BY_KIND,
+        **_BY_SCORE,
+        "score_weight": 0.0,
+        "score_power": 2.0,
+        "structure": ELASTIC,
+    },
+    "blend": {**_BY_KIND, **_BY_SCORE, "score_weight": 1.0, "score_power": 2.0, "structure": FIXED},
+    "paper": {**_PLAIN, **_BY_SCORE, "score_weight": 1.0, "structure": FIXED},
+    "window": {**_PLAIN, **_BY_SCORE, "score_weight": 0.0, "structure": FIXED},
 }
 _CHOICE = ("newest_share", "selection_window", *WEIGHTS, *SCORE_KNOBS)
 # policy -> the options that have no effect under this policy. To give one of them is an error.
@@ -33,7 +39,7 @@ NO_EFFECT: dict[str, tuple[str, ...]] = {
     "distinct": ("score_weight", *SCORE_KNOBS),
     "blend": (),
     "paper": (),
-    "window": ("num_sub_caches", *_CHOICE),
+    "window": ("structure", "num_sub_caches", *_CHOICE),
 }
 _WHY_NOT = {
     "distinct": 'policy "distinct" does not look at attention scores',
@@ -46,11 +52,12 @@ class CascadeOptions:
     """The options as the user gave them; None and ``"auto"`` stand for "not set".
 
     `CascadeConfig` describes the fields. ``"auto"`` for ``num_sub_caches`` becomes the smallest
-    number whose reach covers the longest request.
+    number whose reach covers the longest request. A number stands for a fixed structure.
     """
 
     policy: str = "distinct"
     cache_tokens: int | None = None
+    structure: str | None = None
     num_sub_caches: int | Literal["auto"] = "auto"
     newest_share: float | None = None
     num_sink_tokens: int | None = None
@@ -99,6 +106,8 @@ class CascadeOptions:
         # First: for a value out of range, the checks below would name a nearest value, which this
         # check would refuse as well.
         self._check_effect()
+        if self.structure is not None:
+            _one_of("structure", self.structure, (FIXED, ELASTIC))
         if self.score_reduction is not None:
             _one_of("score_reduction", self.score_reduction, ("max", "mean"))
         if not isinstance(self.trace_tokens, bool):
@@ -146,6 +155,14 @@ class CascadeOptions:
                 self.num_sub_caches,
                 'policy "window" has exactly one sub-cache, unlike the other policies',
                 "Nearest: 1",
+            )
+        if self.structure == ELASTIC and self.num_sub_caches != "auto":
+            raise ConfigError(
+                "num_sub_caches",
+                self.num_sub_caches,
+                "would have no effect: an elastic structure has as many levels as a request's "
+                "length asks for",
+                'Leave it out, or give structure "fixed"',
             )
         told: list[tuple[tuple[str, ...], str, str | None]] = [
             (NO_EFFECT[self.policy], _WHY_NOT.get(self.policy, ""), None)
@@ -198,6 +215,8 @@ class CascadeOptions:
             name: An option that `PRESETS` has.
         """
         given = getattr(self, name)
+        if name == "structure" and given is None and self.num_sub_caches != "auto":
+            return FIXED
         return PRESETS[self.policy][name] if given is None else given
 
     def names_set(self, names: Sequence[str]) -> list[str]:

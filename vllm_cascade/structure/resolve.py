@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from vllm_cascade.structure.config import (
+    FIXED,
     MIN_DECAY_PER_STRIDE,
     CascadeConfig,
     ConfigError,
@@ -104,7 +105,8 @@ def refusal(options: CascadeOptions, model: Model, faults: list[Fault]) -> Confi
         if name != culprit:
             others.append(name)
     indirect = f"leaves no valid choice of the other options ({_told(faults[0])})"
-    instead = f"Nearest: {_nearest(options.without(others), culprit, model)}"
+    nearest = _nearest(options.without(others), culprit, model)
+    instead = "Leave it out" if nearest is None else f"Nearest: {nearest}"
     if others:
         instead += f"; and leave out {', '.join(others)}"
     if fitting := _block_size_for(options, model):
@@ -144,13 +146,22 @@ def _block_size_for(options: CascadeOptions, model: Model) -> int | None:
     return None
 
 
-def _nearest(options: CascadeOptions, field: str, model: Model) -> float:
+def _nearest(options: CascadeOptions, field: str, model: Model) -> float | None:
     """The valid value of `field` nearest to the given one; without `field` the options are valid.
 
-    The search halves the range between the given value and the value that `search` takes if
+    None if only an elastic structure fits, which has no number of sub-caches. The search halves the range between the given value and the value that `search` takes if
     `field` is not set. The rules only get easier from the first to the second.
     """
-    config = search(options.without([field]), model)
+    without = options.without([field])
+    if field == "num_sub_caches":
+        # A number stands for fixed sub-caches. Two may work where none reach the longest request.
+        fixed = without.replaced("structure", FIXED)
+        tried = (fixed, options.replaced(field, 2), options.replaced(field, 1))
+        working = [one for one in tried if _works(one, model)]
+        if not working:
+            return None
+        without = working[0]
+    config = search(without, model)
     assert isinstance(config, CascadeConfig)
     if field == "score_decay":
         shortest = strides(options, model)[0]

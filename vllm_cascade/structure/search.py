@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vllm_cascade.structure.config import (
+    ELASTIC,
     CascadeConfig,
     Fault,
     Model,
@@ -53,8 +54,12 @@ def strides(options: CascadeOptions, model: Model) -> Sequence[int]:
     """
     if options.stride is not None:
         return [options.stride]
-    group = max(int(options.preset("selection_window")), 2 * model.block_size)
+    group = _group(options, model)
     return range(group, DEFAULT_STRIDE + 1, group) or [group]
+
+
+def _group(options: CascadeOptions, model: Model) -> int:
+    return max(int(options.preset("selection_window")), 2 * model.block_size)
 
 
 def _search(
@@ -67,6 +72,8 @@ def _search(
             continue
         best = None
         for stride in tried:
+            if best is not None and best.is_elastic and 4 * stride > budget:
+                break  # a longer stride is as valid, but more would wait to merge
             config = _config(options, model, sinks, budget, sub_caches, stride)
             fault = broken_rule(config, model.position_limit)
             if fault is not None:
@@ -84,9 +91,11 @@ def _budgets(options: CascadeOptions, model: Model) -> Iterator[tuple[int, int, 
     sinks = options.num_sink_tokens
     if sinks is None:
         sinks = -(-DEFAULT_SINK_TOKENS // block) * block
+    # Of an elastic structure, whole units count.
+    step = _group(options, model) // 2 if options.preset("structure") == ELASTIC else block
     # A budget takes at least as many positions as it has tokens.
-    largest = min(DEFAULT_CACHE_TOKENS, model.position_limit) // block * block or block
-    budgets: Sequence[int] = range(largest, 0, -block)
+    largest = min(DEFAULT_CACHE_TOKENS, model.position_limit) // step * step or step
+    budgets: Sequence[int] = range(largest, 0, -step)
     if options.cache_tokens is not None:
         budgets = [options.cache_tokens]
     for budget in budgets:
@@ -96,6 +105,9 @@ def _budgets(options: CascadeOptions, model: Model) -> Iterator[tuple[int, int, 
 def _sub_caches(options: CascadeOptions, model: Model, sinks: int, budget: int) -> int | Fault:
     if options.policy == "window":
         return 1
+    if options.preset("structure") == ELASTIC:
+        # A unit of the highest level has survivors of as much text as the longest request has.
+        return max(2, (2 * model.max_model_len // _group(options, model)).bit_length())
     if options.num_sub_caches != "auto":
         return options.num_sub_caches
     block = model.block_size
@@ -134,4 +146,5 @@ def _config(
         score_decay=float(options.preset("score_decay")),
         trace_tokens=options.trace_tokens,
         max_model_len=model.max_model_len,
+        structure=str(options.preset("structure")),
     )
