@@ -24,7 +24,7 @@ GPU_MAX_WINDOW = 1024
 # The GPU keeps a row entry for each block and each stride: some 4 GiB with the default budget.
 GPU_MAX_STRIDES = 1 << 21
 # Methods whose drafts come without a KV cache of the drafter's own.
-SPECULATIVE_METHODS = ("ngram",)
+SPECULATIVE_METHODS = ("ngram", "ngram_gpu")
 SHARED_KV = ("num_kv_shared_layers", "use_cla")
 
 
