@@ -165,6 +165,7 @@ def _resolve_kernel(
     log2_decay,
     max_blocks,
     group_entries,
+    MOST: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -173,10 +174,11 @@ def _resolve_kernel(
     Grid: (segments,). A program writes the row of its segment in each tensor of a `Resolved`.
 
     Args:
-        requests_ptr: [segments] int32 row in `table_ptr`; None where segment s is the single token
-            of request s.
-        ends_ptr: [segments] int32 tokens of the request at the segment's end.
-        query_start_loc_ptr: [segments + 1] int32 first row of each request in the batch; None where
+        requests_ptr: [segments] int32 row in `table_ptr`; None where segment s is token s % MOST
+            of request s // MOST in this step, of requests that have MOST tokens or fewer.
+        ends_ptr: [segments] int32 tokens of the request at the segment's end; where `requests_ptr`
+            is None, [requests] int32 tokens of each request once the step is done.
+        query_start_loc_ptr: [requests + 1] int32 first row of each request in the batch; None where
             `requests_ptr` is given.
         lengths_ptr: [segments] int32 tokens of each segment; None where `requests_ptr` is.
         row_ptr: [segments] int32 row of each segment's first token; None where `requests_ptr` is.
@@ -186,17 +188,21 @@ def _resolve_kernel(
         log2_decay: Base-2 logarithm of `CascadeTable.decay`.
         max_blocks: Columns of `entries_ptr` and of `block_table_ptr`.
         group_entries: Row entries of all groups of an epoch together.
+        MOST: Most tokens of a request that are resolved one by one; a constant of the engine.
         CHUNK: Entries copied at a time.
     """
     segment = tl.program_id(0)
-    end = tl.load(ends_ptr + segment)
     if requests_ptr is None:
-        # One segment per request; only requests with one token in this step count.
-        request = segment
-        row = tl.load(query_start_loc_ptr + segment)
-        length = tl.load(query_start_loc_ptr + segment + 1) - row
-        length = tl.where((length == 1) & (end > 0), 1, 0)
+        request = segment // MOST
+        number = segment % MOST
+        end = tl.load(ends_ptr + request)
+        row = tl.load(query_start_loc_ptr + request)
+        tokens = tl.load(query_start_loc_ptr + request + 1) - row
+        length = tl.where((number < tokens) & (tokens <= MOST) & (end > 0), 1, 0)
+        end += number + 1 - tokens
+        row += number
     else:
+        end = tl.load(ends_ptr + segment)
         request = tl.load(requests_ptr + segment)
         row = tl.load(row_ptr + segment)
         length = tl.load(lengths_ptr + segment)
@@ -259,22 +265,27 @@ def resolve_decodes(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     block_table: torch.Tensor,
+    most: int = 1,
 ) -> None:
-    """Resolve the single tokens of a batch; mark requests with none or several as skipped.
+    """Resolve each token of the requests that have few of them; mark all others as skipped.
 
     Args:
-        out: Row r is written for request r.
+        out: Row ``most * r + i`` is written for token i of request r in this step, counted from 0.
         table: The structure.
         query_start_loc: [num_requests + 1] int32 first row of each request in the batch.
         seq_lens: [num_requests] int32 tokens of each request once the step is done.
         block_table: [num_requests or more, width] int32 blocks of each request's row; rows dense.
+        most: Most tokens of a request that are resolved, at least 1. None but a request's single
+            token may end an epoch in which groups merge.
 
     Raises:
-        ValueError: If `out` has fewer rows than there are requests, or `block_table` does not fit.
+        ValueError: If `out` has fewer rows than `most` for each request, or `block_table` does not
+            fit.
     """
     num_requests = len(seq_lens)
     if num_requests:
-        _launch(out, table, num_requests, block_table, seq_lens, query_start_loc, None)
+        rows = most * num_requests
+        _launch(out, table, rows, block_table, seq_lens, query_start_loc, None, most)
 
 
 def resolve_segments(
@@ -296,7 +307,7 @@ def resolve_segments(
         ValueError: If `out` has fewer rows than there are segments, or `block_table` does not fit.
     """
     if segments.shape[1]:
-        _launch(out, table, segments.shape[1], block_table, segments[1], None, segments)
+        _launch(out, table, segments.shape[1], block_table, segments[1], None, segments, 1)
 
 
 def _launch(
@@ -307,8 +318,9 @@ def _launch(
     ends: torch.Tensor,
     query_start_loc: torch.Tensor | None,
     segments: torch.Tensor | None,
+    most: int,
 ) -> None:
-    """Launch for single tokens, given `query_start_loc`, or for `segments`."""
+    """Launch for tokens one by one, given `query_start_loc`, or for `segments`."""
     if num_segments > len(out.places):
         raise ValueError(f"{num_segments} segments, room for {len(out.places)}")
     if block_table.stride(1) != 1 or block_table.dtype != torch.int32:
@@ -349,6 +361,7 @@ def _launch(
         math.log2(table.decay),
         table.entries.shape[1],
         table.groups.shape[1] * table.groups.shape[2],
+        MOST=most,
         BLOCK_SIZE=table.block_size,
         CHUNK=min(CHUNK, next_power_of_2(max(16, table.entries.shape[1]))),
     )

@@ -52,12 +52,12 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """One token of each of several requests.
+    """Tokens that attend one by one: those of several requests, and the drafts behind them.
 
     Args:
         rows: [num_rows] int32 row of each token in the batch.
         places: [num_rows] int32 logical place of the token, which is the number of keys before it;
-            -1 where there is nothing to do (padding, or a request with several tokens in this
+            -1 where there is nothing to do (padding, or a request with a longer chunk in this
             step).
         block_table: [num_rows, max_blocks] int32; entries past the token's block are arbitrary.
         carry: [num_rows] float32 factor on the scores kept so far.

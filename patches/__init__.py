@@ -11,6 +11,7 @@ from vllm_cascade.patches import (
     continued_requests,
     cpu_backend_selection,
     cpu_distribution_name,
+    draft_boundaries,
     evicted_tokens,
     exact_requests,
     front_end_validation,
@@ -33,6 +34,7 @@ PATCHES = (
     evicted_tokens.PATCH,
     continued_requests.PATCH,
     taken_back_tokens.PATCH,
+    draft_boundaries.PATCH,
     whole_page_copies.PATCH,
     cpu_distribution_name.PATCH,
 )

@@ -65,10 +65,12 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "vllm.config.CompilationConfig": ("static_forward_context",),
         "vllm.config.SchedulerConfig": ("max_num_seqs",),
+        "vllm.config.VllmConfig": ("num_speculative_tokens",),
         "vllm.model_executor.layers.attention.Attention": ("impl",),
     },
     "vllm_cascade/attention/impl.py": {
         "vllm.config.SchedulerConfig": ("max_num_seqs", "max_num_batched_tokens"),
+        "vllm.config.VllmConfig": ("num_speculative_tokens",),
         "vllm.config.ModelConfig": ("dtype",),
     },
     "vllm_cascade/kv_cache/manager.py": {
@@ -148,6 +150,16 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         "vllm.v1.core.kv_cache_manager.KVCacheManager": ("coordinator",),
         "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("single_type_managers",),
         "vllm.v1.request.Request": ("num_prompt_tokens", "num_output_tokens"),
+    },
+    "patches/draft_boundaries.py": {
+        "vllm.v1.core.sched.scheduler.Scheduler": (
+            "kv_cache_manager",
+            "need_mamba_block_aligned_split",
+            "num_spec_tokens",
+        ),
+        "vllm.v1.core.kv_cache_manager.KVCacheManager": ("coordinator",),
+        "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("single_type_managers",),
+        "vllm.v1.request.Request": ("num_computed_tokens", "num_output_placeholders"),
     },
     "patches/taken_back_tokens.py": {
         "vllm.v1.core.sched.scheduler.Scheduler": ("kv_cache_manager", "_free_request_blocks"),

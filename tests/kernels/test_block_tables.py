@@ -85,6 +85,25 @@ def test_resolved_as_by_hand(device, options) -> None:
     reference.resolve_decodes(expected, plain, starts, seq_lens, rows)
     compare(found, expected, range(len(counts)))
 
+    # Tokens with up to two drafts behind them, and longer chunks. No row but one of a single token
+    # ends an epoch, which is what `most_together` is for.
+    lengths = []
+    for count in counts:
+        length = draw.choice([0, 1, 2, 3, 3, 3, 4])
+        while 1 < length < 4 and not length <= min(
+            count, layout.most_together(*[count - length] * 2)
+        ):
+            length -= 1
+        lengths.append(length)
+    assert {1, 2, 3} <= {*lengths}
+    starts = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
+    found, expected = fresh(table, 3 * len(counts)), fresh(plain, 3 * len(counts))
+    block_tables.resolve_decodes(
+        found, table, starts.to(device), seq_lens.to(device), rows.to(device), 3
+    )
+    reference.resolve_decodes(expected, plain, starts, seq_lens, rows, 3)
+    compare(found, expected, range(3 * len(counts)))
+
     # The segments of whole prompts, as the planner cuts them.
     cut = [
         (request, segment.end, segment.end - segment.start, draw.randrange(1000))

@@ -12,13 +12,16 @@ def resolve_segments(out: Any, table: Any, segments: Any, block_table: Any) -> N
 
 
 def resolve_decodes(
-    out: Any, table: Any, query_start_loc: Any, seq_lens: Any, block_table: Any
+    out: Any, table: Any, query_start_loc: Any, seq_lens: Any, block_table: Any, most: int = 1
 ) -> None:
     """See `vllm_cascade.kernels.block_tables.resolve_decodes`."""
     starts = query_start_loc.tolist()
     for r, end in enumerate(seq_lens.tolist()):
-        length = int(starts[r + 1] - starts[r] == 1 and end > 0)
-        _resolve(out, table, r, block_table[r].tolist(), end, length, starts[r])
+        tokens = starts[r + 1] - starts[r]
+        for i in range(most):
+            length = int(i < tokens <= most and end > 0)
+            place = end - tokens + i + 1, length, starts[r] + i
+            _resolve(out, table, most * r + i, block_table[r].tolist(), *place)
 
 
 def _resolve(

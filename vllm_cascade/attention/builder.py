@@ -36,8 +36,9 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
             keys by their position in the text, which outgrows the model's positions.
     """
 
-    # A batch of single tokens is resolved on the device, from the tensors that a CUDA graph reads.
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    # Tokens, and the drafts behind them, are resolved one by one on the device, from the tensors
+    # that a CUDA graph reads. vLLM's graphs are for requests of as many tokens as that.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
                 device,
                 vllm_config.scheduler_config.max_num_seqs,
                 workspace.max_keys,
+                1 + vllm_config.num_speculative_tokens,
             )
 
     def build(

@@ -1,8 +1,9 @@
 """What one engine step does in every cascade layer on a GPU, prepared once for all layers.
 
 Single tokens are resolved on the device, from token counts that are there already. Nothing is
-copied, waited for or allocated, so a step of single tokens replays as one CUDA graph. Chunks of
-several tokens are cut into waves on the host, which knows their lengths before the device does.
+copied, waited for or allocated, so a step of single tokens replays as one CUDA graph. So does a
+step of tokens with drafts behind them, each of which is resolved as a single token. Longer chunks
+are cut into waves on the host, which knows their lengths before the device does.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """The single tokens of a batch; requests with no token or several are marked as skipped.
+    """The single tokens of a batch, and those with drafts; other requests are marked as skipped.
 
     Args:
-        rows: The tokens that attend.
-        slots: [num_requests] int64 slot that takes each token's key and value, -1 for none.
-        tokens: [num_requests] int32 index of each token in its request.
+        rows: The tokens that attend: room for `Planner.most_tokens` of each request.
+        slots: [num_rows] int64 slot that takes each token's key and value, -1 for none.
+        tokens: [num_rows] int32 index of each token in its request.
         merges: Groups that merge once all tokens have attended; None if no request ever chooses
             between tokens.
     """
@@ -94,8 +95,8 @@ class GpuMetadata:
     """One step on a GPU.
 
     Args:
-        decode: The step's single tokens, or None.
-        launches: The step's chunks of several tokens, in the order in which they run.
+        decode: The step's tokens that are resolved one by one, or None.
+        launches: The step's longer chunks, in the order in which they run.
         recordings: Kind of layer -> part of the step -> what the first layer of this kind launched
             in this part. Later layers of the kind repeat the recording.
         rows: Workspace and number of a launch -> the rows of the workspace that the launch takes,
@@ -141,16 +142,24 @@ class Planner:
         device: Where the engine's tensors are.
         max_num_seqs: Most requests of a step.
         max_keys: Rows of keys in the workspace; at least enough for one request.
+        most_tokens: Most tokens of a request that are resolved one by one, on the device: a token
+            and its drafts. Such a row of several tokens has to lie inside one epoch, before the
+            epoch's last token.
     """
 
     def __init__(
-        self, layout: Layout, device: torch.device, max_num_seqs: int, max_keys: int
+        self,
+        layout: Layout,
+        device: torch.device,
+        max_num_seqs: int,
+        max_keys: int,
+        most_tokens: int = 1,
     ) -> None:
-        self.layout = layout
+        self.layout, self.most_tokens = layout, most_tokens
         self.max_keys = max(max_keys, _most_keys(layout) + KEY_PADDING)
         self.epochs = EpochTable(layout, device)
         self.table = self.epochs.table
-        self.decodes = Resolved.empty(self.table, max_num_seqs)
+        self.decodes = Resolved.empty(self.table, max_num_seqs * most_tokens)
 
     def plan(
         self,
@@ -168,29 +177,29 @@ class Planner:
             query_start_loc_cpu: The same on the host.
             seq_lens: [num_requests] int32 on the device, tokens of each request once the step is
                 done.
-            seq_lens_cpu: The same on the host; exact for requests with several tokens in the step,
-                an upper bound for the others.
+            seq_lens_cpu: The same on the host; exact for requests with more tokens in the step than
+                are resolved one by one, an upper bound for the others.
             block_table: [num_requests or more, width] int32 on the device, block ids of each
                 request's block-table row.
 
         Returns:
             The step. The next call overwrites the tensors of single tokens.
         """
-        num_requests = len(seq_lens)
-        lengths = np.diff(query_start_loc_cpu)
+        most, lengths = self.most_tokens, np.diff(query_start_loc_cpu)
+        num_rows = most * len(seq_lens)
         self.epochs.cover(min(int(seq_lens_cpu.max(initial=1)), self.layout.config.max_model_len))
         decode = None
-        if (lengths == 1).any():
-            resolve_decodes(self.decodes, self.table, query_start_loc, seq_lens, block_table)
+        if ((lengths > 0) & (lengths <= most)).any():
+            resolve_decodes(self.decodes, self.table, query_start_loc, seq_lens, block_table, most)
             chooses = self.layout.config.chooses
             decode = DecodeStep(
-                rows=self.decodes.decode_rows(0, num_requests),
-                slots=self.decodes.slots[:num_requests],
-                tokens=self.decodes.tokens[:num_requests],
-                merges=self.decodes.merges(0, num_requests) if chooses else None,
+                rows=self.decodes.decode_rows(0, num_rows),
+                slots=self.decodes.slots[:num_rows],
+                tokens=self.decodes.tokens[:num_rows],
+                merges=self.decodes.merges(0, num_rows) if chooses else None,
             )
         waves: dict[int, list[_Cut]] = defaultdict(list)
-        for request in np.flatnonzero(lengths > 1).tolist():
+        for request in np.flatnonzero(lengths > most).tolist():
             end, row = int(seq_lens_cpu[request]), int(query_start_loc_cpu[request])
             start = end - int(lengths[request])
             for number, segment in enumerate(self.layout.segments(start, end)):

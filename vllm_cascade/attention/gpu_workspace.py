@@ -102,7 +102,7 @@ def shared_workspace(
     config: CascadeConfig,
     shape: Shape,
     max_num_batched_tokens: int,
-    max_num_seqs: int,
+    max_rows: int,
     device: torch.device,
 ) -> Workspace:
     """Give the scratch of all layers of one shape; the first layer that asks allocates it.
@@ -111,13 +111,13 @@ def shared_workspace(
         config: A valid configuration.
         shape: The layers.
         max_num_batched_tokens: Most tokens of a step.
-        max_num_seqs: Most requests of a step.
+        max_rows: Most segments of a step at a time: requests, each with its drafts.
         device: Where the layers are.
 
     Returns:
         The workspace, the same object for equal arguments.
     """
-    key = (config, shape, max_num_batched_tokens, max_num_seqs, device)
+    key = (config, shape, max_num_batched_tokens, max_rows, device)
     workspace = _workspaces.get(key)
     if workspace is None:
         workspace = _workspaces[key] = make_workspace(*key)
@@ -128,7 +128,7 @@ def make_workspace(
     config: CascadeConfig,
     shape: Shape,
     max_num_batched_tokens: int,
-    max_num_seqs: int,
+    max_rows: int,
     device: torch.device,
 ) -> Workspace:
     """Allocate the scratch of layers of one shape.
@@ -137,7 +137,7 @@ def make_workspace(
         config: A valid configuration.
         shape: The layers.
         max_num_batched_tokens: Most tokens of a step.
-        max_num_seqs: Most requests of a step.
+        max_rows: Most segments of a step at a time: requests, each with its drafts.
         device: Where the layers are.
 
     Returns:
@@ -152,7 +152,7 @@ def make_workspace(
     # A launch has at most one segment per request, and each segment has a query.
     num_shifts = key_scores.shifts_elements(
         max_num_batched_tokens,
-        min(max_num_seqs, max_num_batched_tokens),
+        min(max_rows, max_num_batched_tokens),
         shape.num_heads,
         shape.num_kv_heads,
     )
@@ -171,7 +171,7 @@ def make_workspace(
             num_shifts if config.needs_scores else 0, dtype=torch.float32, device=device
         ),
         decode=paged_decode.make_scratch(
-            min(max_num_seqs, MAX_DECODE_ROWS),
+            min(max_rows, MAX_DECODE_ROWS),
             shape.num_heads,
             shape.num_kv_heads,
             shape.head_size,
@@ -182,7 +182,7 @@ def make_workspace(
             scored=config.needs_scores,
         ),
         merge=compaction.make_scratch(
-            max_num_seqs,
+            max_rows,
             shape.num_kv_heads,
             shape.head_size,
             device,

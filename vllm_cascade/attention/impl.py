@@ -122,7 +122,7 @@ class CascadeImpl(AttentionImpl[Any]):
             self.config,
             shape,
             scheduler.max_num_batched_tokens,
-            scheduler.max_num_seqs,
+            scheduler.max_num_seqs * (1 + vllm_config.num_speculative_tokens),
             cos.device,
         )
         self.worker = GpuLayer(

@@ -117,10 +117,14 @@ class CascadeManager(CircularBufferManager):
         missing = self._layout.need(num_tokens) - len(row)
         blocks = self.block_pool.get_new_blocks(missing) if missing > 0 else []
         row.extend(blocks)
-        if progress.num_tokens <= self._prefix.num_tokens < num_tokens:
+        if progress.num_tokens <= self._prefix.num_tokens < num_tokens_main_model:
             self._pending_cow_copies += self._prefix.leave(row, self._num_spare())
-        progress.num_tokens = num_tokens
+        progress.num_tokens = num_tokens_main_model
         return blocks
+
+    def most_together(self, least: int, most: int) -> int:
+        """Count the tokens of a request that a step with drafts may compute (`Layout`)."""
+        return self._layout.most_together(least, most)
 
     def cannot_take_back(self, request_id: str, num_tokens: int) -> bool:
         """Whether a request's row is no longer what its first tokens alone would have made it.

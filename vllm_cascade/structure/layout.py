@@ -148,6 +148,25 @@ class Layout:
         """
         return max(0, (num_tokens - self.config.num_sink_tokens) // self.config.stride)
 
+    def most_together(self, least: int, most: int) -> int:
+        """Count the tokens that a step with drafts may compute, so that none of them is a boundary.
+
+        A boundary cannot be taken back. So its token, after which groups merge, is computed alone:
+        then the token is no draft that may be rejected, and no draft comes after it.
+
+        Args:
+            least: Fewest tokens that the request may have computed before the step.
+            most: Most tokens that it may have computed.
+
+        Returns:
+            Tokens, at least 1.
+        """
+        epoch = self.epoch_of(least)
+        end = min(self.epochs[0].end + epoch * self.config.stride, self.config.max_model_len)
+        # Nothing merges at the end of the longest request.
+        last = end if epoch + 1 == len(self.epochs) else end - 1
+        return max(1, last - most)
+
     def held(self, num_tokens: int) -> tuple[Entries, int]:
         """Tell what a request holds.
 

@@ -23,6 +23,8 @@ GPU_BLOCK_SIZES = (16, 32, 64, 128)
 GPU_MAX_WINDOW = 1024
 # The GPU keeps a row entry for each block and each stride: some 4 GiB with the default budget.
 GPU_MAX_STRIDES = 1 << 21
+# Methods whose drafts come without a KV cache of the drafter's own.
+SPECULATIVE_METHODS = ("ngram", "ngram_gpu")
 SHARED_KV = ("num_kv_shared_layers", "use_cla")
 
 
@@ -54,6 +56,7 @@ def validate(vllm_config: Any) -> None:
         check(vllm_config)
     config = resolve_options(vllm_config, vllm_config.cache_config.block_size)
     _copies_of_heads(vllm_config, config)
+    _drafts(vllm_config, config)
     check_selection(AttentionBackendEnum[BACKEND_NAME].get_class(), layer_of(vllm_config))
     log_prefix_caching(vllm_config)
     log_blend(vllm_config)
@@ -247,13 +250,28 @@ def _kv_dtype(vllm_config: Any) -> None:
         )
 
 
-def _features(vllm_config: Any) -> None:
-    if vllm_config.speculative_config is not None:
+def _drafts(vllm_config: Any, config: CascadeConfig) -> None:
+    """Refuse speculative decoding whose drafts the cache could not take back, or not bound."""
+    if vllm_config.speculative_config is None:
+        return
+    method = vllm_config.speculative_config.method
+    if config.needs_scores:
         raise UnsupportedError(
-            "speculative decoding",
-            "a rejected token cannot be taken back out of the merges it took part in",
-            "Leave out --speculative-config",
+            f"speculative decoding with policy {config.policy!r}",
+            "a draft that is rejected would leave its attention scores behind",
+            "Leave out --speculative-config, or use a policy without attention scores",
         )
+    if method not in SPECULATIVE_METHODS:
+        raise UnsupportedError(
+            f"speculative decoding by method {method!r}",
+            "a drafter with layers of its own would have a KV cache of its own, which is not "
+            "bounded yet",
+            'Use method "ngram", which drafts from the text itself, or leave out '
+            "--speculative-config",
+        )
+
+
+def _features(vllm_config: Any) -> None:
     if vllm_config.kv_transfer_config is not None:
         raise UnsupportedError(
             "a KV connector or KV offloading",
