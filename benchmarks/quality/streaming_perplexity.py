@@ -38,7 +38,8 @@ CACHES: dict[str, dict[str, Any] | None] = {
     "blend": {"policy": "blend", "num_sub_caches": 4},
     "blend_auto": {"policy": "blend"},
     "distinct": {"policy": "distinct", "num_sub_caches": 4},
-    "distinct_auto": {"policy": "distinct"},
+    "distinct_auto": {"policy": "distinct", "structure": "fixed"},
+    "distinct_elastic": {"policy": "distinct"},
 }
 
 
@@ -121,7 +122,7 @@ def tokens_of(arguments: argparse.Namespace) -> list[int]:
     from transformers import AutoTokenizer
 
     if arguments.text is None:
-        from texts import king_james
+        from vllm_cascade.evaluation.texts import king_james
 
         text = king_james()
     else:

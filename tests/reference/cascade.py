@@ -161,10 +161,7 @@ class Cascade:
             leaving = tokens[:, : merging * 2 * unit]
             windows = leaving.unflatten(1, (-1, parameters.selection_window))
             kept = made
-            if merging:
-                made = windows[choice(level, windows)].view(heads, -1)
-            else:
-                made = leaving
+            made = windows[choice(level, windows)].view(heads, -1) if merging else leaving
             self.sub_caches[level] = torch.cat((tokens[:, leaving.shape[1] :], kept), dim=1)
         assert not made.shape[1], "the highest level has no pair"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -357,7 +357,10 @@ def test_memory_stays_under_the_bound(config: CascadeConfig) -> None:
 @quick
 def test_levels_stay_under_the_bound(config: CascadeConfig) -> None:
     layout, unit = build_layout(config), max(config.selection_window // 2, config.block_size)
-    room, newest = config.cache_tokens // unit, int(config.cache_tokens * config.newest_share) // unit
+    room, newest = (
+        config.cache_tokens // unit,
+        int(config.cache_tokens * config.newest_share) // unit,
+    )
     waiting = newest + config.stride // unit + config.num_sub_caches
     bound = config.num_sink_tokens + unit * max(room, waiting) + config.stride
     assert layout.max_blocks * config.block_size <= bound == config.max_places

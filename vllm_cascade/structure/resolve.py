@@ -149,8 +149,9 @@ def _block_size_for(options: CascadeOptions, model: Model) -> int | None:
 def _nearest(options: CascadeOptions, field: str, model: Model) -> float | None:
     """The valid value of `field` nearest to the given one; without `field` the options are valid.
 
-    None if only an elastic structure fits, which has no number of sub-caches. The search halves the range between the given value and the value that `search` takes if
-    `field` is not set. The rules only get easier from the first to the second.
+    None if only an elastic structure fits, which has no number of sub-caches. The search halves the
+    range between the given value and the value that `search` takes if `field` is not set. The rules
+    only get easier from the first to the second.
     """
     without = options.without([field])
     if field == "num_sub_caches":
