@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 
 def rules_hold(
@@ -17,13 +18,14 @@ def rules_hold(
     positions: int,
     share: float,
     structure: str = "fixed",
+    longest: int = 0,
 ) -> bool:
     """The design's list of valid configurations, written down a second time."""
     group = max(window, 2 * block)
     if structure == "elastic":
         unit = group // 2
         room, newest, steps = cache // unit, int(cache * share) // unit, stride // unit
-        return (
+        if not (
             room - newest >= max(2, steps)
             and sinks % block == 0
             and share <= 1
@@ -31,8 +33,13 @@ def rules_hold(
             and window & (window - 1) == 0
             and stride >= 1
             and stride % group == 0
-            and sinks + max(room, newest + steps + number) * unit + stride <= positions
-        )
+        ):
+            return False
+        places = positions - sinks - stride
+        if max(room, newest + steps + number) * unit <= places:
+            return True
+        strides = max(0, longest - 1 - sinks) // stride
+        return room * unit <= places and most_held(strides, steps, room, newest) * unit <= places
     sizes = sub_caches(cache, number, block, share)
     return (
         sizes[-1] >= block
@@ -72,3 +79,28 @@ def levels(longest: int, block: int, window: int) -> int:
     while unit << number <= longest:
         number += 1
     return number
+
+
+def most_held(strides: int, steps: int, room: int, newest: int) -> int:
+    """The most units left after any of so many strides of `steps` units each, unit by unit.
+
+    While more than `room` are held, the oldest two neighbours of the lowest level that has such a
+    pair merge, none of them made in the same stride and none of the `newest`.
+    """
+    units: list[tuple[int, bool]] = []  # level, and whether it was made in this stride
+    most = room
+    for _ in range(strides):
+        units = [(level, False) for level, _ in units] + [(0, False)] * steps
+        while len(units) > room:
+            free = units[: len(units) - newest]
+            pairs = [
+                (a[0], at)
+                for at, (a, b) in enumerate(pairwise(free))
+                if a[0] == b[0] and not a[1] and not b[1]
+            ]
+            if not pairs:
+                break
+            level, at = min(pairs)
+            units[at : at + 2] = [(level + 1, True)]
+        most = max(most, len(units))
+    return most

@@ -158,7 +158,7 @@ def test_defaults_are_the_largest_that_work(
                 if rules_hold(
                     block=block, sinks=sinks, cache=cache, number=number, stride=stride,
                     window=window, decay=options.get("score_decay", 0.9999999),
-                    positions=positions, share=share, structure=structure,
+                    positions=positions, share=share, structure=structure, longest=longest,
                 ):  # fmt: skip
                     fit.append((cache, number, stride))
             if fit:  # a quarter of the budget at most, if one of them is
@@ -571,12 +571,12 @@ def test_several_culprits_are_all_named() -> None:
 @pytest.mark.parametrize(
     ("model", "fix"),
     [
-        ({"block_size": 128, "max_model_len": 1024, "position_limit": 1024}, "block_size"),
+        ({"block_size": 128, "max_model_len": 512, "position_limit": 512}, "block_size"),
         ({"block_size": 4096}, "block_size"),
         ({"block_size": 65_536}, "block_size"),
         ({"block_size": 96}, "block_size"),
         ({"block_size": 0}, "block_size"),
-        ({"max_model_len": 1 << 20, "position_limit": 512}, "max_model_len"),
+        ({"max_model_len": 1 << 20, "position_limit": 448}, "max_model_len"),
     ],
 )
 def test_a_model_that_no_options_fit_says_what_flag_would_help(

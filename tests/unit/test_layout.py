@@ -361,14 +361,13 @@ def test_levels_stay_under_the_bound(config: CascadeConfig) -> None:
         config.cache_tokens // unit,
         int(config.cache_tokens * config.newest_share) // unit,
     )
-    waiting = newest + config.stride // unit + config.num_sub_caches
-    bound = config.num_sink_tokens + unit * max(room, waiting) + config.stride
-    assert layout.max_blocks * config.block_size <= bound == config.max_places
     held = [sum(epoch.sub_caches) // unit for epoch in layout.epochs[1:]]
-    assert all(number >= room for number in held)
-    if waiting <= room:
-        assert config.stays_in_budget
-        assert all(number == room for number in held)
+    most = max(held, default=room)
+    assert room <= min(held, default=room)
+    assert most <= max(room, newest + config.stride // unit + config.num_sub_caches)
+    assert config.stays_in_budget == (most == room)
+    assert config.max_places == config.num_sink_tokens + unit * most + config.stride
+    assert layout.max_blocks * config.block_size <= config.max_places
 
 
 @given(elastic_configurations())

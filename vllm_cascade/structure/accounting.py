@@ -7,7 +7,6 @@ form: nobody has to walk through a finished request's epochs to count them.
 from __future__ import annotations
 
 from vllm_cascade.structure.config import CascadeConfig
-from vllm_cascade.structure.levels import held_units
 
 SMALLEST_BUCKET = 64
 
@@ -76,7 +75,7 @@ def tokens_evicted(config: CascadeConfig, num_tokens: int) -> int:
         return 0
     end = config.first_boundary + (boundaries - 1) * config.stride
     if config.is_elastic:
-        held = held_units(config, boundaries) * config.unit_tokens
+        held = config.levels.held(boundaries) * config.unit_tokens
         return end - config.num_sink_tokens - held
     overfull = end - kept_whole(config)
     if config.num_sub_caches == 1:

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vllm_cascade.structure.levels import Levels
+
 MIN_DECAY_PER_STRIDE = 1e-3
 FIXED, ELASTIC = "fixed", "elastic"
 
@@ -163,19 +165,20 @@ class CascadeConfig:
         return int(self.newest_share * self.cache_tokens) // self.unit_tokens
 
     @property
-    def most_units(self) -> int:
-        """Units that an elastic structure never holds more of after a boundary.
-
-        With k units beside the newest ones, and one of each level without a partner, (k - levels)
-        / 2 pairs can merge. So a stride of s units leaves at most s + levels of them, or what the
-        budget has room for.
-        """
+    def levels(self) -> Levels:
+        """An elastic structure, counted in units."""
         stride = self.stride // self.unit_tokens
-        return max(self.capacity_units, self.newest_units + stride + self.num_sub_caches)
+        return Levels(stride, self.newest_units, self.capacity_units, self.num_sub_caches)
+
+    @property
+    def most_units(self) -> int:
+        """The most units that the longest request of an elastic structure holds between strides."""
+        boundaries = (self.max_model_len - 1 - self.first_boundary) // self.stride + 1
+        return self.levels.most_held(boundaries) if boundaries > 0 else self.capacity_units
 
     @property
     def stays_in_budget(self) -> bool:
-        """Whether enough pairs can merge at every boundary of an elastic structure."""
+        """Whether an elastic structure never holds more than the budget after a boundary."""
         return self.most_units == self.capacity_units
 
     @property

@@ -27,12 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_cascade.structure.config import CascadeConfig
-from vllm_cascade.structure.levels import (
-    FOLLOWED,
-    held_units,
-    merging_pairs,
-    most_held_units,
-)
+from vllm_cascade.structure.levels import FOLLOWED, merging_pairs
 
 Entries = npt.NDArray[np.int32]
 
@@ -327,11 +322,12 @@ def _most_blocks_of_levels(config: CascadeConfig, boundaries: int) -> int:
     """The most blocks that a request with levels holds after its first boundary."""
     block, sinks = config.block_size, config.num_sink_tokens
     last_start = config.first_boundary + (boundaries - 1) * config.stride
-    at_last = config.most_units if boundaries > FOLLOWED else held_units(config, boundaries)
+    levels = config.levels
+    at_last = levels.bound if boundaries > FOLLOWED else levels.held(boundaries)
     at_last = at_last * config.unit_tokens + config.max_model_len - last_start
     between = 0
     if boundaries > 1:
-        between = most_held_units(config, boundaries - 1) * config.unit_tokens + config.stride
+        between = levels.most_held(boundaries - 1) * config.unit_tokens + config.stride
     return -(-(sinks + max(at_last, between)) // block)
 
 

@@ -13,11 +13,51 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
+from typing import NamedTuple
 
-from vllm_cascade.structure.config import CascadeConfig
+# The most held is looked for among so many boundaries; beyond them it is a bound.
+FOLLOWED = 1 << 12
 
-# A structure that may hold more than its budget is followed for so many boundaries, not further.
-FOLLOWED = 1 << 16
+
+class Levels(NamedTuple):
+    """What decides how many units are held.
+
+    Args:
+        stride: Units that a stride brings.
+        newest: Units of level 0 that stay as they are: the newest ones.
+        capacity: Units that the budget has room for, at least `newest` and a stride.
+        number: Levels that the longest request can come to.
+    """
+
+    stride: int
+    newest: int
+    capacity: int
+    number: int
+
+    @property
+    def bound(self) -> int:
+        """Units that are never exceeded after a boundary.
+
+        With k units beside the newest ones, and one of each level without a partner, (k - levels)
+        / 2 pairs can merge. So a stride of s units leaves at most s + levels of them, or what the
+        budget has room for.
+        """
+        return max(self.capacity, self.newest + self.stride + self.number)
+
+    def held(self, boundaries: int) -> int:
+        """Count the units held once `boundaries` boundaries, at least 1, have moved something."""
+        if self.bound == self.capacity:
+            return self.capacity
+        return _held(self).first(boundaries)[-1]
+
+    def most_held(self, boundaries: int) -> int:
+        """Find the most units held after any of the first `boundaries` boundaries, at least 1.
+
+        Beyond `FOLLOWED` boundaries, and where the budget may be exceeded, the answer is `bound`.
+        """
+        if self.bound == self.capacity or boundaries > FOLLOWED:
+            return self.bound
+        return max(_held(self).first(boundaries))
 
 
 def merging_pairs(counts: Sequence[int], newest: int, capacity: int) -> list[int]:
@@ -28,7 +68,7 @@ def merging_pairs(counts: Sequence[int], newest: int, capacity: int) -> list[int
 
     Args:
         counts: Units on each level before the boundary, level 0 first.
-        newest: Units of level 0 that stay as they are: the newest ones.
+        newest: Units of level 0 that stay as they are.
         capacity: Units that may be left.
 
     Returns:
@@ -44,44 +84,12 @@ def merging_pairs(counts: Sequence[int], newest: int, capacity: int) -> list[int
     return pairs
 
 
-def held_units(config: CascadeConfig, boundaries: int) -> int:
-    """Count the units that a request holds once `boundaries` boundaries have run.
-
-    Args:
-        config: A valid elastic configuration.
-        boundaries: Boundaries at which something moved, at least 1.
-
-    Returns:
-        Units, the newest ones included and the sinks left out.
-    """
-    if config.stays_in_budget:
-        return config.capacity_units
-    return _held(config).first(boundaries)[-1]
-
-
-def most_held_units(config: CascadeConfig, boundaries: int) -> int:
-    """Find the most units that a request holds after any of its first `boundaries` boundaries.
-
-    Args:
-        config: A valid elastic configuration.
-        boundaries: At least 1.
-
-    Returns:
-        Units. For more than `FOLLOWED` boundaries it is a bound, where the budget may be exceeded.
-    """
-    if config.stays_in_budget:
-        return config.capacity_units
-    if boundaries > FOLLOWED:
-        return config.most_units
-    return max(_held(config).first(boundaries))
-
-
 class _Held:
     """Units held after each boundary, worked out as far as somebody has asked."""
 
-    def __init__(self, config: CascadeConfig) -> None:
+    def __init__(self, levels: Levels) -> None:
         self._known: list[int] = []
-        self._others = _thinned(config)
+        self._others = _thinned(levels)
 
     def first(self, boundaries: int) -> list[int]:
         """Units after each of the first `boundaries` boundaries."""
@@ -89,19 +97,18 @@ class _Held:
         return self._known[:boundaries]
 
 
-@lru_cache(maxsize=8)
-def _held(config: CascadeConfig) -> _Held:
-    return _Held(config)
+@lru_cache(maxsize=64)
+def _held(levels: Levels) -> _Held:
+    return _Held(levels)
 
 
-def _thinned(config: CascadeConfig) -> Iterator[int]:
+def _thinned(levels: Levels) -> Iterator[int]:
     """Units held after boundary 1, 2, and so on."""
-    stride = config.stride // config.unit_tokens
-    counts = [config.capacity_units // stride * stride, *[0] * (config.num_sub_caches - 1)]
+    stride, newest, capacity, number = levels
+    counts = [capacity // stride * stride, *[0] * (number - 1)]
     while True:
         counts[0] += stride
-        pairs = merging_pairs(counts, config.newest_units, config.capacity_units)
-        for level, merging in enumerate(pairs):
+        for level, merging in enumerate(merging_pairs(counts, newest, capacity)):
             counts[level] -= 2 * merging
             if merging:
                 counts[level + 1] += merging
