@@ -25,7 +25,8 @@ RED, BLUE, GREEN, ORANGE, PINK, SKY, GREY = (
 )  # fmt: skip
 CACHES = {
     "full": ("full attention", RED),
-    "distinct_auto": ("distinct", PINK),
+    "distinct_elastic": ("distinct", PINK),
+    "distinct_auto": ("distinct, fixed sub-caches", SKY),
     "blend_auto": ("blend, 11 sub-caches", BLUE),
     "paper": ("paper, 4 sub-caches", GREEN),
     "window": ("window", GREY),

@@ -115,7 +115,7 @@ def test_memory(label: str, name: str) -> None:
 @pytest.mark.parametrize("first", [1, 8193, 57345, 122881, 188417])
 def test_perplexity(first: int) -> None:
     (shown,) = cells(f"{first:,} - ")
-    caches = ["full", "window", "paper", "blend_auto", "distinct_auto"]
+    caches = ["full", "window", "paper", "blend_auto", "distinct_auto", "distinct_elastic"]
     for cell, cache in zip(shown[1:], caches, strict=True):
         (row,) = rows("streaming_perplexity.csv", cache=cache, first_token=str(first))
         assert agrees(cell, float(row["perplexity"])), cache
