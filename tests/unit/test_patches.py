@@ -293,7 +293,7 @@ def test_drafts_leave_a_boundarys_token_alone(under_way):
     """With steps under way, of which the scheduler does not know what was accepted."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    apply_all()
+    plugin.register()
     config = resolve_options(
         CascadeOptions.parse(
             {"cache_tokens": 128, "num_sub_caches": 2, "stride": 64, "selection_window": 64}
