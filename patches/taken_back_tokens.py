@@ -16,6 +16,9 @@ def install() -> None:
 
     @functools.wraps(original)
     def update_request_as_session(self: Any, session: Any, update: Any) -> None:
+        # The token that ends a turn is dropped, and with it drafts that were accepted behind it.
+        # Without drafts it has not been computed.
+        session.num_computed_tokens = min(session.num_computed_tokens, session.num_tokens - 1)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         begins_again = any(
             manager.cannot_take_back(session.request_id, session.num_computed_tokens)
@@ -38,7 +41,8 @@ PATCH = Patch(
     symptom=(
         "With asynchronous scheduling, a turn of a streaming session that ends at a stop token "
         "takes back the tokens of steps under way. If one of them ran a boundary, blocks were "
-        "merged that the next turn would merge again"
+        "merged that the next turn would merge again. With speculative decoding, drafts that were "
+        "accepted behind a stop token count as tokens of the next turn's input"
     ),
     removal="vLLM asks the KV cache manager whether computed tokens can be taken back",
     install=install,

@@ -154,7 +154,8 @@ class CpuEngine(Pool):
 class GpuEngine(Pool):
     """The least that runs a layer on a GPU, with room for one full cache at a time.
 
-    With `follows` another layer, with tensors of its own, takes each step before it.
+    With `follows` another layer, with tensors of its own, takes each step before it. Up to
+    `most_tokens` tokens of a request are resolved on the device; then the host is told too many.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class GpuEngine(Pool):
         sinks: torch.Tensor | None = None,
         follows: bool = False,
         scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        most_tokens: int = 1,
     ) -> None:
         from vllm_cascade.attention.gpu_layer import GpuLayer
         from vllm_cascade.attention.gpu_step import Planner
@@ -176,12 +178,12 @@ class GpuEngine(Pool):
         sinks_dtype = None if sinks is None else dtype
         pages_dtype = self.pages.kv.dtype
         shape = Shape(KV_HEADS * SHARED, KV_HEADS, HEAD, dtype, sinks_dtype, pages_dtype)
-        workspace = make_workspace(config, shape, MAX_TOKENS, num_requests, DEVICE)
+        workspace = make_workspace(config, shape, MAX_TOKENS, most_tokens * num_requests, DEVICE)
         self.counters = workspace.counters.zero_()
         cos, sin = (x.to(DEVICE) for x in rope_table(config.max_places, HEAD, THETA, torch.float32))
         table = (cos, sin, True)
         self.layer = GpuLayer(config, shape, HEAD**-0.5, *table, workspace, sinks)
-        self.planner = Planner(self.layout, DEVICE, num_requests, max_keys=700)
+        self.planner = Planner(self.layout, DEVICE, num_requests, 700, most_tokens)
         self.first = None
         if follows:
             others = (cos.clone(), sin.clone(), True, workspace, None if sinks is None else -sinks)
@@ -197,11 +199,13 @@ class GpuEngine(Pool):
         query, key, value = (
             torch.cat([x[r][start:end] for r, start, end in spans]).to(DEVICE) for x in (q, k, v)
         )
+        most = self.planner.most_tokens
+        unsure = np.diff(starts) <= most
         step = self.planner.plan(
             torch.from_numpy(starts).to(DEVICE),
             starts,
             torch.from_numpy(lengths).to(DEVICE),
-            lengths,
+            lengths + (most - 1) * unsure.astype(np.int32),
             rows,
         )
         if self.first is not None:

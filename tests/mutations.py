@@ -310,6 +310,20 @@ MUTATIONS = [
         "tests/e2e/test_sessions.py::test_tokens_taken_back[distinct-queued]",
     ),
     Mutation(
+        "a draft that takes a boundary's token",
+        "vllm_cascade/structure/layout.py",
+        "len(self.epochs) else end - 1",
+        "len(self.epochs) else end",
+        "tests/e2e/test_speculative.py::test_every_distance_from_a_boundary[in order]",
+    ),
+    Mutation(
+        "drafts behind an answer's last token counted among what is remembered of it",
+        "vllm_cascade/kv_cache/ends.py",
+        "return min(request.num_computed_tokens, request.num_tokens)",
+        "return request.num_computed_tokens",
+        "tests/e2e/test_speculative.py::test_what_is_remembered",
+    ),
+    Mutation(
         "a copied block without its scores",
         "kernels/pages.py",
         "tail[target] = tail[source]",

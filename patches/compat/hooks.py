@@ -165,7 +165,7 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         "vllm.v1.core.sched.scheduler.Scheduler": ("kv_cache_manager", "_free_request_blocks"),
         "vllm.v1.core.kv_cache_manager.KVCacheManager": ("coordinator",),
         "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("single_type_managers",),
-        "vllm.v1.request.Request": ("request_id", "num_computed_tokens"),
+        "vllm.v1.request.Request": ("request_id", "num_computed_tokens", "num_tokens"),
     },
     "vllm_cascade/kv_cache/spec.py": {
         "vllm.v1.kv_cache_interface.AttentionSpec": (

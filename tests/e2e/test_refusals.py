@@ -249,8 +249,15 @@ def test_models_it_does_not_serve(configure, config, words):
         ({"kv_cache_dtype": "bfloat16", "dtype": "float32"}, "KV cache dtype 'bfloat16'"),
         ({"kv_offloading_size": 1.0}, "KV offloading"),
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding",
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 2,
+                },
+                "additional_config": {"cascade": {"policy": "blend"}},
+            },
+            "speculative decoding with policy 'blend'",
         ),
         ({"max_model_len": -1}, "auto-fit"),
     ],

@@ -154,6 +154,31 @@ def test_every_distance_from_a_boundary(
         torch.testing.assert_close(logprobs_of(ours), logprobs_of(theirs), rtol=0, atol=1e-4)
 
 
+def test_what_is_remembered(model: str, plain: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request goes on from an answer, wherever a boundary lies and whatever drafts came after it.
+
+    The first row is a single token, to which vLLM adds as many drafts that are none.
+    """
+    answers = [[*p, *tokens_of(each)] for p, each in zip(PROMPTS, plain, strict=True)]
+    more = [[*tokens[: len(tokens) - n % 3], 7 + n] for n, tokens in enumerate(answers)]
+    with engine(CASCADE, model, **OPTIONS) as llm:
+        expected = run(llm, more, max_tokens=20)
+    with engine(
+        CASCADE, model, speculative_config=NGRAM, enable_prefix_caching=True, **OPTIONS
+    ) as llm:
+        drafter = Drafter(answers)
+        monkeypatch.setattr(runner_of(llm).drafter, "propose", drafter.propose)
+        # Every third ends one token earlier, and drafts that are right come after its last token.
+        given = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        ends = [sampling(max_tokens=ANSWER - n % 3) for n in range(len(PROMPTS))]
+        llm.generate(given, ends, use_tqdm=False)
+        found = run(llm, more, max_tokens=20)
+    for prompt, ours, theirs in zip(more, found, expected, strict=True):
+        assert len(prompt) - 2 <= ours.num_cached_tokens < len(prompt)
+        assert tokens_of(ours) == tokens_of(theirs)
+        torch.testing.assert_close(logprobs_of(ours), logprobs_of(theirs), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("preempt_at", [(), (6, 14)], ids=["in order", "preempted"])
 def test_what_is_kept(model: str, preempt_at: tuple[int, ...]) -> None:
     """The drafter that vLLM has, chunked prompts, all against the float64 oracle."""

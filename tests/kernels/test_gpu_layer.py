@@ -69,6 +69,57 @@ def test_a_layer_that_repeats_what_another_launched() -> None:
             assert not torch.equal(oracle(config, q[r], k[r], v[r])[1][last], boundaries[last])
 
 
+def test_drafts_across_boundaries() -> None:
+    """Rows of up to four tokens, of which drafts are rejected that were other tokens.
+
+    The second request's prompt is short enough to be resolved on the device.
+    """
+    config = config_of(
+        500, policy="distinct", selection_window=64, cache_tokens=64, num_sub_caches=2
+    )
+    torch.manual_seed(0)
+    draw, most, prompts = random.Random(0), 4, [2 * config.stride + config.num_sink_tokens - 5, 3]
+    lengths = [prompts[0] + 12, 12]
+    q, k, v = (
+        [torch.randn(n + most, heads, HEAD) for n in lengths]
+        for heads in (KV_HEADS * SHARED, KV_HEADS, KV_HEADS)
+    )
+    engine = GpuEngine(config, 2, torch.float32, most_tokens=most)
+    done, outputs = [0, 0], [torch.zeros(n, KV_HEADS * SHARED, HEAD) for n in lengths]
+    kept, row_lengths = {}, set()
+    while any(d < n for d, n in zip(done, lengths, strict=True)):
+        spans, accepted = [], []
+        for r, (start, end) in enumerate(zip(done, lengths, strict=True)):
+            if start == end:
+                continue
+            length = min(most, engine.layout.most_together(start, start))
+            right = draw.randint(1, length)
+            if not start:
+                length = right = prompts[r]
+            spans.append((r, start, start + length))
+            accepted.append(min(right, end - start))
+        inputs = [[each.clone() for each in x] for x in (q, k, v)]
+        for (r, start, end), right in zip(spans, accepted, strict=True):
+            for each in inputs:
+                each[r][start + right : end] = torch.randn_like(each[r][start + right : end])
+        out, first = engine.step(spans, *inputs), 0
+        for (r, start, end), right in zip(spans, accepted, strict=True):
+            outputs[r][start : start + right] = out[first : first + right]
+            first += end - start
+            done[r] = start + right
+            kept[r, done[r]] = engine.kept(r, done[r])
+            row_lengths.add(end - start)
+    assert {1, 4} <= row_lengths
+    merged = 0
+    for r, n in enumerate(lengths):
+        expected, boundaries = oracle(config, q[r][:n], k[r][:n], v[r][:n])
+        torch.testing.assert_close(outputs[r], expected.float(), rtol=2e-4, atol=2e-5)
+        for end in {end for owner, end in kept if owner == r} & boundaries.keys():
+            assert torch.equal(kept[r, end].long(), boundaries[end])
+            merged += boundaries[end].shape[1] < end
+    assert merged
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(

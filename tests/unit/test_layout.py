@@ -424,6 +424,25 @@ def test_segments_refuse_what_is_no_range_of_a_request(start: int, end: int) -> 
         build_layout(config).segments(start, end)
 
 
+@given(every_structure(), st.integers(0, 2**32), st.integers(0, 5))
+@quick
+def test_a_boundarys_token_is_computed_alone(config: CascadeConfig, seed: int, unsure: int) -> None:
+    """However many of the drafts under way are accepted; and as many at once as that allows."""
+    layout = build_layout(config)
+    merging = {epoch.end - 1 for epoch in layout.epochs[:-1]}
+    most = random.Random(seed).randrange(config.max_model_len)
+    starts = range(max(0, most - unsure), most + 1)
+    length = layout.most_together(starts[0], most)
+    assert length >= 1
+
+    def is_safe(length: int) -> bool:
+        return all(merging.isdisjoint(range(start, start + length)) for start in starts)
+
+    assert length == 1 or is_safe(length)
+    if len(starts) == 1 and most + length < config.max_model_len:
+        assert most in merging or not is_safe(length + 1)
+
+
 @given(every_structure())
 @quick
 def test_boundaries_before_counts_grid_points(config: CascadeConfig) -> None:

@@ -4,9 +4,11 @@ import dataclasses
 import importlib.metadata
 import inspect
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,9 @@ from vllm_cascade.patches import (
     whole_page_copies,
 )
 from vllm_cascade.patches.record import in_range, resolve, signature_of
+from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve as resolve_options
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -281,3 +286,49 @@ def test_blocks_are_copied_with_their_tails_and_a_few_at_a_time(copy, monkeypatc
     # The scores of all pieces at once; they are small.
     assert pieces == [2, 2, 4]
     assert torch.equal(storage, expected)
+
+
+@pytest.mark.parametrize("under_way", [0, 1, 2])
+def test_drafts_leave_a_boundarys_token_alone(under_way):
+    """With steps under way, of which the scheduler does not know what was accepted."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    plugin.register()
+    config = resolve_options(
+        CascadeOptions.parse(
+            {"cache_tokens": 128, "num_sub_caches": 2, "stride": 64, "selection_window": 64}
+        ),
+        block_size=16,
+        max_model_len=20_000,
+        position_limit=4096,
+    )
+    layout, drafts, draw = build_layout(config), 3, random.Random(under_way)
+    merging = {layout.epochs[0].end - 1 + n * config.stride for n in range(len(layout.epochs))}
+    manager = SimpleNamespace(most_together=layout.most_together)
+    coordinator = SimpleNamespace(single_type_managers=[SimpleNamespace(), manager])
+    scheduler = SimpleNamespace(
+        kv_cache_manager=SimpleNamespace(coordinator=coordinator), num_spec_tokens=drafts
+    )
+    # As vLLM's scheduler counts: what is under way is computed, and all of its drafts accepted.
+    request = SimpleNamespace(num_computed_tokens=100, num_output_placeholders=0)
+    computed, lengths, steps = 100, [], list[tuple[int, int]]()
+    while computed < 19_900:
+        length = Scheduler._mamba_block_aligned_split(scheduler, request, 1 + drafts)
+        assert length == 1 or merging.isdisjoint(range(computed, computed + length))
+        lengths.append(length)
+        request.num_computed_tokens += length
+        request.num_output_placeholders += length
+        accepted = draw.randrange(length)
+        # The device knows at once what the scheduler hears later.
+        computed += 1 + accepted
+        steps.append((length, accepted))
+        if len(steps) > under_way:
+            length, accepted = steps.pop(0)
+            request.num_computed_tokens -= length - 1 - accepted
+            request.num_output_placeholders -= length
+    assert {*lengths} == {1, 2, 3, 4}
+    # Two or three steps a stride, and one more for each step under way.
+    short = sum(length < 1 + drafts for length in lengths)
+    assert short < (4 + 2 * under_way) * len(layout.epochs)
+    # A prompt's chunk is left to the workers.
+    assert Scheduler._mamba_block_aligned_split(scheduler, request, 500) == 500

@@ -178,7 +178,18 @@ SPOILT = [
     ),
     ({"parallel_config.decode_context_parallel_size": 2}, "Leave out --decode-context-parallel"),
     ({"parallel_config.prefill_context_parallel_size": 2}, "Leave out --prefill-context-parallel"),
-    ({"speculative_config": object()}, "speculative decoding.*--speculative-config"),
+    (
+        {"speculative_config": SimpleNamespace(method="eagle3")},
+        "method 'eagle3': .* KV cache of their own.* method \"ngram\".*--speculative-config",
+    ),
+    ({"speculative_config": SimpleNamespace(method="medusa")}, "'medusa': nobody has tried"),
+    (
+        {
+            "speculative_config": SimpleNamespace(method="ngram"),
+            "additional_config": {"cascade": {"policy": "blend"}},
+        },
+        "speculative decoding with policy 'blend'.*a policy without attention scores",
+    ),
     ({"kv_transfer_config": object()}, "KV connector.*--kv-transfer-config"),
     ({"cache_config.cache_dtype": "fp8_e5m2"}, "dtype 'fp8_e5m2'.*--kv-cache-dtype auto or fp8"),
     ({"cache_config.cache_dtype": "nvfp4"}, "dtype 'nvfp4'"),
@@ -267,6 +278,14 @@ def test_refused_on_a_gpu(served, monkeypatch, spoilt, capability, words):
 
 
 def test_what_the_fixture_describes_is_served(served):
+    validate(served)
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu"])
+@pytest.mark.parametrize("policy", ["distinct", "window"])
+def test_drafts_from_the_text_are_served(served, method, policy):
+    served.speculative_config = SimpleNamespace(method=method)
+    served.additional_config = {"cascade": {"policy": policy}}
     validate(served)
 
 

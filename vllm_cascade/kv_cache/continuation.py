@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_cascade.kv_cache.ends import End, Ends
+from vllm_cascade.kv_cache.ends import End, Ends, num_known
 from vllm_cascade.kv_cache.prefix import Prefix
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class Continuation:
             request is not None
             and request.is_finished()
             and self.is_asked
-            and request.num_computed_tokens >= self._least_kept
+            and num_known(request) >= self._least_kept
             and self._ends.keep(request, blocks)
         )
 

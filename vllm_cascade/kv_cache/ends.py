@@ -41,6 +41,15 @@ class End:
     is_prompt: bool
 
 
+def num_known(request: Request) -> int:
+    """Count the tokens that a request has computed and that are its own.
+
+    Drafts that were accepted behind the token that ends an answer are computed, but are none of the
+    answer's. The same holds for tokens of steps that are under way.
+    """
+    return min(request.num_computed_tokens, request.num_tokens)
+
+
 class Ends:
     """The ends whose blocks nobody has taken yet.
 
@@ -71,7 +80,7 @@ class Ends:
             Whether the blocks were given back. If not, nothing was done: a block is still being
             copied, or the request's tokens do not tell what the blocks hold.
         """
-        num_tokens = request.num_computed_tokens
+        num_tokens = num_known(request)
         # A block with a second reference is still being copied.
         if not blocks or any(block.ref_cnt > 1 for block in blocks):
             return False

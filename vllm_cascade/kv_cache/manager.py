@@ -10,7 +10,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
 
 from vllm_cascade.kv_cache.continuation import Continuation, Progress
-from vllm_cascade.kv_cache.ends import Ends
+from vllm_cascade.kv_cache.ends import Ends, num_known
 from vllm_cascade.kv_cache.prefix import Prefix
 from vllm_cascade.kv_cache.spec import CascadeSpec
 from vllm_cascade.structure.accounting import computed_tokens, tokens_evicted
@@ -234,6 +234,9 @@ class CascadeManager(CircularBufferManager):
     def free(self, request_id: str) -> None:
         """Free a request's blocks as an end to go on from, where vLLM frees each for itself."""
         progress = self._progress.get(request_id)
+        request = None if progress is None else progress.request
+        if request is not None and self.cannot_take_back(request_id, num_known(request)):
+            progress = None
         blocks = self.pop_blocks_for_free(request_id)
         if not self._continuation.end(progress, blocks):
             self.block_pool.free_blocks(reversed(blocks))

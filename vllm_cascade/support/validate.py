@@ -23,8 +23,9 @@ GPU_BLOCK_SIZES = (16, 32, 64, 128)
 GPU_MAX_WINDOW = 1024
 # The GPU keeps a row entry for each block and each stride: some 4 GiB with the default budget.
 GPU_MAX_STRIDES = 1 << 21
-# Methods whose drafts come without a KV cache of the drafter's own.
+# Methods whose drafters have no KV cache of their own: those that work, and those to be looked at.
 SPECULATIVE_METHODS = ("ngram", "ngram_gpu")
+UNTRIED_METHODS = ("suffix", "medusa", "mlp_speculator", "custom_class")
 SHARED_KV = ("num_kv_shared_layers", "use_cla")
 
 
@@ -262,11 +263,13 @@ def _drafts(vllm_config: Any, config: CascadeConfig) -> None:
             "Leave out --speculative-config, or use a policy without attention scores",
         )
     if method not in SPECULATIVE_METHODS:
+        why = "its drafter's layers have a KV cache of their own, which is not bounded yet"
+        if method in UNTRIED_METHODS:
+            why = "nobody has tried this drafter with it"
         raise UnsupportedError(
             f"speculative decoding by method {method!r}",
-            "a drafter with layers of its own would have a KV cache of its own, which is not "
-            "bounded yet",
-            'Use method "ngram", which drafts from the text itself, or leave out '
+            why,
+            'Use method "ngram" or "ngram_gpu", which draft from the text itself, or leave out '
             "--speculative-config",
         )
 
