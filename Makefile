@@ -29,10 +29,11 @@ help: ## list the targets
 setup: $(SETUP) ## make .venv with vLLM and this package
 
 # torchvision, torchaudio and torchcodec come with vLLM's CPU build, serve image and audio models
-# only, and do not import beside every build of PyTorch.
+# only, and do not import beside every build of PyTorch. Modules are compiled when they are first
+# imported, most of them never.
 $(SETUP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[$(BUILD),demo,plots,test,docs,dev]'
+	$(BIN)/python -m pip install --no-compile $(PIP_ARGS) -e '.[$(BUILD),demo,plots,test,docs,dev]'
 	$(if $(filter cpu,$(BUILD)),$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec)
 	touch $@
 

@@ -20,12 +20,12 @@ from vllm_cascade.structure.resolve import resolve
 TARGET = ROOT / "docs" / "plots" / "cascade.svg"
 OPTIONS = {
     "cache_tokens": 256,
-    "num_sub_caches": 4,
     "num_sink_tokens": 16,
     "stride": 64,
     "selection_window": 32,
 }
-BLOCK_SIZE, NUM_TOKENS = 16, 1500  # half as many again as it reaches back
+# A stride more than at a boundary at which three levels are left.
+BLOCK_SIZE, NUM_TOKENS = 16, 912
 WIDTH, HEIGHT, MARGIN, BLOCK = 1060, 570, 30, 38  # in pixels, as all that follows
 TEXT_Y, BEFORE_Y, AFTER_Y = 96, 236, 408
 TEXT_HEIGHT, BLOCK_HEIGHT = 22, 34
@@ -94,7 +94,7 @@ def configuration() -> CascadeConfig:
 
 
 def busiest(layout: Layout) -> int:
-    """The last epoch at whose end every sub-cache is left by a group or a block."""
+    """The last epoch at whose end as many blocks come free as at any other's."""
     freed = [freed_count(layout, index) for index in range(len(layout.epochs))]
     return max(range(len(freed)), key=lambda index: (freed[index], index))
 
@@ -182,7 +182,7 @@ def text_row(num_tokens: int, row: Row, spans: dict[int, tuple[int, int]]) -> li
         kept = 1 << int(part[1:])
         drawn.append(label(found[0][0], reached, f"1 token in {kept}" if kept > 1 else "all"))
         reached = found[0][0]
-    return [*drawn, label(spans[row.entries[0]][1], reached, "gone")]
+    return drawn
 
 
 def moves(before: Row, after: Row, groups: list[list[int]]) -> list[str]:
@@ -225,9 +225,7 @@ def captions(config: CascadeConfig, num_tokens: int, before: Row, after: Row) ->
     """All that is written beside the blocks, but for the text's own."""
     blocks_of_group = config.group_tokens // config.block_size
     drawn = [
-        write(
-            MARGIN, 34, f"{config.num_sub_caches} sub-caches over the blocks of a request", "title"
-        ),
+        write(MARGIN, 34, "Levels over the blocks of a request", "title"),
         write(
             MARGIN,
             56,
@@ -240,7 +238,7 @@ def captions(config: CascadeConfig, num_tokens: int, before: Row, after: Row) ->
     for row, y in ((before, BEFORE_Y), (after, AFTER_Y)):
         for part in dict.fromkeys(row.parts):
             first, end = edges(row, [e for e in row.entries if row.part(e) == part])
-            name = {"sinks": "sinks", "empty": "next stride"}.get(part, f"sub-cache {part[1:]}")
+            name = {"sinks": "sinks", "empty": "next stride"}.get(part, f"level {part[1:]}")
             below = y + BLOCK_HEIGHT + 18 if row is after else y - 10
             drawn.append(write((first + end) / 2, below, name, "middle"))
         said = ("as a boundary", "is reached") if row is before else ("once it", "has run")
@@ -248,12 +246,12 @@ def captions(config: CascadeConfig, num_tokens: int, before: Row, after: Row) ->
             drawn.append(write(block_x(len(row.entries)) + 14, y + 14 + 17 * line, text, "note"))
     for line, text in enumerate(
         (
-            f"A group of {blocks_of_group} blocks leaves a full sub-cache. Half of its tokens "
-            "survive, chosen in each layer and head, and are written to its first half.",
-            "That half is now the newest of the next sub-cache: its entries have moved in the "
-            "table. No other block is touched.",
-            "The other half is free, and so is what the last sub-cache drops: the next stride is "
-            "written there (dashed). The row has stopped growing.",
+            f"More than the budget is held, so groups of {blocks_of_group} blocks merge, of the "
+            "lowest level first. Half of a group's tokens",
+            "survive, chosen in each layer and head, and are written to its first half. That half "
+            "is now the newest of the next level.",
+            "The other half is free: the next stride is written there (dashed). No other block is "
+            "touched. The row has stopped growing.",
         )
     ):
         drawn.append(write(MARGIN, AFTER_Y + BLOCK_HEIGHT + 56 + 22 * line, text, ""))
