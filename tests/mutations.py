@@ -253,6 +253,20 @@ MUTATIONS = [
         f"{LAYER}::test_every_boundary_is_seen",
     ),
     Mutation(
+        "a level that gives its newest tokens away",
+        "vllm_cascade/structure/levels.py",
+        "count - newest * (level == 0)",
+        "count",
+        "tests/unit/test_layout.py::test_nothing_is_out_of_reach",
+    ),
+    Mutation(
+        "levels that merge more pairs than there is too much",
+        "vllm_cascade/structure/levels.py",
+        "excess -= merging",
+        "pass",
+        "tests/unit/test_layout.py::test_levels_stay_under_the_bound",
+    ),
+    Mutation(
         "a kernel for aligned tensors launched with others",
         "kernels/launch.py",
         "return value.dtype, _is_aligned(value)",

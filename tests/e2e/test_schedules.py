@@ -17,6 +17,7 @@ from e2e.support import KeptLog, cascade_manager_of, core_of, engine, poisoned
 from e2e.tiny import CASCADE, by_policy, random_prompt, save_llama
 from reference.cascade import CascadeParameters
 from reference.llama import Llama
+from vllm_cascade.structure.layout import build_layout
 
 TRACED = CASCADE | {"trace_tokens": True}
 LENGTHS = [2100, 700, 30, 1333, 288, 209, 1024]
@@ -48,13 +49,14 @@ def play(
     policy: str = "distinct",
     preempt_at: tuple[int, ...] = (),
     prompt_logprobs: bool = True,
+    answer_tokens: int = ANSWER,
     **options: Any,
 ) -> Played:
     """Run prompts together, step by step; at the steps `preempt_at` everything is preempted."""
     options = {"max_num_batched_tokens": 4096, "max_num_seqs": 8, **options}
     sampling = SamplingParams(
         temperature=0,
-        max_tokens=ANSWER,
+        max_tokens=answer_tokens,
         ignore_eos=True,
         detokenize=False,
         logprobs=0,
@@ -143,6 +145,18 @@ def test_chunks(model: str, max_num_batched_tokens: int, policy: str) -> None:
     played = play(model, PROMPTS, policy=policy, max_num_batched_tokens=max_num_batched_tokens)
     assert played.preemptions == 0
     check(model, played)
+
+
+def test_long_answers(model: str) -> None:
+    """Decode alone fills the budget ten times over; what it thins out is what prefill would."""
+    prompts = [random_prompt(n, seed=n) for n in (30, 77)]
+    played = play(model, prompts, answer_tokens=1400)
+    check(model, played)
+    layout = build_layout(played.config)
+    for tokens, kept in zip(played.tokens, played.kept, strict=True):
+        assert len(tokens) > 6 * layout.num_unmoved
+        assert len(kept) > 18
+        assert layout.parts(len(tokens))["level 3"] > 0
 
 
 def test_order_of_arrival(model: str) -> None:
