@@ -6,6 +6,7 @@ at every distance from a boundary.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,6 +205,25 @@ def test_turns_of_sessions(model: str, plain: list[Any], monkeypatch: pytest.Mon
         monkeypatch.setattr(runner_of(llm).drafter, "propose", Drafter(answers).propose)
         assert turns(llm) == expected
     assert counts.accepted > 2 * len(PROMPTS)
+
+
+def test_acceptance_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with vLLM's own attention, by vLLM's own drafter, of a model that repeats itself."""
+    model = save_llama(tmp_path, head_dim=32)
+    prompts = [random_prompt(12, seed=n) * 5 for n in range(8)]
+    found = []
+    # Blocks that vLLM's own backend takes, too.
+    options = OPTIONS | {"block_size": 32}
+    for cascade in (None, CASCADE | {"num_sink_tokens": 32}):
+        with (
+            monkeypatch.context() as patch,
+            engine(cascade, model, speculative_config=NGRAM, **options) as llm,
+        ):
+            counts = Counts(llm, patch)
+            answers = [tokens_of(each) for each in run(llm, prompts, max_tokens=80)]
+            found.append((answers, counts.drafts, counts.accepted))
+    assert found[0] == found[1]
+    assert found[0][2] > 20
 
 
 @pytest.mark.parametrize("preempt_at", [(), (6, 14)], ids=["in order", "preempted"])
