@@ -76,6 +76,7 @@ class Outputs:
         """Step until each of the requests has been given `num_tokens` tokens in all."""
         while any(len(self.tokens[name]) < num_tokens for name in names):
             stepped, executed = self._core.step()
+            self._core.post_step(executed)
             assert executed
             for output in stepped[0].outputs:
                 self.tokens[output.request_id] += output.new_token_ids

@@ -6,6 +6,7 @@ at every distance from a boundary.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from vllm import SamplingParams
 
 from e2e.support import cascade_manager_of, core_of, engine, poisoned, runner_of
 from e2e.test_schedules import LENGTHS, check, play
+from e2e.test_sessions import Outputs, add
 from e2e.tiny import CASCADE, prompt_without_ties, random_prompt, save_llama
 
 pytestmark = pytest.mark.model
@@ -177,6 +179,51 @@ def test_what_is_remembered(model: str, plain: list[Any], monkeypatch: pytest.Mo
         assert len(prompt) - 2 <= ours.num_cached_tokens < len(prompt)
         assert tokens_of(ours) == tokens_of(theirs)
         torch.testing.assert_close(logprobs_of(ours), logprobs_of(theirs), rtol=0, atol=1e-4)
+
+
+def test_turns_of_sessions(model: str, plain: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn's input comes right behind its answer's end, not behind drafts that were right."""
+
+    def turns(llm: Any) -> dict[str, list[int]]:
+        names = [str(n) for n in range(len(PROMPTS))]
+        outputs = Outputs(llm)
+        for name, prompt in zip(names, PROMPTS, strict=True):
+            add(llm, name, prompt, 6)
+        outputs.step(names, 6)
+        for name in names:
+            add(llm, name, TEXT[400:440], 12)
+        outputs.step(names, 18)
+        for name in names:
+            add(llm, name, [0], 1, resumable=False)
+        return dict(outputs.tokens)
+
+    with engine(CASCADE, model, **OPTIONS) as llm:
+        expected = turns(llm)
+    answers = [[*p, *tokens_of(each)] for p, each in zip(PROMPTS, plain, strict=True)]
+    with engine(CASCADE, model, speculative_config=NGRAM, **OPTIONS) as llm:
+        counts = Counts(llm, monkeypatch)
+        monkeypatch.setattr(runner_of(llm).drafter, "propose", Drafter(answers).propose)
+        assert turns(llm) == expected
+    assert counts.accepted > 2 * len(PROMPTS)
+
+
+def test_acceptance_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with vLLM's own attention, by vLLM's own drafter, of a model that repeats itself."""
+    model = save_llama(tmp_path, head_dim=32)
+    prompts = [random_prompt(12, seed=n) * 5 for n in range(8)]
+    found = []
+    # Blocks that vLLM's own backend takes, too.
+    options = OPTIONS | {"block_size": 32}
+    for cascade in (None, CASCADE | {"num_sink_tokens": 32}):
+        with (
+            monkeypatch.context() as patch,
+            engine(cascade, model, speculative_config=NGRAM, **options) as llm,
+        ):
+            counts = Counts(llm, patch)
+            answers = [tokens_of(each) for each in run(llm, prompts, max_tokens=80)]
+            found.append((answers, counts.drafts, counts.accepted))
+    assert found[0] == found[1]
+    assert found[0][2] > 20
 
 
 @pytest.mark.parametrize("preempt_at", [(), (6, 14)], ids=["in order", "preempted"])
