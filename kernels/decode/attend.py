@@ -28,10 +28,10 @@ from vllm_cascade.kernels.decode.launch_config import (
     MAX_BLOCK_SIZE,
     Config,
     Scratch,
-    Splits,
     keys_per_split,
     launch_config,
     make_scratch,
+    splits_for_all,
 )
 from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
@@ -386,7 +386,7 @@ def decode(
         splits = scratch.splits
         if config is not None:
             choice = min(config.splits, max_splits), config.min_keys
-            splits = Splits.of([choice] * (max_rows + 1), query.device)
+            splits = splits_for_all(choice, max_rows, query.device)
         launch(
             _split_kernel,
             (num_kv_heads, len(some.rows), splits.most[len(some.rows)]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -82,6 +83,12 @@ class Splits:
     def max_rows(self) -> int:
         """Most rows of a launch."""
         return len(self.most) - 1
+
+
+@lru_cache(maxsize=16)
+def splits_for_all(choice: tuple[int, int], max_rows: int, device: torch.device) -> Splits:
+    """The same choice for any number of rows; kept, so that a CUDA graph copies nothing to it."""
+    return Splits.of([choice] * (max_rows + 1), device)
 
 
 @dataclass(frozen=True, slots=True)
