@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from vllm_cascade.support.rotation import RotationError
 
 # Places of the tokens that a layer is tried with, of as many as a table has.
 PLACES = (1, 3, 17, 40)
-# Place in the text of the first of them: what a layer makes of it must not depend on it.
+# A place in the text that no table reaches.
 FAR = 1 << 20
 # What a decoder's forward gives its rotary embedding beside hidden states, and a layer of the result.
 MADE_AND_HANDED = (
@@ -130,8 +131,9 @@ def take_over(model: nn.Module, parent: nn.Module, attention: Any) -> Turn | Non
     cos, sin = _cos_sin(rotary_emb, kind, attention, dtype)
     places = torch.tensor([p for p in PLACES if p < len(cos)], device=cos.device)
     pair = cos[places].to(dtype), sin[places].to(dtype)
-    after = _attended(model, parent, attention, pair)
-    before = _attended(model, parent, attention, _neutral(pair))
+    # A factor that goes with the place in the text, beside the rotation, tells the two apart.
+    after = _attended(model, parent, attention, pair, FAR)
+    before = _attended(model, parent, attention, _neutral(pair), 0)
     if not all(x.any() for x in before):
         raise RotationError(name, "has a query or a key of zeros, so that no rotation shows")
     if _close(after, before, dtype):
@@ -172,8 +174,12 @@ def _attended(
     parent: nn.Module,
     attention: Any,
     pair: tuple[torch.Tensor, torch.Tensor],
+    first: int,
 ) -> list[torch.Tensor]:
-    """Query and key, [num_tokens, heads, head_size] float32, that a layer attends with."""
+    """Query and key, [num_tokens, heads, head_size] float32, that a layer attends with.
+
+    Where it looks at the place in the text, tokens stand at `first` and behind it.
+    """
 
     def catch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         raise _Caught(query, key)
@@ -181,7 +187,7 @@ def _attended(
     num_tokens, hidden_size = len(pair[0]), model.text_config.hidden_size
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, num_tokens, hidden_size, generator=generator)
-    positions = FAR + torch.arange(num_tokens).unsqueeze(0)
+    positions = first + torch.arange(num_tokens).unsqueeze(0)
     cos, sin = pair
     given = {
         "position_embeddings": (cos.unsqueeze(0), sin.unsqueeze(0)),
@@ -193,16 +199,17 @@ def _attended(
         with torch.no_grad():
             parent(hidden.to(cos.device, model.model_config.dtype), **given)
     except _Caught as caught:
-        size = attention.head_size
-        return [x.reshape(num_tokens, -1, size).float() for x in (caught.query, caught.key)]
+        query, key = caught.query.float(), caught.key.float()
+        shape = num_tokens, attention.num_heads, attention.head_size
+        if query.numel() != math.prod(shape):
+            raise RotationError(attention.layer_name, "has heads of another size than vLLM's layer")
+        return [query.view(shape), key.view(num_tokens, attention.num_kv_heads, -1)]
     finally:
         del attention.forward
     raise RotationError(attention.layer_name, "does not attend by vLLM's attention layer")
 
 
-def _halves(
-    cos: torch.Tensor, sin: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _halves(cos: torch.Tensor, sin: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each pair of channels once: tables name an angle once, or twice in one of two orders."""
     half = cos.shape[-1] // 2
     for first, second in ((slice(half), slice(half, None)), (slice(0, None, 2), slice(1, None, 2))):

@@ -85,9 +85,7 @@ def _check_without_positions(
     for statement in statements:
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and node.id in others and isinstance(node.ctx, ast.Load):
-                raise RotationError(
-                    layer_name, f"uses `{node.id}` by `{_first_line(statement)}`"
-                )
+                raise RotationError(layer_name, f"uses `{node.id}` by `{_first_line(statement)}`")
         if any(_self_call(node, attention_name) for node in ast.walk(statement)):
             return
     raise RotationError(layer_name, f"does not call `self.{attention_name}`")
