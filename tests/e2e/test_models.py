@@ -24,6 +24,7 @@ from e2e.test_hybrid import CASCADE, Answer, assert_same, generate
 from e2e.tiny import LLAMA, prompt_without_ties, random_prompt, save_random
 from reference.attention import rope_table
 from reference.llama import Llama, random_tensors
+from vllm_cascade.support.rotation import RotationError
 
 MIXED = {
     "num_hidden_layers": 4,
@@ -40,6 +41,12 @@ LONGROPE = {
     "short_factor": SHORT,
     "long_factor": [2.0 * factor for factor in SHORT],
     "original_max_position_embeddings": ORIGINAL,
+}
+MROPE = {
+    "rope_type": "default",
+    "rope_theta": 10_000.0,
+    "mrope_section": [6, 5, 5],
+    "mrope_interleaved": True,
 }
 TEMPERATURE = {"original_max_position_embeddings": ORIGINAL, "beta": 0.5}
 TRANSFORMERS = {"model_impl": "transformers"}
@@ -70,11 +77,6 @@ def like_llama(architecture: str, model_type: str, **changes: Any) -> dict[str, 
     return {**WIDER, "architectures": [architecture], "model_type": model_type, **changes}
 
 
-def mrope(interleaved: bool) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
-    return rope | ({"mrope_interleaved": True} if interleaved else {})
-
-
 # What rotates -> config.json, the tables of its layers, engine arguments.
 KINDS: dict[str, tuple[dict[str, Any], list[Any], dict[str, Any]]] = {
     "transformers": (WIDER, [plain] * 3, TRANSFORMERS),
@@ -87,7 +89,7 @@ KINDS: dict[str, tuple[dict[str, Any], list[Any], dict[str, Any]]] = {
         like_llama(
             "GraniteForCausalLM",
             "granite",
-            position_embedding_type="nope",
+            rope_parameters={"rope_type": "default", "rope_theta": 0.0},
             attention_multiplier=32**-0.5,
             embedding_multiplier=1.0,
             residual_multiplier=1.0,
@@ -113,12 +115,7 @@ KINDS: dict[str, tuple[dict[str, Any], list[Any], dict[str, Any]]] = {
         [longrope] * 3,
         {},
     ),
-    "mrope": (like_llama("TextAlone", "llama", rope_parameters=mrope(False)), [plain] * 3, {}),
-    "mrope-interleaved": (
-        like_llama("TextAlone", "llama", rope_parameters=mrope(True)),
-        [plain] * 3,
-        {},
-    ),
+    "mrope": (like_llama("TextAlone", "llama", rope_parameters=MROPE), [plain] * 3, {}),
 }
 
 
@@ -205,3 +202,23 @@ def test_others_as_vllm(tmp_path: Path, model_type: str, changes: dict[str, Any]
         kinds = [type(impl).__name__ for impl in impls_of(llm)]
         assert_same(generate(llm, PROMPTS), wanted)
     assert kinds.count("CascadeImpl") == (2 if changes else 3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        # Its queries and keys are normalized once they are rotated.
+        ("hunyuan_v1_dense", {}),
+        # Its queries grow with their place in the text.
+        ("ministral3", TRANSFORMERS),
+    ],
+)
+def test_what_does_more_than_rotate_is_refused(
+    tmp_path: Path, model_type: str, options: dict[str, Any]
+) -> None:
+    save_random(tmp_path, model_type)
+    with (
+        pytest.raises(RotationError, match="does more than rotate"),
+        engine(CASCADE, str(tmp_path), block_size=32, skip_tokenizer_init=True, **options),
+    ):
+        pass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import math
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -199,11 +198,19 @@ def _attended(
         with torch.no_grad():
             parent(hidden.to(cos.device, model.model_config.dtype), **given)
     except _Caught as caught:
-        query, key = caught.query.float(), caught.key.float()
-        shape = num_tokens, attention.num_heads, attention.head_size
-        if query.numel() != math.prod(shape):
-            raise RotationError(attention.layer_name, "has heads of another size than vLLM's layer")
-        return [query.view(shape), key.view(num_tokens, attention.num_kv_heads, -1)]
+        found = []
+        for x, num_heads in (
+            (caught.query, attention.num_heads),
+            (caught.key, attention.num_kv_heads),
+        ):
+            if x.numel() != num_tokens * num_heads * attention.head_size:
+                raise RotationError(
+                    attention.layer_name,
+                    f"attends with {x.numel() // num_tokens} channels where vLLM expects "
+                    f"{num_heads} heads of {attention.head_size}",
+                ) from None
+            found.append(x.reshape(num_tokens, num_heads, attention.head_size).float())
+        return found
     finally:
         del attention.forward
     raise RotationError(attention.layer_name, "does not attend by vLLM's attention layer")

@@ -16,7 +16,7 @@ from vllm_cascade.support.unsupported import GPU_HEAD_SIZES, UnsupportedError
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 POSITION_EMBEDDING_TYPES = (None, "rope", "rotary", "nope")
 # By which configurations without RoPE parameters still say that the model rotates.
-ROTARY_FIELDS = ("rotary_dim", "rope_ratio", "rotary_pct")
+ROTARY_FIELDS = ("rotary_dim", "rope_ratio", "original_rope", "rotary_pct")
 ATTENTION_SCALES = ("attn_temperature_tuning", "use_logn_attn")
 MIN_CAPABILITY = (8, 0)
 FP8_MIN_CAPABILITY = (8, 9)
@@ -171,8 +171,8 @@ def _rope(vllm_config: Any) -> None:
     if not rotates and embedding != "nope":
         raise UnsupportedError(
             "a model without RoPE parameters in its config.json",
-            "it knows places by RoPE, or not at all where the configuration says so; learned "
-            "positions go with the text, and end",
+            "it tells places apart by RoPE, or not at all where position_embedding_type is "
+            "'nope', and knows no other way",
         )
     if model.uses_mrope and not _takes_text_alone(model):
         raise UnsupportedError(
