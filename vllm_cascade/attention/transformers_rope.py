@@ -18,7 +18,7 @@ from vllm_cascade.support.rotation import RotationError
 PLACES = (1, 3, 17, 40)
 # A place in the text that no table reaches.
 FAR = 1 << 20
-# What a decoder's forward gives its rotary embedding beside hidden states, and a layer of the result.
+# What a decoder gives its rotary embedding beside hidden states, and hands on of the result.
 MADE_AND_HANDED = (
     (["position_ids"], {"position_embeddings"}),
     (["position_ids", "layer_type"], {"position_embeddings[self.config.layer_types[i]]"}),
@@ -44,7 +44,7 @@ class Turn:
     is_neox_style: bool
 
 
-class _Caught(Exception):
+class _CaughtError(Exception):
     """Ends a layer's forward pass where it would attend.
 
     Args:
@@ -181,7 +181,7 @@ def _attended(
     """
 
     def catch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        raise _Caught(query, key)
+        raise _CaughtError(query, key)
 
     num_tokens, hidden_size = len(pair[0]), model.text_config.hidden_size
     generator = torch.Generator().manual_seed(0)
@@ -197,7 +197,7 @@ def _attended(
     try:
         with torch.no_grad():
             parent(hidden.to(cos.device, model.model_config.dtype), **given)
-    except _Caught as caught:
+    except _CaughtError as caught:
         found = []
         for x, num_heads in (
             (caught.query, attention.num_heads),

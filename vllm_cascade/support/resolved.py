@@ -39,7 +39,7 @@ def position_limit(model_config: Any) -> int:
         limit = min(limit, text.max_position_embeddings)
     scalings = [*ropes, getattr(text, "llama_4_scaling", None) or {}]
     for each in scalings:
-        # Up to there the factor that such models put on queries is 1, and `take_over` leaves it out.
+        # Up to there the factor that such models put on queries is 1; `take_over` leaves it out.
         if each.get("llama_4_scaling_beta") or each.get("beta"):
             limit = min(limit, each["original_max_position_embeddings"])
     if model_config.disable_sliding_window:

@@ -110,7 +110,7 @@ def _check_layer(name: str, layer: Any, parent: Any, vllm_config: Any) -> None:
     if type(layer).get_kv_cache_spec is not Attention.get_kv_cache_spec:
         raise UnsupportedError(
             f"this model's layer {name}",
-            f"it is a {type(layer).__name__}, which keeps more than a plain layer's keys and values",
+            f"it is a {type(layer).__name__}, which keeps more than a layer's keys and values",
         )
     if layer.head_size_v != layer.head_size:
         raise UnsupportedError(
