@@ -2,7 +2,7 @@
 
 Each is built with a tiny config.json and random weights, through the checks that a server runs.
 
-    python benchmarks report.models docs/models.md
+    python benchmarks report.models docs/models.md  # `make models`
     python benchmarks report.models ARCHITECTURE...
 """
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SERVED, REFUSED, NOT_BUILT = "served", "refused", "not built"
+OUTCOMES = SERVED, REFUSED, NOT_BUILT = "served", "refused", "not built"
 KINDS = ["sliding_attention", "full_attention"] * 2
 EXPERTS = {
     "num_experts": 4,
@@ -56,7 +56,6 @@ SMALL = {
     "torch_dtype": "float32",
 }
 ABSENT = object()
-ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in set(KINDS)}
 BAILING = {
     "embedding_dropout": 0.0,
     "use_bias": False,
@@ -130,11 +129,15 @@ FIELDS: dict[str, dict[str, Any]] = {
         "rope_local_theta": 1e4,
     },
     "Rnj1ForCausalLM": {
-        **MIXED,
+        "sliding_window": 512,
+        "layer_types": ["chunked_attention", "full_attention"] * 2,
         "query_pre_attn_scalar": 32,
         "hidden_activation": "gelu_pytorch_tanh",
         "final_logit_softcapping": None,
-        "rope_parameters": ROPES,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4}
+            for kind in ("chunked_attention", "full_attention")
+        },
     },
     "SarvamMoEForCausalLM": BAILING,
     "Step3TextForCausalLM": {
@@ -155,7 +158,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         "rope_theta": 1e4,
         **MIXED,
     },
-    "TeleChat2ForCausalLM": {"n_layer": 4, "n_head": 4, "ffn_hidden_size": 256},
+    "TeleChat2ForCausalLM": {
+        "n_layer": 4,
+        "n_head": 4,
+        "ffn_hidden_size": 256,
+        "layer_norm_epsilon": 1e-5,
+    },
     "TeleFLMForCausalLM": {"use_mup": False, "output_mult": 1.0, "mup_scale_factor": 1.0},
     "Zamba2ForCausalLM": {"num_hidden_layers": 54},
 }
@@ -207,7 +215,7 @@ def survey(names: list[str]) -> Iterator[Row]:
             try:
                 cls = getattr(importlib.import_module(module), kind)
             except ImportError as error:
-                yield Row(name, NOT_BUILT, f"here is no {getattr(error, 'name', None)}")
+                yield Row(name, NOT_BUILT, f"needs {error.name}")
                 continue
             yield _tried(name, cls)
 
@@ -239,8 +247,10 @@ def _tried(name: str, cls: type) -> Row:
             return Row(name, REFUSED, _reason(str(error)))
         except Exception as error:
             if "not supported by backend CASCADE" in str(error):
-                return Row(name, REFUSED, str(error).partition(" is not supported")[0])
-            return Row(name, NOT_BUILT, f"{type(error).__name__}: {error}".splitlines()[0])
+                return Row(name, REFUSED, f"`{str(error).partition(' is not supported')[0]}`")
+            absent = re.search(r"has no attribute '(\w+)'", str(error))
+            why = f"needs `{absent[1]}` in config.json" if absent else "vLLM refuses it on a CPU"
+            return Row(name, NOT_BUILT, why)
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -276,7 +286,8 @@ def _reason(message: str) -> str:
     if message.startswith("layer "):
         return re.sub(r"^layer \S+ ", "it ", message).split(". CASCADE")[0]
     asked, _, why = message.partition(": ")
-    return why.partition(". ")[0] if asked.startswith("this model") else asked
+    asks_nothing = asked.startswith(("this model", "attention layers"))
+    return why.partition(". ")[0] if asks_nothing else asked
 
 
 @contextlib.contextmanager
@@ -314,7 +325,10 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-OUTCOMES = (SERVED, REFUSED, NOT_BUILT)
+def rewritten(text: str, rows: list[Row]) -> str:
+    """A page with the table of `rows` between its markers, `<!-- models -->`."""
+    pattern = r"(<!-- models -->\n).*(<!-- /models -->\n)"
+    return re.sub(pattern, lambda found: found[1] + table(rows) + found[2], text, flags=re.S)
 
 
 def main() -> int:
@@ -326,10 +340,7 @@ def main() -> int:
         print(f"{row.architecture:36} {row.outcome:10} {row.why}", flush=True)
         rows.append(row)
     if path:
-        text = path.read_text(encoding="utf-8")
-        pattern = r"(<!-- models -->\n).*(<!-- /models -->\n)"
-        text = re.sub(pattern, lambda found: found[1] + table(rows) + found[2], text, flags=re.S)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(rewritten(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
     return 0
 
 

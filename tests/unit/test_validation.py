@@ -648,7 +648,8 @@ KV_DTYPES = ["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]
 @pytest.mark.parametrize("kv_cache_dtype", KV_DTYPES)
 @pytest.mark.parametrize("soft_cap", [None, 0, 0.0])
 def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
-    check_layer(**LAYER | {"kv_cache_dtype": kv_cache_dtype, "logits_soft_cap": soft_cap})
+    plain = {"kv_cache_dtype": kv_cache_dtype, "logits_soft_cap": soft_cap, "chunk_lookback": -1}
+    check_layer(**LAYER | plain)
 
 
 @pytest.mark.parametrize(
@@ -664,6 +665,7 @@ def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
         ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
         ({"attn_type": "encoder_only"}, "encoder_only attention"),
         ({"kv_sharing_target_layer_name": "layers.3.attn"}, "KV cache of layers.3.attn"),
+        ({"chunk_lookback": 1}, "a layer with chunk_lookback = 1"),
     ],
 )
 def test_a_layer_that_is_not_plain_is_refused(spoilt, words):
