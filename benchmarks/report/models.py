@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import unittest.mock
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         },
     },
     "SarvamMoEForCausalLM": BAILING,
+    "SolarForCausalLM": {f"bskcn_{part}": [0] for part in (1, 2)}
+    | {f"bskcn_{part}": [1] for part in (3, 4)}
+    | {"bskcn_tv": [0.9, 0.8]},
     "Step3TextForCausalLM": {
         "max_position_embedding": 4096,
         "share_q_dim": 128,
@@ -229,8 +233,11 @@ def _tried(name: str, cls: type) -> Row:
     from vllm_cascade.support.unsupported import UnsupportedError
 
     # vLLM asks another process for each that it does not know, which imports vLLM for that.
-    ModelRegistry.models[name] = _RegisteredModel.from_model_cls(cls)
-    with tempfile.TemporaryDirectory() as folder:
+    known = ModelRegistry.models | {name: _RegisteredModel.from_model_cls(cls)}
+    with (
+        unittest.mock.patch.object(ModelRegistry, "models", known),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         (Path(folder) / "config.json").write_text(json.dumps(config_of(name)))
         try:
             vllm_config = EngineArgs(
@@ -302,18 +309,20 @@ def _one_rank() -> Iterator[None]:
     )
     from vllm.utils.network_utils import get_open_port
 
-    collect, empty = gc.collect, torch.accelerator.empty_cache
+    replaced = unittest.mock.patch.object
     # Twice a model, each half a second after all that vLLM imports.
-    gc.collect, torch.accelerator.empty_cache = (lambda *_: 0), (lambda: None)
-    try:
+    with (
+        replaced(gc, "collect", lambda *_: 0),
+        replaced(torch.accelerator, "empty_cache", lambda: None),
+    ):
         with set_current_vllm_config(VllmConfig()):
             address = f"tcp://127.0.0.1:{get_open_port()}"
             init_distributed_environment(1, 0, address, 0, "gloo")
             initialize_model_parallel(1, 1)
-        yield
-    finally:
-        gc.collect, torch.accelerator.empty_cache = collect, empty
-        cleanup_dist_env_and_memory()
+        try:
+            yield
+        finally:
+            cleanup_dist_env_and_memory()
 
 
 def table(rows: list[Row]) -> str:
