@@ -157,10 +157,16 @@ def _cos_sin(
     given = [like, torch.arange(attention.impl.num_positions, device=device).unsqueeze(0)]
     if "layer_type" in inspect.signature(rotary_emb.forward).parameters:
         given.append(kind)
-    with torch.no_grad():
-        made = rotary_emb(*given)
+    name = attention.layer_name
+    try:
+        with torch.no_grad():
+            made = rotary_emb(*given)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise RotationError(
+            name, f"has a rotary embedding without one position: {error}"
+        ) from error
     if not isinstance(made, tuple) or len(made) != 2 or any(x.dim() != 3 for x in made):
-        raise RotationError(attention.layer_name, "does not rotate by a pair of cosines and sines")
+        raise RotationError(name, "does not rotate by a pair of cosines and sines")
     return made[0][0], made[1][0]
 
 
@@ -193,6 +199,9 @@ def _attended(
         "position_ids": positions.to(cos.device),
         "attention_mask": None,
     }
+    accepted = inspect.signature(parent.forward).parameters
+    if not any(each.kind is each.VAR_KEYWORD for each in accepted.values()):
+        given = {name: value for name, value in given.items() if name in accepted}
     attention.forward = catch
     try:
         with torch.no_grad():
