@@ -198,7 +198,8 @@ def take_over(model: nn.Module) -> None:
             elif rotary_emb is not None:
                 ropes[shared] = Rope.from_vllm(rotary_emb, attention.layer_name, num_positions)
             else:
-                tensors = chain(parent.parameters(), parent.buffers(), (torch.empty(0),))
+                # vLLM's layer has its scales as buffers; weights may be kept on a CPU.
+                tensors = chain(attention.buffers(), parent.parameters(), (torch.empty(0),))
                 device = next(tensors).device
                 ropes[shared] = Rope.without_rotation(num_positions, head_size, device)
         if site.transformers is None and rotary_emb is not None:
