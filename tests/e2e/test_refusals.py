@@ -165,8 +165,18 @@ def test_a_window_switched_off_is_no_longer_than_before(configure):
             like_llama("Qwen2ForCausalLM", "qwen2", sliding_window=512, use_sliding_window=False),
             8192,
         ),
+        # Beyond it queries are scaled by their place in the text.
+        (
+            like_llama(
+                "MistralForCausalLM",
+                "mistral",
+                sliding_window=None,
+                llama_4_scaling={"original_max_position_embeddings": 2048, "beta": 0.1},
+            ),
+            2048,
+        ),
     ],
-    ids=["plain", "linear", "dynamic", "yarn", "llama3", "unused-window"],
+    ids=["plain", "linear", "dynamic", "yarn", "llama3", "unused-window", "temperature"],
 )
 def test_the_models_own_limit_is_known_whatever_length_is_asked_for(limit_of, config, limit):
     assert limit_of(config) == limit
