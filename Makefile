@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY ?= passive
 QUICK := tests/unit tests/kernels/test_kv_write.py tests/kernels/test_block_tables.py \
 	tests/e2e/test_streaming.py
 
-.PHONY: help setup model demo test test-quick test-unit test-kernels test-mutations test-e2e test-gpu check docs bench readme clean
+.PHONY: help setup model demo test test-quick test-unit test-kernels test-mutations test-e2e test-gpu check docs bench readme models clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -85,6 +85,9 @@ readme: $(SETUP) ## write the tables of patches (README) and of benchmarks' rows
 	sed -i -e '/^<!-- patches -->$$/,/^<!-- \/patches -->$$/{//!d}' \
 		-e '/^<!-- patches -->$$/r .venv/patches.md' README.md
 	$(BIN)/python benchmarks report.tables docs/results.md
+
+models: $(SETUP) ## write the table of architectures (docs/models.md): builds each of vLLM's text models
+	$(BIN)/python benchmarks report.models docs/models.md
 
 clean: ## remove what the targets made, .venv and the model included
 	rm -rf .venv .models build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

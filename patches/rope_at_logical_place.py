@@ -16,10 +16,22 @@ def install() -> None:
 
     @functools.wraps(original)
     def load_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
-        from vllm_cascade.attention.rope import take_over
+        from vllm_cascade.attention.rope import check_layers, take_over
         from vllm_cascade.support.selection import check_served
 
-        model = original(self, vllm_config, model_config, prefix)
+        load_weights = self.load_weights
+
+        def refuse_or_load_weights(model: Any, model_config: Any) -> None:
+            # The weights of a large model take minutes, and its code is known before.
+            check_served(model, vllm_config)
+            check_layers(model)
+            load_weights(model, model_config)
+
+        self.load_weights = refuse_or_load_weights
+        try:
+            model = original(self, vllm_config, model_config, prefix)
+        finally:
+            del self.load_weights
         check_served(model, vllm_config)
         take_over(model)
         return model

@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 LAYER = "tests/unit/test_cpu_layer.py"
 CONFIG = "tests/unit/test_config.py"
 SHARED = "tests/e2e/test_shared_prefix.py"
-WITH_VLLM = ("tests/e2e/", "tests/unit/test_validation.py")
+BUILT = "tests/unit/test_built_model.py"
+TRIED = "tests/unit/test_transformers_rope.py"
+WITH_VLLM = ("tests/e2e/", "tests/unit/test_validation.py", BUILT, TRIED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +359,20 @@ MUTATIONS = [
         "        highest = higher\n    out = attended / total[:, None]",
         "    out = attended / total[:, None]",
         "tests/kernels/test_scored_prefill.py::test_attention",
+    ),
+    Mutation(
+        "a layer without rotation that rotates",
+        "vllm_cascade/attention/rope.py",
+        "torch.cat((ones, torch.zeros_like(ones)), dim=-1)",
+        "torch.cat((ones, ones), dim=-1)",
+        f"{BUILT}::test_a_layer_without_rotation_gets_ones_and_zeros",
+    ),
+    Mutation(
+        "a layer whose queries go with their place in the text",
+        "vllm_cascade/attention/transformers_rope.py",
+        "_neutral(pair), 0)",
+        "_neutral(pair), FAR)",
+        f"{TRIED}::test_what_does_more_is_refused[Warm-str]",
     ),
 ]
 

@@ -181,12 +181,40 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         "vllm.config.VllmConfig": ("use_v2_model_runner",),
     },
     "vllm_cascade/attention/rope.py": {
-        "vllm.model_executor.layers.attention.Attention": ("attn_backend", "layer_name"),
+        "vllm.model_executor.layers.attention.Attention": (
+            "attn_backend",
+            "head_size",
+            "layer_name",
+        ),
         "vllm.model_executor.layers.rotary_embedding.RotaryEmbedding": (
             "cos_sin_cache",
             "is_neox_style",
             "rotary_dim",
             "_compute_cos_sin_cache",
+        ),
+        "vllm.model_executor.layers.rotary_embedding.Phi3LongRoPEScaledRotaryEmbedding": (
+            "_compute_cos_sin_cache",
+            "long_factor",
+            "long_mscale",
+            "long_short_cos_sin_cache",
+            "max_position_embeddings",
+            "original_max_position_embeddings",
+            "rotary_dim",
+            "short_factor",
+            "short_mscale",
+        ),
+    },
+    "vllm_cascade/attention/transformers_rope.py": {
+        "vllm.model_executor.layers.attention.Attention": (
+            "head_size",
+            "layer_name",
+            "num_heads",
+            "num_kv_heads",
+        ),
+        "vllm.model_executor.models.transformers.base.Base": (
+            "model",
+            "model_config",
+            "text_config",
         ),
     },
     "vllm_cascade/metrics.py": {
@@ -245,8 +273,8 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "runner_type",
             "use_mla",
             "uses_alibi",
+            "multimodal_config",
             "uses_mrope",
-            "using_transformers_backend",
         ),
         "vllm.config.CacheConfig": (
             "block_size",

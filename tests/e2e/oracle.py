@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from vllm import SamplingParams
@@ -26,7 +27,13 @@ REACH = 544
 
 
 def check_four_times_past_reach(
-    policy: str, tokens_of: Callable[[int], list[int]], folder: str | None = None
+    policy: str,
+    tokens_of: Callable[[int], list[int]],
+    folder: str | None = None,
+    model: Llama | None = None,
+    ropes: Sequence[torch.Tensor] | None = None,
+    first: Callable[[Any], None] = lambda llm: None,
+    **options: Any,
 ) -> None:
     """Assert that every kept set and every log-probability is the oracle's.
 
@@ -34,6 +41,10 @@ def check_four_times_past_reach(
         policy: The cascade's policy.
         tokens_of: A prompt of so many tokens.
         folder: Of the model; SmolLM2 unless given.
+        model: The reference; made of what is in the folder unless given.
+        ropes: The reference's table of each layer, if it is not the configuration's.
+        first: Called with the engine, for other requests before.
+        options: For the engine.
     """
     folder = folder or model_folder()
     with engine(
@@ -42,7 +53,9 @@ def check_four_times_past_reach(
         block_size=16,
         max_model_len=4096,
         max_num_batched_tokens=500,
+        **options,
     ) as llm:
+        first(llm)
         log = KeptLog(llm)
         prompt = tokens_of(4 * REACH + 40)
         with log.recording(), poisoned(llm):
@@ -58,10 +71,10 @@ def check_four_times_past_reach(
         kept = log.of(output.request_id)
         config = log.config
 
-    model = Llama.from_folder(folder, torch.float64)
-    run = model.run(tokens, CascadeParameters.like(config), forced=kept)
+    model = model or Llama.from_folder(folder, torch.float64)
+    run = model.run(tokens, CascadeParameters.like(config), forced=kept, ropes=ropes)
     assert len(kept) > 25
-    assert run.comparison.windows > 1000
+    assert run.comparison.windows > 100 * model.config.num_hidden_layers
     assert not run.comparison.unexplained
     assert len(run.comparison.differing) <= SHARE_OF_NEAR_TIES * run.comparison.windows
     torch.testing.assert_close(

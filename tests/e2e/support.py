@@ -46,7 +46,12 @@ def engine(cascade: dict[str, Any] | None, model: str | None = None, **options: 
         options = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30, **options}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        llm = LLM(model or model_folder(), **options)
+        try:
+            llm = LLM(model or model_folder(), **options)
+        except Exception:
+            # An engine that did not start leaves its process groups behind.
+            cleanup_dist_env_and_memory()
+            raise
         try:
             yield llm
         finally:

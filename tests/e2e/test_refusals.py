@@ -165,8 +165,18 @@ def test_a_window_switched_off_is_no_longer_than_before(configure):
             like_llama("Qwen2ForCausalLM", "qwen2", sliding_window=512, use_sliding_window=False),
             8192,
         ),
+        # Beyond it queries are scaled by their place in the text.
+        (
+            like_llama(
+                "MistralForCausalLM",
+                "mistral",
+                sliding_window=None,
+                llama_4_scaling={"original_max_position_embeddings": 4096, "beta": 0.1},
+            ),
+            4096,
+        ),
     ],
-    ids=["plain", "linear", "dynamic", "yarn", "llama3", "unused-window"],
+    ids=["plain", "linear", "dynamic", "yarn", "llama3", "unused-window", "temperature"],
 )
 def test_the_models_own_limit_is_known_whatever_length_is_asked_for(limit_of, config, limit):
     assert limit_of(config) == limit
@@ -217,12 +227,7 @@ def test_the_models_own_limit_is_no_longer_than_a_window_switched_off(limit_of):
             like_llama("Gemma2ForCausalLM", "gemma2", layer_types=["full_attention"] * 2),
             "logit soft-capping",
         ),
-        (
-            rope_scaling("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8)
-            | {"original_max_position_embeddings": 1024},
-            "RoPE of type 'longrope'",
-        ),
-        (rope_scaling("default", mrope_section=[2, 3, 3]), "M-RoPE"),
+        (like_llama("LlamaForCausalLM", "llama", v_head_dim=32), "v_head_dim = 32"),
     ],
     ids=lambda value: value if isinstance(value, str) else value["model_type"],
 )
@@ -235,7 +240,6 @@ def test_models_it_does_not_serve(configure, config, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"model_impl": "transformers"}, "Transformers backend"),
         ({"runner": "pooling"}, "runner 'pooling'"),
         (
             {"tensor_parallel_size": 4, "additional_config": {"cascade": {"policy": "blend"}}},

@@ -169,6 +169,9 @@ def save_random(folder: Path, model_type: str, seed: int = 0, **changes: Any) ->
     for name, tensor in model.named_parameters():
         if name.endswith("sinks"):
             tensor.data = 2 * torch.randn(tensor.shape, generator=generator)
+        elif "norm" in name:
+            # Ones commute with a rotation, and would hide a norm that comes after it.
+            tensor.data += 0.3 * torch.randn(tensor.shape, generator=generator)
         if tensor.dim() > 1:
             # Outputs about as large as inputs, so that every layer has its say in the logits.
             scale = tensor.shape[-1] ** -0.5

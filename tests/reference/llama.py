@@ -130,6 +130,7 @@ class Llama:
         forced: Mapping[int, Tensor] | None = None,
         rtol: float = 1e-4,
         top: int = 1,
+        ropes: Sequence[Tensor] | None = None,
     ) -> Run:
         """Run over a token sequence.
 
@@ -140,6 +141,8 @@ class Llama:
                 in `Run.kept`. At a boundary that is absent the reference decides itself.
             rtol: Distance under which a replayed decision may differ; see `replay.explained`.
             top: How many of the best next tokens to return for each position.
+            ropes: The table of each layer, [2, places, head_size / 2] as of `rope_table`, where it
+                is not the configuration's.
 
         Returns:
             The run; without `parameters` its `kept` is empty.
@@ -155,9 +158,11 @@ class Llama:
         places = len(ids)
         if parameters is not None:
             places = min(places, parameters.max_tokens_held)
-        rope = rope_table(places, self.config.head_dim, self.config.rope_theta, self.dtype)
-        for layer in range(self.config.num_hidden_layers):
-            hidden = self._layer(layer, hidden, rope, cascade)
+        if ropes is None:
+            rope = rope_table(places, self.config.head_dim, self.config.rope_theta, self.dtype)
+            ropes = [rope] * self.config.num_hidden_layers
+        for layer, rope in enumerate(ropes):
+            hidden = self._layer(layer, hidden, rope[:, :places].to(self.dtype), cascade)
         run = self._next_tokens(hidden, ids, top)
         if cascade is not None:
             run.kept = {k: torch.stack(layers) for k, layers in cascade.kept.items()}

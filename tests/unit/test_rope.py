@@ -1,7 +1,6 @@
 """The rotary embedding taken out of the model: which are taken, and that the table is all of it."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -11,13 +10,9 @@ pytest.importorskip("vllm")
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import rotary_embedding as vllm_rope
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_cascade.attention.rope import Rope, Unrotated, take_over
+from vllm_cascade.attention.rope import Rope
 from vllm_cascade.support.rotation import RotationError, check_rotation
-from vllm_cascade.support.selection import check_served
-from vllm_cascade.support.unsupported import UnsupportedError
 
 HEAD_SIZE = 16
 POSITIONS = 64
@@ -29,6 +24,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+MROPE = {"mrope_section": [2, 3, 3]}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -64,6 +60,9 @@ def rotate(rope: Rope, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
         PLAIN | LLAMA3,
         PLAIN | YARN,
         PLAIN | YARN | {"attention_factor": 1.3},
+        PLAIN | MROPE,
+        PLAIN | MROPE | {"mrope_interleaved": True},
+        PLAIN | {"rope_type": "proportional", "partial_rotary_factor": 0.5},
     ],
     ids=lambda parameters: "-".join(str(value) for value in parameters.values()),
 )
@@ -72,7 +71,9 @@ def test_the_table_and_the_position_say_it_all(parameters, is_neox_style):
     rope = Rope.from_vllm(module, "layer", POSITIONS)
     positions = torch.randperm(POSITIONS)[:19]
     query, key = torch.randn(19, 4, HEAD_SIZE), torch.randn(19, 2, HEAD_SIZE)
-    expected = module.forward_native(positions, query.clone(), key.clone())
+    # Of a text each token's three positions are equal.
+    given = positions.expand(3, -1) if "mrope_section" in parameters else positions
+    expected = module.forward_native(given, query.clone(), key.clone())
     for x, rotated in zip((query, key), expected, strict=True):
         torch.testing.assert_close(rotate(rope, x, positions), rotated, rtol=1e-6, atol=1e-6)
 
@@ -90,11 +91,8 @@ def test_a_subclass_is_refused():
 @pytest.mark.parametrize(
     "name",
     [
-        "MRotaryEmbedding",
-        "Phi3LongRoPEScaledRotaryEmbedding",
         "DualChunkRotaryEmbedding",
         "FourierRotaryEmbedding",
-        "Gemma4RotaryEmbedding",
         "DeepseekScalingRotaryEmbedding",
         "NTKScalingRotaryEmbedding",
     ],
@@ -118,6 +116,32 @@ def test_a_short_table_is_refused():
     module = get_rope(PLAIN)
     assert Rope.from_vllm(module, "layer", POSITIONS).cos_sin_cache.shape == (POSITIONS, HEAD_SIZE)
     with pytest.raises(RotationError, match=f"table of {POSITIONS} positions.*{POSITIONS + 1}"):
+        Rope.from_vllm(module, "layer", POSITIONS + 1)
+
+
+@pytest.mark.parametrize(("num_positions", "factors"), [(16, "short"), (17, "long")])
+def test_longrope_by_the_factors_for_as_many_positions_as_the_cache_has(num_positions, factors):
+    half = HEAD_SIZE // 2
+    parameters = PLAIN | {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + i for i in range(half)],
+        "long_factor": [2.0 + i for i in range(half)],
+        "original_max_position_embeddings": 16,
+    }
+    vllm_config = VllmConfig()
+    # vLLM goes by the longest text.
+    vllm_config.model_config = SimpleNamespace(max_model_len=16 if factors == "short" else 17)
+    with set_current_vllm_config(vllm_config):
+        module = vllm_rope.get_rope(HEAD_SIZE, POSITIONS, True, parameters, dtype=torch.float32)
+        vllm_rope._ROPE_DICT.clear()
+    module.use_long_rope = factors == "long"
+    rope = Rope.from_vllm(module, "layer", num_positions)
+    assert len(rope.cos_sin_cache) == num_positions
+    positions, x = torch.arange(num_positions), torch.randn(num_positions, 2, HEAD_SIZE)
+    expected, _ = module(positions, x.flatten(1), x.flatten(1))
+    found = rotate(rope, x, positions)
+    torch.testing.assert_close(found.flatten(1), expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(RotationError, match="table of 64 positions"):
         Rope.from_vllm(module, "layer", POSITIONS + 1)
 
 
@@ -215,21 +239,39 @@ class Unused(Layer):
     ],
 )
 def test_a_rotation_that_goes_straight_into_attention_is_taken(layer):
-    check_rotation(layer, "attn", "layer")
+    assert check_rotation(layer, "attn", "layer")
+
+
+class Named(Layer):
+    def forward(self, positions, hidden_states, **kwargs):
+        del positions
+        q, k, v = self.qkv_proj(hidden_states)
+        q, k = self.normalized(q, k)
+        return self.attn(q * 2, k, v)
+
+
+@pytest.mark.parametrize(
+    "layer", [Flagged(rotates=False, window=None, scales=False), Named()], ids=["flagged", "named"]
+)
+def test_a_layer_that_knows_no_position_does_not_rotate(layer):
+    assert check_rotation(layer, "attn", "layer") is False
 
 
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
         (Flagged(rotates=True, window=None, scales=True), "changes the rotated query or key: `q ="),
-        (Flagged(rotates=False, window=None, scales=False), "rotates query and key 0 times"),
+        (
+            Flagged(rotates=False, window=None, scales=True),
+            "uses `positions` by `q = q \\* self.scale",
+        ),
         (NormAfter(), "changes the rotated query or key: `k = self.k_norm"),
         (Conditional(), "rotates by `if positions"),
         (Swapped(), "changes the rotated"),
         (KeyOnly(), "changes the rotated|does not attend"),
         (Twice(), "rotates query and key 2 times"),
         (ScaledInCall(), "changes the rotated"),
-        (Elsewhere(), "rotates query and key 0 times"),
+        (Elsewhere(), "uses `positions` by `q, k, v = self.project_and_rotate"),
         (Unused(), "does not attend"),
     ],
     ids=lambda value: type(value).__name__,
@@ -239,6 +281,9 @@ def test_any_other_rotation_is_refused(layer, why):
         check_rotation(layer, "attn", "model.layers.3.attn")
     for part in ("CASCADE cannot serve", "model.layers.3.attn", "--attention-backend CASCADE"):
         assert part in str(refused.value)
+
+
+NOPE_SCALED = {"rotary_emb": None, "qk_norm": None, "attn_temperature_tuning": True, "nope": True}
 
 
 @pytest.mark.parametrize(
@@ -251,7 +296,10 @@ def test_any_other_rotation_is_refused(layer, why):
         ("mistral", "MistralAttention", {"do_llama_4_scaling": False}, True),
         ("mistral", "MistralAttention", {"do_llama_4_scaling": True}, False),
         ("granite", "GraniteAttention", {"use_rope": True}, True),
-        ("granite", "GraniteAttention", {"use_rope": False}, False),
+        ("granite", "GraniteAttention", {"use_rope": False}, None),
+        ("commandr", "CohereAttention", {"v1": False, "sliding_window": 8, "use_qk_norm": 0}, True),
+        ("commandr", "CohereAttention", {"v1": False, "sliding_window": 0, "use_qk_norm": 0}, None),
+        ("llama4", "Llama4Attention", NOPE_SCALED, False),
         ("deepseek_v2", "DeepseekV2Attention", {"q_lora_rank": None}, False),
     ],
 )
@@ -262,110 +310,8 @@ def test_vllm_models(module, name, flags, taken):
     layer = Layer.__new__(type("Bare", (getattr(model, name),), {}))
     nn.Module.__init__(layer)
     vars(layer).update(flags)
-    if taken:
-        check_rotation(layer, "attn", "layer")
+    if taken is not False:
+        assert check_rotation(layer, "attn", "layer") == bool(taken)
     else:
         with pytest.raises(RotationError):
             check_rotation(layer, "attn", "layer")
-
-
-class FakeAttention(Attention):
-    """vLLM's layer without its engine, with as much of an implementation as is bound to."""
-
-    def __init__(self, backend: str, num_positions: int = POSITIONS):
-        nn.Module.__init__(self)
-        self.layer_name = f"model.layers.0.{backend}"
-        self.kv_cache_dtype = "auto"
-        self.attn_backend = type("Backend", (), {"get_name": staticmethod(lambda: backend)})
-        self.impl = type(
-            "Impl", (), {"bind_rope": lambda self, rope: setattr(self, "rope", rope)}
-        )()
-        self.impl.num_positions = num_positions
-
-    def forward(self, q, k, v):
-        return q + k
-
-
-class Block(nn.Module):
-    def __init__(self, backend: str, rotary_emb: nn.Module | None):
-        super().__init__()
-        self.rotary_emb = rotary_emb
-        self.attn = FakeAttention(backend)
-
-    def forward(self, positions, q, k, v):
-        q, k = self.rotary_emb(positions, q, k)
-        return self.attn(q, k, v)
-
-
-def test_cascade_layers_hand_over_and_others_keep_theirs():
-    shared = get_rope(PLAIN)
-    model = nn.Sequential(*(Block(name, shared) for name in ("CASCADE", "CPU_ATTN", "CASCADE")))
-    take_over(model)
-    for block in (model[0], model[2]):
-        assert isinstance(block.rotary_emb, Unrotated)
-        assert block.attn.impl.rope.cos_sin_cache.data_ptr() == shared.cos_sin_cache.data_ptr()
-    assert model[1].rotary_emb is shared
-    assert not hasattr(model[1].attn.impl, "rope")
-
-
-class OwnAttention(FakeAttention):
-    """A layer whose backend the model named itself."""
-
-    def __init__(self, backend: str, spec: Any):
-        super().__init__(backend)
-        self.spec = spec
-
-    def get_attn_backend(self):
-        return self.attn_backend
-
-    def get_kv_cache_spec(self, vllm_config):
-        assert self.attn_backend.get_name() != "CASCADE", "its spec would say that it serves"
-        return self.spec
-
-
-def test_a_layer_that_attends_in_full_by_itself_is_refused():
-    shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
-    full, window = FullAttentionSpec(**shape), SlidingWindowSpec(**shape, sliding_window=8)
-
-    def check(*layers: tuple[str, Any], backend: str = "CASCADE") -> None:
-        chosen = SimpleNamespace(backend=SimpleNamespace(name=backend), backend_per_kind={})
-        model = nn.Sequential(*(OwnAttention(*layer) for layer in layers))
-        check_served(model, SimpleNamespace(attention_config=chosen))
-
-    check(("CASCADE", None), ("CPU_ATTN", window), ("ENCODER", None))
-    check(("CASCADE", None), ("CPU_ATTN", full), backend="CPU_ATTN")
-    with pytest.raises(UnsupportedError, match=r"layer 1.*in full by FLASH_ATTN_DIFFKV.*Serve it"):
-        check(("CASCADE", None), ("FLASH_ATTN_DIFFKV", full))
-
-
-def test_a_model_that_was_taken_over_still_compiles():
-    block = Block("CASCADE", get_rope(PLAIN))
-    take_over(block)
-    positions, q, k = torch.arange(5), torch.randn(5, 32), torch.randn(5, 32)
-    compiled = torch.compile(block, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(positions, q, k, k), q + k)
-
-
-def test_a_layer_that_changes_what_it_rotated_is_refused_and_left_as_it_is():
-    class ScaledBlock(Block):
-        def forward(self, positions, q, k, v):
-            q, k = self.rotary_emb(positions, q, k)
-            return self.attn(q * 2, k, v)
-
-    block = ScaledBlock("CASCADE", get_rope(PLAIN))
-    with pytest.raises(RotationError, match="changes the rotated"):
-        take_over(block)
-    assert not isinstance(block.rotary_emb, Unrotated)
-
-
-@pytest.mark.parametrize("rotary_emb", [None, nn.Identity(), Unrotated()])
-def test_a_layer_without_a_rope_of_its_own_is_refused(rotary_emb):
-    with pytest.raises(RotationError, match=r"model\.layers\.0\.CASCADE has"):
-        take_over(Block("CASCADE", rotary_emb))
-
-
-def test_layers_in_a_list_are_refused():
-    model = Block("CPU_ATTN", get_rope(PLAIN))
-    model.attn = nn.ModuleList([FakeAttention("CASCADE")])
-    with pytest.raises(RotationError, match="no rotary embedding of its own"):
-        take_over(model)

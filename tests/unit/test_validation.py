@@ -67,6 +67,7 @@ def served(monkeypatch):
         attention_chunk_size=None,
         uses_alibi=False,
         uses_mrope=False,
+        multimodal_config=None,
         is_mm_prefix_lm=False,
         rswa_window=None,
         hf_text_config=text,
@@ -118,7 +119,8 @@ SPOILT = [
     ({"attn_type": "encoder_only"}, "type 'encoder_only'"),
     ({"attn_type": "hybrid"}, "state-space or linear-attention layers"),
     ({"use_mla": True}, "MLA.*latent"),
-    ({"model_impl": "transformers"}, "Transformers backend.*--model-impl vllm"),
+    ({"hf_text_config.v_head_dim": 128}, "v_head_dim = 128 and a head size of 64.*of their own"),
+    ({"hf_text_config.v_channels": 32}, "v_channels = 32"),
     ({"sliding_window": 512}, "sliding-window layers alone .window 512 tokens"),
     (
         {"sliding_window": 512, "hf_text_config.layer_types": ["sliding_attention"] * 2},
@@ -141,28 +143,31 @@ SPOILT = [
     (
         {
             "hf_text_config.rope_parameters": {
-                "full_attention": {"rope_theta": 1e6, "rope_type": "longrope"},
+                "full_attention": {"rope_theta": 1e6, "rope_type": "ntk"},
                 "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
             }
         },
-        "RoPE of type 'longrope'",
+        "RoPE of type 'ntk'",
     ),
     ({"attention_chunk_size": 8192}, "chunked local attention .attention_chunk_size 8192"),
     ({"uses_alibi": True}, "ALiBi"),
     ({"hf_text_config.rope_parameters": None}, "without RoPE parameters"),
     ({"hf_text_config.position_embedding_type": "learned"}, "type 'learned'"),
-    ({"hf_text_config.position_embedding_type": "nope"}, "type 'nope'"),
-    ({"uses_mrope": True}, "M-RoPE"),
+    (
+        {"uses_mrope": True, "multimodal_config": SimpleNamespace(language_model_only=False)},
+        "M-RoPE with images.*by its side.*Use --language-model-only",
+    ),
+    (
+        {"sliding_window": 512, "hf_text_config.hybrid_layer_pattern": [0, 1]},
+        "sliding-window layers by hybrid_layer_pattern.*layer_types",
+    ),
     (
         {"hf_text_config.dual_chunk_attention_config": {"chunk_size": 8192}},
         "dual chunk attention",
     ),
-    (rope(rope_type="longrope"), "RoPE of type 'longrope'"),
-    (rope(rope_type="proportional"), "RoPE of type 'proportional'"),
+    (rope(rope_type="ntk"), "RoPE of type 'ntk'"),
     (rope(rope_type="something_new"), "RoPE of type 'something_new'"),
     (rope(use_fope=True), "Fourier"),
-    (rope(llama_4_scaling_beta=0.1), "llama_4_scaling_beta.*by the place in the text"),
-    ({"hf_text_config.llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling"),
     ({"hf_text_config.attn_temperature_tuning": True}, "attn_temperature_tuning"),
     ({"hf_text_config.use_logn_attn": True}, "use_logn_attn"),
     ({"hf_text_config.attn_logit_softcapping": 50.0}, "logit soft-capping .50"),
@@ -371,11 +376,30 @@ def test_refused(served, spoilt, words):
         {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "llama3", "factor": 8.0},
         {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+        {"rope_type": "proportional"},
     ],
     ids=lambda parameters: parameters["rope_type"],
 )
 def test_ropes_that_are_tables_are_served(served, parameters):
     for path, value in rope(**parameters).items():
+        spoil(served, path, value)
+    validate(served)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"uses_mrope": True},
+        {"uses_mrope": True, "multimodal_config": SimpleNamespace(language_model_only=True)},
+        {"hf_text_config.rope_parameters": None, "hf_text_config.rotary_dim": 64},
+        {"hf_text_config.rope_parameters": None, "hf_text_config.position_embedding_type": "nope"},
+        {"model_impl": "transformers"},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_other_ways_to_rotate_are_left_to_the_models_code(served, changes):
+    for path, value in changes.items():
         spoil(served, path, value)
     validate(served)
 
@@ -643,7 +667,8 @@ KV_DTYPES = ["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]
 @pytest.mark.parametrize("kv_cache_dtype", KV_DTYPES)
 @pytest.mark.parametrize("soft_cap", [None, 0, 0.0])
 def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
-    check_layer(**LAYER | {"kv_cache_dtype": kv_cache_dtype, "logits_soft_cap": soft_cap})
+    plain = {"kv_cache_dtype": kv_cache_dtype, "logits_soft_cap": soft_cap, "chunk_lookback": -1}
+    check_layer(**LAYER | plain)
 
 
 @pytest.mark.parametrize(
@@ -659,6 +684,7 @@ def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
         ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
         ({"attn_type": "encoder_only"}, "encoder_only attention"),
         ({"kv_sharing_target_layer_name": "layers.3.attn"}, "KV cache of layers.3.attn"),
+        ({"chunk_lookback": 1}, "a layer with chunk_lookback = 1"),
     ],
 )
 def test_a_layer_that_is_not_plain_is_refused(spoilt, words):

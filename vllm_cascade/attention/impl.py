@@ -65,6 +65,7 @@ class CascadeImpl(AttentionImpl[Any]):
             logits_soft_cap=logits_soft_cap,
             attn_type=attn_type,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            **extra,
         )
         CascadeImpl._vllm_config = get_current_vllm_config()
         CascadeImpl._alive.add(self)
@@ -205,6 +206,7 @@ def check_layer(
     logits_soft_cap: float | None,
     attn_type: str,
     kv_sharing_target_layer_name: str | None,
+    **extra: Any,
 ) -> None:
     """Refuse an attention layer that only the model's code shows to be unsupported.
 
@@ -216,6 +218,7 @@ def check_layer(
         logits_soft_cap: As of vLLM's `AttentionImpl`; has to be None or 0.
         attn_type: vLLM's `AttentionType`; has to be "decoder".
         kv_sharing_target_layer_name: The layer whose KV cache this one reads; has to be None.
+        extra: What the model gives vLLM's layer beside; has to be None, False or -1 each.
 
     Raises:
         UnsupportedError: The message names what the layer asks for.
@@ -234,6 +237,11 @@ def check_layer(
         raise unsupported.shared_kv(
             f"a layer that shares the KV cache of {kv_sharing_target_layer_name}"
         )
+    for name, value in extra.items():
+        if value is not None and value is not False and value != -1:
+            raise UnsupportedError(
+                f"a layer with {name} = {value!r}", "it knows no attention with this option"
+            )
     known = ("auto", "float32", "bfloat16", "float16", *unsupported.FP8_DTYPES)
     if kv_cache_dtype not in known:
         raise unsupported.kv_dtype(kv_cache_dtype)

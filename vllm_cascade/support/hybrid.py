@@ -10,6 +10,8 @@ from vllm_cascade.support.unsupported import UnsupportedError
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+# By which configurations without `layer_types` say that a part of their layers has a window.
+PATTERNS = ("hybrid_layer_pattern", "sliding_window_pattern", "window_attention_pattern")
 # vLLM's own attention on a CPU takes blocks of this many tokens, or of a multiple.
 CPU_BLOCK_SIZE = 32
 
@@ -55,7 +57,14 @@ def check_windows(vllm_config: Any, position_limit: int) -> None:
     window = model.get_sliding_window()
     kinds = getattr(model.hf_text_config, "layer_types", None)
     if window is not None and (not kinds or (SLIDING in kinds and FULL not in kinds)):
-        raise unsupported.sliding_window(window)
+        pattern = next((n for n in PATTERNS if getattr(model.hf_text_config, n, None)), None)
+        if kinds or pattern is None:
+            raise unsupported.sliding_window(window)
+        raise UnsupportedError(
+            f"sliding-window layers by {pattern}",
+            "it leaves such layers to vLLM where config.json lists each layer's kind in "
+            "layer_types, and there is no such list",
+        )
     if model.attention_chunk_size is not None:
         raise UnsupportedError(
             f"chunked local attention (attention_chunk_size {model.attention_chunk_size})",

@@ -37,6 +37,11 @@ def position_limit(model_config: Any) -> int:
     ropes = hybrid.full_attention_ropes(text)
     if any(rope.get("rope_type") in UNSCALED_ROPE_TYPES for rope in ropes):
         limit = min(limit, text.max_position_embeddings)
+    scalings = [*ropes, getattr(text, "llama_4_scaling", None) or {}]
+    for each in scalings:
+        # Up to there the factor that such models put on queries is 1; `take_over` leaves it out.
+        if each.get("llama_4_scaling_beta") or each.get("beta"):
+            limit = min(limit, each.get("original_max_position_embeddings", limit))
     if model_config.disable_sliding_window:
         # vLLM has dropped the window by now. The window bounded max_model_len, and the patch
         # `long_max_model_len` leaves this bound in place.

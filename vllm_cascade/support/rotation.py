@@ -22,24 +22,28 @@ class RotationError(ValueError):
         super().__init__(
             f"CASCADE cannot serve this model: layer {layer_name} {why}. CASCADE applies the "
             "rotary embedding itself, by a key's place in the cache, and can do that only where a "
-            "model applies a plain one directly before attention. Serve this model without "
-            "--attention-backend CASCADE."
+            "model applies a plain one directly before attention, or none. Serve this model "
+            "without --attention-backend CASCADE."
         )
 
 
-def check_rotation(module: nn.Module, attention_name: str, layer_name: str) -> None:
+def check_rotation(module: nn.Module, attention_name: str, layer_name: str) -> bool:
     """Check that `module` does nothing between rotating query and key and attending with them.
 
     Some models skip the rotation in some layers, or normalize or scale the rotated query and key.
     A module's attributes do not show such a step, and CASCADE, which rotates later, would give
     wrong results without an error. So the source of the forward method is read:
     ``q, k = self.rotary_emb(positions, q, k)`` must run once, and the next use of ``q`` or ``k``
-    must be ``self.<attention_name>(q, k, ...)``.
+    must be ``self.<attention_name>(q, k, ...)``. Or nothing that runs before that call may read
+    anything but the hidden states, of which no position can be learned.
 
     Args:
         module: The module that owns the rotary embedding and the attention layer.
         attention_name: Name of the module's attribute that is the attention layer.
         layer_name: The layer's name, for the message.
+
+    Returns:
+        Whether the module rotates query and key.
 
     Raises:
         RotationError: The forward method has no source, or has any other form.
@@ -52,6 +56,9 @@ def check_rotation(module: nn.Module, attention_name: str, layer_name: str) -> N
     assert isinstance(function, ast.FunctionDef)
     statements = list(_executed(function.body, module))
     rotations = [s for s in statements if _mentions(s, attribute="rotary_emb")]
+    if not rotations:
+        _check_without_positions(function, statements, attention_name, layer_name)
+        return False
     if len(rotations) != 1:
         raise RotationError(layer_name, f"rotates query and key {len(rotations)} times")
     rotated = _rotated_names(rotations[0])
@@ -60,11 +67,28 @@ def check_rotation(module: nn.Module, attention_name: str, layer_name: str) -> N
     for statement in statements[statements.index(rotations[0]) + 1 :]:
         if any(_mentions(statement, name=name) for name in rotated):
             if _attends(statement, attention_name, rotated):
-                return
+                return True
             raise RotationError(
                 layer_name, f"changes the rotated query or key: `{_first_line(statement)}`"
             )
     raise RotationError(layer_name, "does not attend with the rotated query and key")
+
+
+def _check_without_positions(
+    function: ast.FunctionDef, statements: list[ast.stmt], attention_name: str, layer_name: str
+) -> None:
+    """Check that the first call of the attention layer knows hidden states and nothing else."""
+    parameters = function.args
+    given = [*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs]
+    given += [each for each in (parameters.vararg, parameters.kwarg) if each]
+    others = {each.arg for each in given} - {"self", "hidden_states"}
+    for statement in statements:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and node.id in others and isinstance(node.ctx, ast.Load):
+                raise RotationError(layer_name, f"uses `{node.id}` by `{_first_line(statement)}`")
+        if any(_self_call(node, attention_name) for node in ast.walk(statement)):
+            return
+    raise RotationError(layer_name, f"does not call `self.{attention_name}`")
 
 
 def _executed(body: list[ast.stmt], module: nn.Module) -> Iterator[ast.stmt]:
@@ -73,7 +97,7 @@ def _executed(body: list[ast.stmt], module: nn.Module) -> Iterator[ast.stmt]:
         taken = _decide(statement.test, module) if isinstance(statement, ast.If) else None
         if isinstance(statement, ast.If) and taken is not None:
             yield from _executed(statement.body if taken else statement.orelse, module)
-        else:
+        elif not isinstance(statement, ast.Assert):
             yield statement
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_cascade.support.names import is_cascade
-from vllm_cascade.support.unsupported import UnsupportedError
+from vllm_cascade.support.unsupported import (
+    GPU_HEAD_SIZES,
+    UnsupportedError,
+    check_copies,
+    gpu_head_size,
+)
 
 
 def selects_cascade(attention_config: Any, attention_backend: Any = None) -> bool:
@@ -58,35 +63,66 @@ def check_selection(backend: Any, selection: Any) -> None:
 
 
 def check_served(model: Any, vllm_config: Any) -> None:
-    """Refuse a loaded model if another backend serves one of its full-attention layers.
+    """Refuse a built model if another backend serves one of its full-attention layers.
 
     A model may choose a layer's backend itself. Without this check the layer's cache would grow
     with the text, and its positions would pass the model's limit, and nobody would be told.
+    What a layer has of its own, other than the configuration says, is checked too.
 
     Args:
-        model: The loaded `torch.nn.Module`.
+        model: The `torch.nn.Module`; its weights need not be loaded.
         vllm_config: vLLM's complete configuration.
 
     Raises:
-        UnsupportedError: The message names the layer and its backend.
+        UnsupportedError: The message names the layer, and its backend or what it has.
     """
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import (
+        ChunkedLocalAttentionSpec,
+        EncoderOnlyAttentionSpec,
+        MambaSpec,
+        SlidingWindowSpec,
+    )
 
     if not selects_cascade(vllm_config.attention_config):
         return
+    bounded = ChunkedLocalAttentionSpec, EncoderOnlyAttentionSpec, MambaSpec, SlidingWindowSpec
     for name, layer in model.named_modules():
         if not isinstance(layer, AttentionLayerBase):
             continue
         backend = layer.get_attn_backend().get_name()
         if is_cascade(backend):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            _check_layer(name, layer, parent, vllm_config)
             continue
-        if isinstance(layer.get_kv_cache_spec(vllm_config), FullAttentionSpec):
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if spec is not None and not isinstance(spec, bounded):
             raise UnsupportedError(
                 f"this model's layer {name}",
                 f"it attends in full by {backend}, which the model names itself, so CASCADE would "
                 "not bound its memory",
             )
+
+
+def _check_layer(name: str, layer: Any, parent: Any, vllm_config: Any) -> None:
+    from vllm.model_executor.layers.attention import Attention
+
+    if type(layer).get_kv_cache_spec is not Attention.get_kv_cache_spec:
+        raise UnsupportedError(
+            f"this model's layer {name}",
+            f"it is a {type(layer).__name__}, which keeps more than a layer's keys and values",
+        )
+    if layer.head_size_v != layer.head_size:
+        raise UnsupportedError(
+            f"this model's layer {name}",
+            f"its values have {layer.head_size_v} channels and its keys {layer.head_size}",
+        )
+    if vllm_config.device_config.device_type == "cuda" and layer.head_size not in GPU_HEAD_SIZES:
+        raise gpu_head_size(layer.head_size)
+    config = layer.impl.config
+    total = getattr(parent, "total_num_kv_heads", None)
+    if config.needs_scores and total is not None:
+        check_copies(vllm_config.parallel_config.tensor_parallel_size, total, config.policy)
 
 
 def layer_of(vllm_config: Any) -> Any:

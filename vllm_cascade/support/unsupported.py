@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # What --kv-cache-dtype calls FP8 with four bits of exponent and three of mantissa.
 FP8_DTYPES = ("fp8", "fp8_e4m3")
+GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
 ELSEWHERE = "Serve it without --attention-backend CASCADE"
 
 
@@ -63,6 +64,35 @@ def shared_kv(asked: str, instead: str = ELSEWHERE) -> UnsupportedError:
     return UnsupportedError(
         asked, "each layer keeps the tokens of its own choice, so none can use another's", instead
     )
+
+
+def gpu_head_size(head_size: int) -> UnsupportedError:
+    """The error for a `head_size` that the GPU's kernels have not been tested with."""
+    return UnsupportedError(
+        f"head size {head_size} on a GPU",
+        f"its kernels are tested with head sizes {', '.join(map(str, GPU_HEAD_SIZES))}",
+    )
+
+
+def check_copies(ranks: int, num_kv_heads: int, policy: str) -> None:
+    """Refuse ranks with copies of one KV head, by a policy with attention scores.
+
+    Args:
+        ranks: Ranks that share each layer's KV heads.
+        num_kv_heads: KV heads of a layer, on all ranks together.
+        policy: The cascade's policy.
+
+    Raises:
+        UnsupportedError: There are more ranks than KV heads.
+    """
+    if ranks > num_kv_heads:
+        raise UnsupportedError(
+            f"tensor_parallel_size {ranks} with {num_kv_heads} KV heads and policy {policy!r}",
+            "ranks would hold copies of a head, each scored by its own rank's queries, and what is "
+            "kept would depend on the number of ranks",
+            f"Use --tensor-parallel-size {num_kv_heads} or less, or a policy without attention "
+            "scores",
+        )
 
 
 def kv_dtype(dtype: str) -> UnsupportedError:

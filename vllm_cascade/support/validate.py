@@ -10,19 +10,21 @@ from vllm_cascade.support import hybrid, unsupported
 from vllm_cascade.support.names import BACKEND_NAME, log_of
 from vllm_cascade.support.resolved import position_limit, resolve_options
 from vllm_cascade.support.selection import check_kinds, check_selection, layer_of, selects_cascade
-from vllm_cascade.support.unsupported import ELSEWHERE, UnsupportedError
+from vllm_cascade.support.unsupported import GPU_HEAD_SIZES, UnsupportedError
 
 # Lists of what works, not of what fails: a new kind is refused until somebody has looked at it.
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-POSITION_EMBEDDING_TYPES = (None, "rope", "rotary")
-ATTENTION_SCALES = ("llama_4_scaling", "attn_temperature_tuning", "use_logn_attn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
+POSITION_EMBEDDING_TYPES = (None, "rope", "rotary", "nope")
+# By which configurations without RoPE parameters still say that the model rotates.
+ROTARY_FIELDS = ("rotary_dim", "rope_ratio", "original_rope", "rotary_pct")
+ATTENTION_SCALES = ("attn_temperature_tuning", "use_logn_attn")
 MIN_CAPABILITY = (8, 0)
 FP8_MIN_CAPABILITY = (8, 9)
-GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
 GPU_BLOCK_SIZES = (16, 32, 64, 128)
 GPU_MAX_WINDOW = 1024
 # The GPU keeps a row entry for each block and each stride: some 4 GiB with the default budget.
 GPU_MAX_STRIDES = 1 << 21
+VALUE_SIZES = ("v_head_dim", "v_channels")
 # Methods whose drafters have no KV cache of their own: those that work, and those to be looked at.
 SPECULATIVE_METHODS = ("ngram", "ngram_gpu")
 UNTRIED_METHODS = ("suffix", "medusa", "mlp_speculator", "custom_class")
@@ -83,10 +85,7 @@ def _gpu(vllm_config: Any) -> None:
         )
     head_size = vllm_config.model_config.get_head_size()
     if head_size not in GPU_HEAD_SIZES:
-        raise UnsupportedError(
-            f"head size {head_size} on a GPU",
-            f"its kernels are tested with head sizes {', '.join(map(str, GPU_HEAD_SIZES))}",
-        )
+        raise unsupported.gpu_head_size(head_size)
     block_size = vllm_config.cache_config.block_size
     if block_size not in GPU_BLOCK_SIZES:
         raise UnsupportedError(
@@ -134,13 +133,19 @@ def _model(vllm_config: Any) -> None:
             "it attends in one direction: a token sees none of those that come after it",
             "Use --language-model-only to serve its text alone",
         )
-    if model.using_transformers_backend():
-        raise UnsupportedError(
-            "a model through vLLM's Transformers backend",
-            "there the rotary embedding is not beside the attention layer, where CASCADE takes "
-            "it over",
-            f"Use --model-impl vllm where vLLM has the model itself. {ELSEWHERE}",
-        )
+    _sizes_of_values(model)
+
+
+def _sizes_of_values(model: Any) -> None:
+    head_size = model.get_head_size()
+    for name in VALUE_SIZES:
+        size = getattr(model.hf_text_config, name, None)
+        if size not in (None, head_size):
+            raise UnsupportedError(
+                f"a model with {name} = {size} and a head size of {head_size}",
+                "its values are of another size than its keys, for which such models bring an "
+                "attention backend of their own",
+            )
 
 
 def _windows(vllm_config: Any) -> None:
@@ -166,10 +171,20 @@ def _rope(vllm_config: Any) -> None:
     ropes = hybrid.full_attention_ropes(text)
     if embedding not in POSITION_EMBEDDING_TYPES:
         raise UnsupportedError(f"position embeddings of type {embedding!r}", why)
-    if not ropes:
-        raise UnsupportedError("a model without RoPE parameters in its config.json", why)
-    if model.uses_mrope:
-        raise UnsupportedError("M-RoPE", f"a token has several positions there. {why}")
+    rotates = ropes or any(getattr(text, name, None) for name in ROTARY_FIELDS)
+    if not rotates and embedding != "nope":
+        raise UnsupportedError(
+            "a model without RoPE parameters in its config.json",
+            "it tells places apart by RoPE, or not at all where position_embedding_type is "
+            "'nope', and knows no other way",
+        )
+    if model.uses_mrope and not _takes_text_alone(model):
+        raise UnsupportedError(
+            "M-RoPE with images",
+            "an image moves the positions of later text on by its side, not by its tokens, so "
+            "that a place in the cache is no position",
+            "Use --language-model-only to serve its text alone",
+        )
     if getattr(text, "dual_chunk_attention_config", None) is not None:
         raise UnsupportedError("dual chunk attention", why)
     for rope in ropes:
@@ -178,8 +193,10 @@ def _rope(vllm_config: Any) -> None:
             raise UnsupportedError(f"a model with RoPE of type {rope_type!r}", why)
         if rope.get("use_fope"):
             raise UnsupportedError("Fourier position embeddings (use_fope)", why)
-        if "llama_4_scaling_beta" in rope:
-            raise unsupported.attention_scale("llama_4_scaling_beta")
+
+
+def _takes_text_alone(model: Any) -> bool:
+    return model.multimodal_config is None or model.multimodal_config.language_model_only
 
 
 def _attention(vllm_config: Any) -> None:
@@ -210,16 +227,11 @@ def _parallel(vllm_config: Any) -> None:
 
 def _copies_of_heads(vllm_config: Any, config: CascadeConfig) -> None:
     """Refuse ranks with copies of one KV head, where the copies would keep different tokens."""
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
-    if ranks > num_kv_heads and config.needs_scores:
-        raise UnsupportedError(
-            f"tensor_parallel_size {ranks} with {num_kv_heads} KV heads and policy "
-            f"{config.policy!r}",
-            "ranks would hold copies of a head, each scored by its own rank's queries, and what is "
-            "kept would depend on the number of ranks",
-            f"Use --tensor-parallel-size {num_kv_heads} or less, or a policy without attention "
-            "scores",
+    if config.needs_scores:
+        unsupported.check_copies(
+            vllm_config.parallel_config.tensor_parallel_size,
+            vllm_config.model_config.get_total_num_kv_heads(),
+            config.policy,
         )
 
 
