@@ -13,7 +13,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 import traceback
 import urllib.request
 from dataclasses import dataclass
@@ -177,33 +176,35 @@ def run_script(command: list[str], log: Path, environment: dict[str, str]) -> in
 
 
 def run_fork(command: list[str], log: Path, environment: dict[str, str]) -> int:
-    """As `run_script`, in a fork of this process; its workers are forks as well."""
-    import vllm.v1.worker.cpu_worker  # noqa: F401
-    from vllm import LLM  # noqa: F401
+    """As `run_script`, in a fork of a process that has imported vLLM; its workers are forks too.
 
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            os.setsid()
-            _become(command, log, environment)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    end = time.monotonic() + SECONDS
-    while (status := os.waitpid(pid, os.WNOHANG))[0] != pid and time.monotonic() < end:
-        time.sleep(0.1)
+    That process has done nothing else: a fork of one that has run an engine hangs where it wants
+    the threads that the engine had.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
+    child = forks.Process(target=_in_fork, args=(command, log, environment))
+    child.start()
+    child.join(SECONDS)
     # Its workers, and itself where it is too slow.
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    if status[0] != pid:
-        os.waitpid(pid, 0)
-        return -signal.SIGKILL
-    return os.waitstatus_to_exitcode(status[1])
+        os.killpg(child.pid, signal.SIGKILL)
+    child.join()
+    return child.exitcode
+
+
+def _in_fork(command: list[str], log: Path, environment: dict[str, str]) -> None:
+    code = 1
+    try:
+        os.setsid()
+        _become(command, log, environment)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _become(command: list[str], log: Path, environment: dict[str, str]) -> None:
