@@ -161,8 +161,8 @@ MUTATIONS = [
     Mutation(
         "a default that looks at scores",
         "vllm_cascade/structure/options.py",
-        '"distinct": {**_BY_KIND, **_BY_SCORE, "score_weight": 0.0,',
-        '"distinct": {**_BY_KIND, **_BY_SCORE, "score_weight": 1.0,',
+        '        "score_weight": 0.0,\n        "score_power"',
+        '        "score_weight": 1.0,\n        "score_power"',
         f"{CONFIG}::test_a_policy_presets_its_knobs_and_a_set_knob_wins[distinct]",
     ),
     Mutation(
