@@ -122,7 +122,7 @@ def tokens_of(arguments: argparse.Namespace) -> list[int]:
     from transformers import AutoTokenizer
 
     if arguments.text is None:
-        from vllm_cascade.evaluation.texts import king_james
+        from texts import king_james
 
         text = king_james()
     else:

@@ -126,7 +126,7 @@ def test_levels_stay_under_the_bound(config: CascadeConfig) -> None:
 @given(elastic_configurations())
 @quick
 def test_nothing_is_out_of_reach(config: CascadeConfig) -> None:
-    """Density is even: no level but the lowest few has units while a lower one has many."""
+    """What is held stands for all of the text, each entry for as much as its level says."""
     layout, unit = build_layout(config), max(config.selection_window // 2, config.block_size)
     for epoch in layout.epochs[1:]:
         text = sum(tokens << level for level, tokens in enumerate(epoch.sub_caches))

@@ -48,7 +48,7 @@ class Levels(NamedTuple):
         """Count the units held once `boundaries` boundaries, at least 1, have moved something."""
         if self.bound == self.capacity:
             return self.capacity
-        return _held(self).first(boundaries)[-1]
+        return _held(self).after(boundaries)
 
     def most_held(self, boundaries: int) -> int:
         """Find the most units held after any of the first `boundaries` boundaries, at least 1.
@@ -57,7 +57,7 @@ class Levels(NamedTuple):
         """
         if self.bound == self.capacity or boundaries > FOLLOWED:
             return self.bound
-        return max(_held(self).first(boundaries))
+        return _held(self).most(boundaries)
 
 
 def merging_pairs(counts: Sequence[int], newest: int, capacity: int) -> list[int]:
@@ -91,10 +91,15 @@ class _Held:
         self._known: list[int] = []
         self._others = _thinned(levels)
 
-    def first(self, boundaries: int) -> list[int]:
-        """Units after each of the first `boundaries` boundaries."""
+    def after(self, boundaries: int) -> int:
+        """Units after so many boundaries."""
         self._known += islice(self._others, max(0, boundaries - len(self._known)))
-        return self._known[:boundaries]
+        return self._known[boundaries - 1]
+
+    def most(self, boundaries: int) -> int:
+        """The most units after any of the first so many boundaries."""
+        self.after(boundaries)
+        return max(islice(self._known, boundaries))
 
 
 @lru_cache(maxsize=64)
