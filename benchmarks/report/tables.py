@@ -177,6 +177,27 @@ def quality_knobs(rows: list[Row]) -> list[str]:
     return _table(lines)
 
 
+def long_answers(rows: list[Row]) -> list[str]:
+    """How often long answers repeat themselves, a line for each cache."""
+    heading = ["cache", "answers", "tokens of each", "finished", "tokens repeated, median and mean"]
+    return _table(
+        [
+            [*heading, "answers that loop"],
+            *(
+                [
+                    f"`{row['cache']}`",
+                    row["answers"],
+                    f"{int(row['tokens']):,}",
+                    row["finished"],
+                    f"{float(row['repeated_median']):.0%}, {float(row['repeated_mean']):.0%}",
+                    row["loops"],
+                ]
+                for row in rows
+            ),
+        ]
+    )
+
+
 def gpu_scaling(rows: list[Row]) -> list[str]:
     """Times of each way to spread an engine, and rates over those of the single GPU above it."""
     first = single = rows[0]
@@ -212,6 +233,7 @@ TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
         quality_knobs,
         quality_tasks,
         quality_intervals,
+        long_answers,
     )
 }
 # The default policy at two contexts, on another GPU than gpu_context.csv's.
