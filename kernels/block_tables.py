@@ -103,8 +103,8 @@ class Resolved:
             weights=make(torch.float32),
         )
 
-    def decode_rows(self, start: int, end: int) -> DecodeRows:
-        """View segments ``start .. end - 1`` as single tokens."""
+    def decode_rows(self, start: int, end: int, per_request: int) -> DecodeRows:
+        """View segments ``start .. end - 1`` as single tokens, `per_request` of each request."""
         part = slice(start, end)
         return DecodeRows(
             rows=self.rows[part],
@@ -112,6 +112,7 @@ class Resolved:
             block_table=self.block_table[part],
             carry=self.carry[part],
             weights=self.weights[part],
+            per_request=per_request,
         )
 
     def merges(self, start: int, end: int) -> Merges:

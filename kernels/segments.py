@@ -58,10 +58,11 @@ class DecodeRows:
         rows: [num_rows] int32 row of each token in the batch.
         places: [num_rows] int32 logical place of the token, which is the number of keys before it;
             -1 where there is nothing to do (padding, or a request with a longer chunk in this
-            step).
+            step). In a request's rows they follow one another, with -1 after the last.
         block_table: [num_rows, max_blocks] int32; entries past the token's block are arbitrary.
         carry: [num_rows] float32 factor on the scores kept so far.
         weights: [num_rows] float32 weight of the query in the scores.
+        per_request: Rows of each request. They hold the same blocks, but for the last row's own.
     """
 
     rows: torch.Tensor
@@ -69,6 +70,12 @@ class DecodeRows:
     block_table: torch.Tensor
     carry: torch.Tensor
     weights: torch.Tensor
+    per_request: int = 1
+
+    def part(self, start: int, end: int) -> DecodeRows:
+        """View rows ``start .. end - 1``, all rows of some requests."""
+        tensors = (self.rows, self.places, self.block_table, self.carry, self.weights)
+        return DecodeRows(*(each[start:end] for each in tensors), self.per_request)
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ class GpuEngine(Pool):
         sinks_dtype = None if sinks is None else dtype
         pages_dtype = self.pages.kv.dtype
         shape = Shape(KV_HEADS * SHARED, KV_HEADS, HEAD, dtype, sinks_dtype, pages_dtype)
-        workspace = make_workspace(config, shape, MAX_TOKENS, most_tokens * num_requests, DEVICE)
+        workspace = make_workspace(config, shape, MAX_TOKENS, num_requests, DEVICE, most_tokens)
         self.counters = workspace.counters.zero_()
         cos, sin = (x.to(DEVICE) for x in rope_table(config.max_places, HEAD, THETA, torch.float32))
         table = (cos, sin, True)

@@ -1,4 +1,4 @@
-"""One query of each of several requests attends to its paged keys and scores them, exactly.
+"""Single tokens of several requests attend to their paged keys and score them, exactly.
 
 Two launches. The first splits each row's keys over programs, each of which leaves a normalised
 partial output, its log-sum-exp and, where scores are kept, every logit. The second launch joins the
@@ -7,6 +7,10 @@ is one. Where a row has a single split, the first launch writes the row's output
 scores or sinks. How many programs there are depends on the number of rows and on the bound of the
 scratch, never on lengths. So a CUDA graph can capture both launches; programs beyond a row's length
 return at once.
+
+A token's drafts are further rows of its request. They hold the same keys, but for the drafts' own,
+so a program attends several of them together and loads keys once. Scores are kept of single tokens
+only.
 
 Pages hold keys before RoPE. To turn a key at place ``base + o`` by its whole angle takes a row of
 the rotary table per key, as much traffic as the keys themselves. But rotations compose:
@@ -28,10 +32,14 @@ from vllm_cascade.kernels.decode.launch_config import (
     MAX_BLOCK_SIZE,
     Config,
     Scratch,
+    count_teams,
+    first_of_team,
     keys_per_split,
+    last_of_team,
     launch_config,
     make_scratch,
     splits_for_all,
+    tokens_together,
 )
 from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
@@ -45,7 +53,7 @@ __all__ = ["Config", "Scratch", "decode", "launch_config", "make_scratch"]
 MIN_DOT = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_splits"])
 def _split_kernel(
     output_ptr,
     partial_ptr,
@@ -83,17 +91,19 @@ def _split_kernel(
     REST: tl.constexpr,
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
+    PER_REQUEST: tl.constexpr,
+    TOKENS: tl.constexpr,
     IS_NEOX: tl.constexpr,
     BY_PLACE: tl.constexpr,
     SCORED: tl.constexpr,
     DIRECT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend one row's query heads of a KV head to one split of the row's keys.
+    """Attend the query heads of a KV head, of a row or of a team of rows, to one split of its keys.
 
-    Grid: (KV heads, rows, splits). A program leaves a partial output, its log-sum-exp and, if
-    SCORED, the logits of its keys. A program whose split is past the row's end returns, as do all
-    programs of a row at place -1.
+    Grid: (KV heads, teams, splits). A program leaves partial outputs, their log-sum-exps and, if
+    SCORED, the logits of its keys. A program whose split is past the team's end returns, as do all
+    programs of a team whose rows are at place -1.
 
     Args:
         output_ptr: [tokens, query heads, HEAD_SIZE], written where DIRECT and there is one split.
@@ -109,12 +119,15 @@ def _split_kernel(
         num_positions: Rows of the rotary table.
         GROUP: Query heads that share a KV head.
         HALF: Pairs of channels that are rotated.
-        HEADS: GROUP rounded up to a power of two, at least MIN_DOT.
+        HEADS: Queries of a team, GROUP of each token, rounded up to a power of two, at least
+            MIN_DOT.
         KEYS: Keys of a tile.
         PAIRS: HALF rounded up to a power of two, at least MIN_DOT.
         REST: Channels that are not rotated, rounded up likewise.
         CHANNELS: HEAD_SIZE rounded up to a power of two.
-        ROWS: Most rows of a launch, rounded up to a power of two.
+        ROWS: Most teams of a launch, rounded up to a power of two.
+        PER_REQUEST: `DecodeRows.per_request`.
+        TOKENS: `tokens_together`.
         IS_NEOX: Whether channel i pairs with i + HALF (else 2i with 2i + 1).
         BY_PLACE: Whether each key is turned by the angles of its own place.
         SCORED: Whether scores are kept.
@@ -123,11 +136,15 @@ def _split_kernel(
     """
     kv_head = tl.program_id(0)
     # Splits are the last dimension: the first splits of all rows start before any empty split.
-    row = tl.program_id(1).to(tl.int64)
+    team = tl.program_id(1)
     split = tl.program_id(2)
-    place = tl.load(places_ptr + row)
+    row = first_of_team(team, PER_REQUEST, TOKENS).to(tl.int64)
+    number = (row % PER_REQUEST).to(tl.int32)
+    last_row, place = last_of_team(number, row, places_ptr, PER_REQUEST, TOKENS)
     length = place + 1
-    split_keys = keys_per_split(length, places_ptr, splits_ptr, tl.num_programs(1), KEYS, ROWS)
+    split_keys = keys_per_split(
+        length, places_ptr, splits_ptr, tl.num_programs(1), KEYS, ROWS, PER_REQUEST, TOKENS
+    )
     start = split * split_keys
     if start >= length:
         return
@@ -142,11 +159,24 @@ def _split_kernel(
     second = pair + HALF if IS_NEOX else 2 * pair + 1
     turned = pair < HALF
 
-    token = tl.load(rows_ptr + row).to(tl.int64)
-    # [HEADS, 1]
+    if TOKENS == 1:
+        token = tl.load(rows_ptr + row).to(tl.int64)
+        head = group
+        query_row = row
+        in_group = group < GROUP
+    else:
+        # Queries of a token follow one another.
+        head = group % GROUP
+        query_row = row + group // GROUP
+        in_group = (group // GROUP < TOKENS) & (number + group // GROUP < PER_REQUEST)
+        # [HEADS]
+        own_place = tl.load(places_ptr + query_row, mask=in_group, other=-1)
+        in_group = own_place >= 0
+        token = tl.load(rows_ptr + query_row, mask=in_group, other=0).to(tl.int64)
     query_at = query_ptr + token * query_stride_token
-    query_at += ((kv_head * GROUP + group) * query_stride_head)[:, None]
-    in_group = (group < GROUP)[:, None]
+    # [HEADS, 1]
+    query_at = (query_at + (kv_head * GROUP + head) * query_stride_head)[:, None]
+    in_group = in_group[:, None]
     # [HEADS, PAIRS]
     asked = in_group & turned[None, :]
     query_first = tl.load(query_at + first[None, :], mask=asked, other=0.0).to(tl.float32)
@@ -185,8 +215,12 @@ def _split_kernel(
         query_rest = query_rest.to(dtype)
 
     if BY_PLACE:
-        cos = tl.load(cos_ptr + place * HALF + pair, mask=turned, other=0.0).to(tl.float32)[None, :]
-        sin = tl.load(sin_ptr + place * HALF + pair, mask=turned, other=0.0).to(tl.float32)[None, :]
+        if TOKENS == 1:
+            angle_at = (place * HALF + pair)[None, :]
+        else:
+            angle_at = tl.maximum(own_place, 0)[:, None] * HALF + pair[None, :]
+        cos = tl.load(cos_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
         asked_first = (query_first * cos - query_second * sin).to(dtype)
         asked_second = (query_second * cos + query_first * sin).to(dtype)
     else:
@@ -200,7 +234,7 @@ def _split_kernel(
     # Summed over keys after the last tile: a sum in every tile would make warps exchange data.
     norms = tl.zeros([HEADS, KEYS], tl.float32)
     acc = tl.zeros([HEADS, CHANNELS], tl.float32)
-    table_at_row = block_table_ptr + row * table_stride_row
+    table_at_row = block_table_ptr + last_row * table_stride_row
     logits_at = logits_ptr + (row * tl.num_programs(0) + kv_head) * GROUP * logits_stride_head
     logits_at += (group * logits_stride_head)[:, None]
 
@@ -235,9 +269,13 @@ def _split_kernel(
             key_cos = tl.load(cos_ptr + angle_at, mask=held, other=0.0).to(turning)
             key_sin = tl.load(sin_ptr + angle_at, mask=held, other=0.0).to(turning)
         else:
-            angle_at = (place - base) * HALF + pair
-            cos = tl.load(cos_ptr + angle_at, mask=turned, other=0.0).to(tl.float32)[None, :]
-            sin = tl.load(sin_ptr + angle_at, mask=turned, other=0.0).to(tl.float32)[None, :]
+            if TOKENS == 1:
+                angle_at = ((place - base) * HALF + pair)[None, :]
+            else:
+                # A token before the tile sees none of its keys.
+                angle_at = tl.maximum(own_place - base, 0)[:, None] * HALF + pair[None, :]
+            cos = tl.load(cos_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
             asked_first = (query_first * cos - query_second * sin).to(dtype)
             asked_second = (query_second * cos + query_first * sin).to(dtype)
         turned_first = (key_first * key_cos - key_second * key_sin).to(dtype)
@@ -253,11 +291,19 @@ def _split_kernel(
         if SCORED:
             # Not masked by keys, so that words are wide: rows of logits have room for whole tiles.
             tl.store(logits_at + key_place[None, :], logits, mask=in_group)
-        logits = tl.where(valid[None, :], logits, float("-inf"))
+        if TOKENS == 1:
+            seen = valid[None, :]
+        else:
+            seen = valid[None, :] & (key_place[None, :] <= own_place[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
 
         new_top = tl.maximum(top, tl.max(logits, axis=1))
-        faded = tl.exp2(top - new_top)
-        probs = tl.exp2(logits - new_top[:, None])
+        shift = new_top
+        if TOKENS > 1:
+            # A token may have seen no key of this split yet.
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        faded = tl.exp2(top - shift)
+        probs = tl.exp2(logits - shift[:, None])
         norms = norms * faded[:, None] + probs
         # [KEYS, CHANNELS]
         held = valid[:, None]
@@ -271,19 +317,19 @@ def _split_kernel(
 
     norm = tl.sum(norms, axis=1)
     # [HEADS, CHANNELS]
-    attended = acc / norm[:, None]
+    attended = acc / (norm if TOKENS == 1 else tl.where(norm > 0, norm, 1.0))[:, None]
     if value_scale_ptr is not None:
         attended *= load_scale(value_scale_ptr, kv_head, value_scale_stride)
     written = in_group & (channel < HEAD_SIZE)[None, :]
     if DIRECT and split_keys >= length:
         # A single split: its output is the row's.
         output_at = output_ptr + token * output_stride_token
-        output_at += ((kv_head * GROUP + group) * output_stride_head)[:, None] + channel[None, :]
+        output_at += (kv_head * GROUP + head) * output_stride_head
+        output_at = output_at[:, None] + channel[None, :]
         tl.store(output_at, attended.to(output_ptr.dtype.element_ty), mask=written)
     else:
-        split_at = (row * tl.num_programs(0) + kv_head) * GROUP * max_splits + split
-        split_at += group * max_splits
-        tl.store(lse_ptr + split_at, top + tl.log2(norm), mask=group < GROUP)
+        split_at = ((query_row * tl.num_programs(0) + kv_head) * GROUP + head) * max_splits + split
+        tl.store(lse_ptr + split_at, top + tl.log2(norm), mask=tl.reshape(in_group, [HEADS]))
         partial_at = partial_ptr + split_at[:, None] * HEAD_SIZE + channel[None, :]
         tl.store(partial_at, attended, mask=written)
 
@@ -305,7 +351,7 @@ def decode(
     sinks: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> None:
-    """Attend one query of each row to all keys that the row holds, and score the keys.
+    """Attend the token of each row to all keys that the row holds, and score the keys.
 
     More rows than `scratch` has room for are processed in turn.
 
@@ -333,7 +379,6 @@ def decode(
     """
     _, num_kv_heads, block_size, channels = pages.kv.shape
     _, num_heads, head_size = query.shape
-    max_rows, _, max_splits, _ = scratch.partial.shape
     half = cos.shape[1]
     if channels != 2 * head_size or num_heads % num_kv_heads or 2 * half > head_size:
         raise ValueError(
@@ -355,13 +400,20 @@ def decode(
         raise ValueError(f"block_size is a power of two up to {MAX_BLOCK_SIZE}, got {block_size}")
     if reduction not in ("max", "mean"):
         raise ValueError(f"reduction is 'max' or 'mean', got {reduction!r}")
-    if scratch.partial.shape[1] != num_heads or scratch.partial.shape[3] != head_size:
+    if scratch.partial.shape[::2] != (num_heads, head_size):
         raise ValueError(
-            f"scratch is for [rows, heads, splits, channels] {list(scratch.partial.shape)}, "
+            f"scratch is for [heads, room, channels] {list(scratch.partial.shape)}, "
             f"not for {num_heads} heads of {head_size} channels"
         )
     if sinks is not None and sinks.shape != (num_heads,):
         raise ValueError(f"one sink for each of {num_heads} heads, got {list(sinks.shape)}")
+    if batch.per_request > 1 and (scored or len(batch.rows) % batch.per_request):
+        raise ValueError(
+            f"{len(batch.rows)} rows, {batch.per_request} of each request, have to be all rows of "
+            "some requests, and no scores may be kept"
+        )
+    if scratch.max_rows < batch.per_request:
+        raise ValueError(f"scratch for {scratch.max_rows} rows, {batch.per_request} of a request")
     if scored and (pages.score is None or scratch.logits.shape[2] < scratch.max_places):
         raise ValueError("to keep scores, pages and scratch need room for them")
     exact_table = cos.dtype == torch.float32
@@ -371,25 +423,34 @@ def decode(
         raise ValueError(f"a tile has at most {MAX_BLOCK_SIZE} keys, got {config.keys}")
 
     group = num_heads // num_kv_heads
+    tokens = tokens_together(batch.per_request, group)
     dtype = query.dtype if pages.is_fp8 else pages.kv.dtype
+    max_rows = scratch.max_rows - scratch.max_rows % batch.per_request
     for begin in range(0, len(batch.rows), max_rows):
-        part = slice(begin, begin + max_rows)
-        some = DecodeRows(*(getattr(batch, name)[part] for name in DecodeRows.__slots__))
+        some = batch.part(begin, begin + max_rows)
+        num_teams = count_teams(len(some.rows), batch.per_request, group)
         chosen = config or launch_config(
-            len(some.rows),
+            num_teams,
             num_kv_heads,
             head_size,
             scratch.max_places,
             pages.kv.element_size(),
             exact_table,
+            num_queries=group * tokens,
         )
         splits = scratch.splits
         if config is not None:
-            choice = min(config.splits, max_splits), config.min_keys
-            splits = splits_for_all(choice, max_rows, query.device)
+            choice = config.splits, config.min_keys
+            splits = splits_for_all(choice, num_teams, query.device)
+        max_splits = splits.most[num_teams]
+        if len(some.rows) * max_splits > scratch.partial.shape[1]:
+            raise ValueError(
+                f"{max_splits} splits of {len(some.rows)} rows: scratch has room for "
+                f"{scratch.partial.shape[1]} splits"
+            )
         launch(
             _split_kernel,
-            (num_kv_heads, len(some.rows), splits.most[len(some.rows)]),
+            (num_kv_heads, num_teams, max_splits),
             output,
             scratch.partial,
             scratch.lse,
@@ -419,12 +480,14 @@ def decode(
             HEAD_SIZE=head_size,
             HALF=half,
             BLOCK_SIZE=block_size,
-            HEADS=max(MIN_DOT, next_power_of_2(group)),
+            HEADS=max(MIN_DOT, next_power_of_2(group * tokens)),
             KEYS=chosen.keys,
             PAIRS=max(MIN_DOT, next_power_of_2(half)),
             REST=max(MIN_DOT, next_power_of_2(head_size - 2 * half)),
             CHANNELS=next_power_of_2(head_size),
-            ROWS=next_power_of_2(max_rows),
+            ROWS=next_power_of_2(splits.max_rows),
+            PER_REQUEST=batch.per_request,
+            TOKENS=tokens,
             IS_NEOX=is_neox,
             BY_PLACE=chosen.by_place,
             SCORED=scored,

@@ -6,7 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_cascade.kernels.decode.launch_config import Config, Scratch, Splits, keys_per_split
+from vllm_cascade.kernels.decode.launch_config import (
+    Config,
+    Scratch,
+    Splits,
+    count_teams,
+    keys_per_split,
+    last_of_team,
+    tokens_together,
+)
 from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import load_sink
@@ -36,7 +44,7 @@ def _join(lse_ptr, active, sinks_ptr, member, SPLITS: tl.constexpr):
     return top + tl.log2(norm)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_splits"])
 def _combine_kernel(
     output_ptr,
     score_ptr,
@@ -67,6 +75,8 @@ def _combine_kernel(
     CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PER_REQUEST: tl.constexpr,
+    TOKENS: tl.constexpr,
     DIRECT: tl.constexpr,
     MEAN: tl.constexpr,
 ):
@@ -81,7 +91,8 @@ def _combine_kernel(
         score_ptr: `Pages.score`, whose blocks lie `score_stride_block` elements apart; None where
             scores are not kept.
         counter_ptr: [1] int64 that gains each row's keys, once per KV head; or None.
-        partial_ptr: [rows, query heads, max_splits, HEAD_SIZE] float32 normalised outputs.
+        partial_ptr: [rows, query heads, max_splits, HEAD_SIZE] float32 normalised outputs, of
+            splits that have keys.
         lse_ptr: [rows, query heads, max_splits] float32 log-sum-exps, base 2.
         logits_ptr: [rows, query heads, logits_stride_head] float32 scaled logits, base 2; read
             where scores are kept.
@@ -94,7 +105,9 @@ def _combine_kernel(
         SPLITS: Most splits of a row, rounded up to a power of two.
         SPLIT_TILE: Splits joined at a time.
         CHANNELS: HEAD_SIZE rounded up to a power of two.
-        ROWS: Most rows of a launch, rounded up to a power of two.
+        ROWS: Most teams of a launch, rounded up to a power of two.
+        PER_REQUEST: `DecodeRows.per_request`.
+        TOKENS: `tokens_together`.
         BLOCKS: Blocks scored at a time.
         DIRECT: Whether the first launch wrote the output of a row that has a single split.
         MEAN: Whether the gain is the mean over query heads, else the maximum.
@@ -106,8 +119,15 @@ def _combine_kernel(
     if place < 0:
         return
     length = place + 1
-    split_keys = keys_per_split(length, places_ptr, splits_ptr, tl.num_programs(1), KEYS, ROWS)
-    active = tl.cdiv(length, split_keys)
+    TEAMS: tl.constexpr = (PER_REQUEST + TOKENS - 1) // TOKENS
+    num_teams = tl.num_programs(1) // PER_REQUEST * TEAMS
+    number = row % PER_REQUEST // TOKENS * TOKENS
+    team_row = row // PER_REQUEST * PER_REQUEST + number
+    _, last = last_of_team(number, team_row, places_ptr, PER_REQUEST, TOKENS)
+    split_keys = keys_per_split(
+        last + 1, places_ptr, splits_ptr, num_teams, KEYS, ROWS, PER_REQUEST, TOKENS
+    )
+    active = tl.cdiv(last + 1, split_keys)
     head = (row * tl.num_programs(0) + kv_head) * GROUP
     if sinks_ptr is not None:
         sinks_ptr += kv_head * GROUP
@@ -206,8 +226,9 @@ def combine(
         config: How the first launch ran, and how this one does.
     """
     _, num_kv_heads, block_size, _ = pages.kv.shape
-    _, num_heads, max_splits, head_size = scratch.partial.shape
+    num_heads, _, head_size = scratch.partial.shape
     group = num_heads // num_kv_heads
+    max_splits = splits.most[count_teams(len(batch.rows), batch.per_request, group)]
     score = pages.score if scored else None
     pieces = max(group, config.score_pieces) if scored else group
     launch(
@@ -237,10 +258,12 @@ def combine(
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,
         KEYS=config.keys,
-        SPLITS=next_power_of_2(max_splits),
-        SPLIT_TILE=min(8, next_power_of_2(max_splits)),
+        SPLITS=next_power_of_2(max(splits.most)),
+        SPLIT_TILE=min(8, next_power_of_2(max(splits.most))),
         CHANNELS=next_power_of_2(head_size),
         ROWS=next_power_of_2(splits.max_rows),
+        PER_REQUEST=batch.per_request,
+        TOKENS=tokens_together(batch.per_request, group),
         BLOCKS=max(1, config.score_tile // block_size),
         DIRECT=is_direct(scored, sinks),
         MEAN=reduction == "mean",

@@ -18,28 +18,90 @@ MAX_BLOCK_SIZE = 128
 # Splits are chosen as if at least this many quarters of a launch's rows had a token.
 MIN_BUSY_QUARTERS = 3
 _MIN_BUSY_QUARTERS = tl.constexpr(MIN_BUSY_QUARTERS)
+# Queries that a program attends at most: query heads of a KV head, of one token or of several. With
+# more of them, sums and rotated queries would no longer fit registers.
+MAX_QUERIES = 64
+
+
+def tokens_together(per_request: int, group: int) -> int:
+    """Return how many of a request's tokens a program attends, so that they load keys once.
+
+    Args:
+        per_request: `DecodeRows.per_request`.
+        group: Query heads that share a KV head.
+    """
+    most = max(1, MAX_QUERIES // group)
+    return cdiv(per_request, cdiv(per_request, most))
+
+
+def count_teams(num_rows: int, per_request: int, group: int) -> int:
+    """Return how many teams, runs of rows that a program attends together, are in `num_rows`."""
+    return num_rows // per_request * cdiv(per_request, tokens_together(per_request, group))
+
+
+@triton.jit
+def first_of_team(team, PER_REQUEST: tl.constexpr, TOKENS: tl.constexpr):
+    """Return a team's first row. A team is TOKENS rows of a request, or what is left of them.
+
+    Args:
+        team: Number of the team in the launch.
+        PER_REQUEST: `DecodeRows.per_request`.
+        TOKENS: `tokens_together`.
+    """
+    TEAMS: tl.constexpr = (PER_REQUEST + TOKENS - 1) // TOKENS
+    return team // TEAMS * PER_REQUEST + team % TEAMS * TOKENS
+
+
+@triton.jit
+def last_of_team(number, first_row, places_ptr, PER_REQUEST: tl.constexpr, TOKENS: tl.constexpr):
+    """Return the last row of a team that has a token, and its place; its first row and -1 if none.
+
+    Args:
+        number: Number of the team's first row in its request.
+        first_row: The team's first row.
+        places_ptr: `DecodeRows.places`.
+        PER_REQUEST: `DecodeRows.per_request`.
+        TOKENS: `tokens_together`.
+    """
+    row = first_row
+    last = tl.load(places_ptr + first_row)
+    for i in tl.static_range(1, TOKENS):
+        place = tl.load(places_ptr + first_row + i, mask=number + i < PER_REQUEST, other=-1)
+        row = tl.where(place >= 0, first_row + i, row)
+        last = tl.maximum(last, place)
+    return row, last
 
 
 @triton.jit
 def keys_per_split(
-    length, places_ptr, splits_ptr, num_rows, KEYS: tl.constexpr, ROWS: tl.constexpr
+    length,
+    places_ptr,
+    splits_ptr,
+    num_teams,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PER_REQUEST: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """Return the keys of each split of a row: even, whole tiles, no fewer than pay for a program.
+    """Return the keys of each split of a team: even, whole tiles, no fewer than pay for a program.
 
-    How many splits a full row has depends on how many rows have a token. A CUDA graph may have
+    How many splits a full row has depends on how many teams have a token. A CUDA graph may have
     other rows as well; their programs return at once.
 
     Args:
-        length: Keys of the row.
-        places_ptr: [num_rows] int32 `DecodeRows.places`.
+        length: Keys of the team's last row that has a token.
+        places_ptr: `DecodeRows.places`.
         splits_ptr: `Splits.table`.
-        num_rows: Rows of the launch.
+        num_teams: Teams of the launch.
         KEYS: Keys of a tile.
-        ROWS: Most rows of a launch, rounded up to a power of two.
+        ROWS: Most teams of a launch, rounded up to a power of two.
+        PER_REQUEST: `DecodeRows.per_request`.
+        TOKENS: `tokens_together`.
     """
-    row = tl.arange(0, ROWS)
-    has_token = tl.load(places_ptr + row, mask=row < num_rows, other=-1) >= 0
-    busy = tl.maximum(tl.sum(has_token.to(tl.int32)), _MIN_BUSY_QUARTERS * num_rows // 4)
+    team = tl.arange(0, ROWS)
+    row = first_of_team(team, PER_REQUEST, TOKENS)
+    has_token = tl.load(places_ptr + row, mask=team < num_teams, other=-1) >= 0
+    busy = tl.maximum(tl.sum(has_token.to(tl.int32)), _MIN_BUSY_QUARTERS * num_teams // 4)
     num_splits = tl.load(splits_ptr + 2 * busy)
     min_keys = tl.load(splits_ptr + 2 * busy + 1)
     active = tl.maximum(tl.minimum(tl.cdiv(length, min_keys), num_splits), 1)
@@ -54,6 +116,8 @@ def fewest_busy(num_rows: int) -> int:
 @dataclass(frozen=True, slots=True)
 class Splits:
     """How many programs share a row, by how many rows of a launch have a token.
+
+    Rows that programs attend together, the tokens of a request, count as one.
 
     Args:
         table: [max_rows + 1, 2] int32 splits of a full row, and fewest keys worth a program.
@@ -96,11 +160,13 @@ class Scratch:
     """Intermediate results of `decode`, shared by all layers.
 
     Args:
-        partial: [max_rows, num_heads, max_splits, head_size] float32 normalised partial outputs.
-        lse: [max_rows, num_heads, max_splits] float32 log-sum-exps, base 2.
+        partial: [num_heads, room, head_size] float32, memory for normalised partial outputs. A
+            launch lays them out as [rows, num_heads, splits, head_size].
+        lse: [num_heads, room] float32, memory for log-sum-exps, base 2, laid out likewise.
         logits: [max_rows, num_heads, width] float32 scaled logits, base 2; `width` is `max_places`
             rounded up to whole tiles of `MAX_BLOCK_SIZE`, or 0 where no call keeps scores.
         max_places: Most keys of a row.
+        max_rows: Most rows of a launch.
         splits: What `launch_config` chooses for every number of rows.
     """
 
@@ -108,6 +174,7 @@ class Scratch:
     lse: torch.Tensor
     logits: torch.Tensor
     max_places: int
+    max_rows: int
     splits: Splits
 
 
@@ -118,9 +185,10 @@ def make_scratch(
     head_size: int,
     element_size: int,
     max_places: int,
-    max_splits: int,
+    min_splits: int,
     device: torch.device,
     scored: bool = True,
+    per_request: int = 1,
 ) -> Scratch:
     """Allocate all that `decode` needs beside its arguments.
 
@@ -131,9 +199,10 @@ def make_scratch(
         head_size: Channels of a head.
         element_size: Bytes of an element of the pages.
         max_places: Most keys of a row.
-        max_splits: Most splits of a row.
+        min_splits: Splits of a row for which any launch has room, whatever `launch_config` chooses.
         device: Where.
         scored: Whether any call keeps scores; else there is no room for logits.
+        per_request: `DecodeRows.per_request` of the rows.
 
     Returns:
         The scratch, but for `splits` uninitialised.
@@ -144,17 +213,31 @@ def make_scratch(
     if device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     choices = []
-    for rows in range(max_rows + 1):
+    group = num_heads // num_kv_heads
+    num_queries = group * tokens_together(per_request, group)
+    for teams in range(count_teams(max_rows, per_request, group) + 1):
         config = launch_config(
-            max(rows, 1), num_kv_heads, head_size, max_places, element_size, True, num_sms
+            max(teams, 1),
+            num_kv_heads,
+            head_size,
+            max_places,
+            element_size,
+            True,
+            num_sms,
+            num_queries,
         )
-        choices.append((min(config.splits, max_splits), config.min_keys))
+        choices.append((config.splits, config.min_keys))
+    splits = Splits.of(choices, device)
+    # A launch of many rows splits them less.
+    room = max(teams * num_queries // group * most for teams, most in enumerate(splits.most))
+    room = max(room, max_rows * min_splits)
     return Scratch(
-        partial=torch.empty(max_rows, num_heads, max_splits, head_size, **kinds),
-        lse=torch.empty(max_rows, num_heads, max_splits, **kinds),
+        partial=torch.empty(num_heads, room, head_size, **kinds),
+        lse=torch.empty(num_heads, room, **kinds),
         logits=torch.empty(max_rows, num_heads, padded, **kinds),
         max_places=max_places,
-        splits=Splits.of(choices, device),
+        max_rows=max_rows,
+        splits=splits,
     )
 
 
@@ -221,17 +304,19 @@ def launch_config(
     element_size: int,
     exact_table: bool,
     num_sms: int = 132,
+    num_queries: int = 1,
 ) -> Config:
     """Choose the launch from shapes alone.
 
     Args:
-        num_rows: Rows of one launch.
+        num_rows: Rows of one launch; those that a program attends together count as one.
         num_kv_heads: KV heads.
         head_size: Channels of a head.
         max_places: Most keys of a row.
         element_size: Bytes of an element of the pages.
         exact_table: Whether the rotary table is float32, so that rotations compose.
         num_sms: Multiprocessors of the device.
+        num_queries: Queries that a program attends.
 
     Returns:
         Tile sizes and numbers of programs.
@@ -239,6 +324,8 @@ def launch_config(
     # Two warps hold a tile's keys and rotary angles without spilling. A thread takes all the
     # registers it can have, so a multiprocessor runs eight warps.
     num_warps = 2 if element_size <= 2 and head_size <= 128 else 4
+    if num_queries > 16:
+        num_warps = 4 if num_queries <= 32 and num_warps == 2 else 8
     # With many rows a short row is not split at all; with few rows even a short split pays.
     programs = num_rows * num_kv_heads
     min_keys = 4096 if programs >= 512 else 512 if programs >= 64 else 256

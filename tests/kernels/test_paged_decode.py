@@ -16,6 +16,7 @@ from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import DecodeRows
 
 MAX_PLACES = 300
+TENSORS = ("rows", "places", "block_table", "carry", "weights")
 
 # Triton's interpreter multiplies the bits of bfloat16 as integers.
 on_gpu = [
@@ -257,7 +258,7 @@ def test_rows_without_a_token_take_no_splits(device: torch.device) -> None:
     assert scratch.splits.most == (1, 8, 8, 7, 6, 6, 5, 4, 3)
     graph, _ = case.run(attend, case.copied(), case.query, scratch=scratch, scored=False)
     busy = [row for row, place in enumerate(case.shape.places) if place >= 0]
-    parts = (getattr(case.batch, name)[busy] for name in DecodeRows.__slots__)
+    parts = (getattr(case.batch, name)[busy] for name in TENSORS)
     case.batch = DecodeRows(*parts)
     alone, _ = case.run(attend, case.copied(), case.query, scratch=scratch, scored=False)
     rows = case.batch.rows.long()
@@ -295,6 +296,50 @@ def test_without_scores_nothing_is_written_to_pages(has_sinks: bool, device: tor
     assert torch.equal(again.score.isnan(), case.pages.score.isnan())
     held = ~case.pages.score.isnan()
     assert torch.equal(again.score[held], case.pages.score[held])
+
+
+TEAMS = (31, 32, 33, 15, 16, -1, 257, -1, -1, -1, -1, -1, 0, 1, 2, 63, 64, 65)
+TEAM_SHAPES = [
+    (Shape(places=TEAMS), 3),
+    (Shape(places=TEAMS, num_heads=32, num_kv_heads=1, head_size=32, rotary_dim=24), 3),
+    (Shape(places=(*TEAMS[:3], 34, 35), num_heads=16, num_kv_heads=1, dtype=torch.float16), 5),
+    pytest.param(Shape(places=TEAMS * 4, dtype=torch.bfloat16, num_heads=14), 6, marks=on_gpu),
+]
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("by_place", [False, True], ids=["composed", "by_place"])
+@pytest.mark.parametrize(("shape", "per_request"), TEAM_SHAPES, ids=str)
+def test_tokens_with_drafts_load_keys_together(
+    shape: Shape, per_request: int, by_place: bool, has_sinks: bool, device: torch.device
+) -> None:
+    """Splits of which an early token sees nothing, and teams of a part of a request's tokens."""
+    case = Case(shape, device)
+    rows = torch.arange(len(shape.places)).view(-1, per_request)
+    places = torch.tensor(shape.places)
+    for request in rows:
+        last = request[places[request].argmax()]
+        for row in request:
+            own = int(places[row]) // shape.block_size + 1
+            case.batch.block_table[row, :own] = case.batch.block_table[last, :own].clone()
+    if has_sinks:
+        case.sinks = torch.linspace(-3, 3, shape.num_heads, device=device).to(shape.dtype)
+    options = {"scored": False}
+    exact, _ = case.run(reference, case.in_dtype(torch.float64), case.query.double(), **options)
+    eager, _ = case.run(reference, case.copied(), case.query, dtype=shape.dtype, **options)
+    case.batch = replace(case.batch, per_request=per_request)
+    scratch = attend.make_scratch(
+        2 * per_request, shape.num_heads, shape.num_kv_heads, shape.head_size, 2, MAX_PLACES, 8,
+        device, scored=False, per_request=per_request,
+    )  # fmt: skip
+    scratch.partial.fill_(float("nan"))
+    config = launch(case, splits=8, min_keys=32, by_place=by_place)
+    pages = replace(case.copied(), score=None)
+    found, _ = case.run(attend, pages, case.query, scratch=scratch, config=config, **options)
+    rounding = torch.finfo(shape.dtype).eps / 2 * float(exact.nan_to_num(0).abs().max())
+    assert worst(found, exact) <= 2 * worst(eager, exact) + rounding
+    with pytest.raises(ValueError, match="no scores may be kept"):
+        case.run(attend, case.copied(), case.query, scratch=scratch)
 
 
 def test_nan_stays_in_its_row(device: torch.device) -> None:

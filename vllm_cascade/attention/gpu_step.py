@@ -193,7 +193,7 @@ class Planner:
             resolve_decodes(self.decodes, self.table, query_start_loc, seq_lens, block_table, most)
             chooses = self.layout.config.chooses
             decode = DecodeStep(
-                rows=self.decodes.decode_rows(0, num_rows),
+                rows=self.decodes.decode_rows(0, num_rows, most),
                 slots=self.decodes.slots[:num_rows],
                 tokens=self.decodes.tokens[:num_rows],
                 merges=self.decodes.merges(0, num_rows) if chooses else None,

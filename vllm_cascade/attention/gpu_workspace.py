@@ -15,9 +15,9 @@ from vllm_cascade.kernels.prefill import scores as key_scores
 from vllm_cascade.kernels.segments import KEY_PADDING
 from vllm_cascade.structure.config import CascadeConfig
 
-# Rows of the batch whose logits are kept between the two launches of decode; further rows take
+# Requests whose partial results are kept between the two launches of decode; further ones take
 # turns.
-MAX_DECODE_ROWS = 64
+MAX_DECODE_REQUESTS = 64
 # Dtypes that FlashAttention-3, as vLLM ships it, takes.
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # FlashAttention-3 takes up to 64 sink logits, in bfloat16; a cast would disagree with decode.
@@ -102,8 +102,9 @@ def shared_workspace(
     config: CascadeConfig,
     shape: Shape,
     max_num_batched_tokens: int,
-    max_rows: int,
+    max_requests: int,
     device: torch.device,
+    per_request: int = 1,
 ) -> Workspace:
     """Give the scratch of all layers of one shape; the first layer that asks allocates it.
 
@@ -111,13 +112,14 @@ def shared_workspace(
         config: A valid configuration.
         shape: The layers.
         max_num_batched_tokens: Most tokens of a step.
-        max_rows: Most segments of a step at a time: requests, each with its drafts.
+        max_requests: Most requests of a step.
         device: Where the layers are.
+        per_request: Most tokens of a request that are resolved one by one: a token and its drafts.
 
     Returns:
         The workspace, the same object for equal arguments.
     """
-    key = (config, shape, max_num_batched_tokens, max_rows, device)
+    key = (config, shape, max_num_batched_tokens, max_requests, device, per_request)
     workspace = _workspaces.get(key)
     if workspace is None:
         workspace = _workspaces[key] = make_workspace(*key)
@@ -128,8 +130,9 @@ def make_workspace(
     config: CascadeConfig,
     shape: Shape,
     max_num_batched_tokens: int,
-    max_rows: int,
+    max_requests: int,
     device: torch.device,
+    per_request: int = 1,
 ) -> Workspace:
     """Allocate the scratch of layers of one shape.
 
@@ -137,13 +140,15 @@ def make_workspace(
         config: A valid configuration.
         shape: The layers.
         max_num_batched_tokens: Most tokens of a step.
-        max_rows: Most segments of a step at a time: requests, each with its drafts.
+        max_requests: Most requests of a step.
         device: Where the layers are.
+        per_request: Most tokens of a request that are resolved one by one: a token and its drafts.
 
     Returns:
         A new workspace.
     """
     max_keys = max_workspace_keys(config, max_num_batched_tokens)
+    max_rows = max_requests * per_request
     max_places = min(config.max_places, config.max_model_len) + config.block_size
     queries = (max_num_batched_tokens, shape.num_heads, shape.head_size)
     keys = (max_keys, shape.num_kv_heads, shape.head_size)
@@ -171,15 +176,16 @@ def make_workspace(
             num_shifts if config.needs_scores else 0, dtype=torch.float32, device=device
         ),
         decode=paged_decode.make_scratch(
-            min(max_rows, MAX_DECODE_ROWS),
+            min(max_rows, MAX_DECODE_REQUESTS * per_request),
             shape.num_heads,
             shape.num_kv_heads,
             shape.head_size,
             (shape.pages or shape.dtype).itemsize,
             max_places,
-            64,
+            1,
             device,
             scored=config.needs_scores,
+            per_request=per_request,
         ),
         merge=compaction.make_scratch(
             max_rows,

@@ -123,8 +123,9 @@ class CascadeImpl(AttentionImpl[Any]):
             self.config,
             shape,
             scheduler.max_num_batched_tokens,
-            scheduler.max_num_seqs * (1 + vllm_config.num_speculative_tokens),
+            scheduler.max_num_seqs,
             cos.device,
+            1 + vllm_config.num_speculative_tokens,
         )
         self.worker = GpuLayer(
             self.config, shape, self.scale, cos, sin, rope.is_neox_style, workspace, self.sinks
