@@ -43,7 +43,7 @@ from vllm_cascade.kernels.decode.launch_config import (
 )
 from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.kernels.primitives import LOG2_E, load_scale
+from vllm_cascade.kernels.primitives import LOG2_E, load_scale, split_words
 from vllm_cascade.kernels.segments import DecodeRows
 
 # What callers need of paged decode, in one place.
@@ -51,6 +51,41 @@ __all__ = ["Config", "Scratch", "decode", "launch_config", "make_scratch"]
 
 # The smallest dimension that tl.dot takes.
 MIN_DOT = 16
+
+
+@triton.jit
+def _queries_of(
+    row,
+    number,
+    rows_ptr,
+    places_ptr,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+    PER_REQUEST: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Find COUNT queries of a team: GROUP of its first row, GROUP of its second, and so on.
+
+    Returns:
+        [COUNT] of each query: which of the KV head's query heads, its row, the row's place or -1,
+        its row in the batch, and whether there is such a query.
+    """
+    query = tl.arange(0, COUNT)
+    is_row = (query // GROUP < TOKENS) & (number + query // GROUP < PER_REQUEST)
+    query_row = row + query // GROUP
+    place = tl.load(places_ptr + query_row, mask=is_row, other=-1)
+    token = tl.load(rows_ptr + query_row, mask=place >= 0, other=0).to(tl.int64)
+    return query % GROUP, query_row, place, token, place >= 0
+
+
+@triton.jit
+def _repeat(x, HEADS: tl.constexpr):
+    """Repeat the rows of ``x`` until there are HEADS. So padding costs no arithmetic."""
+    WIDTH: tl.constexpr = x.shape[1]
+    if x.shape[0] == HEADS:
+        return x
+    TIMES: tl.constexpr = HEADS // x.shape[0]
+    return tl.reshape(tl.broadcast_to(x[None, :, :], [TIMES, x.shape[0], WIDTH]), [HEADS, WIDTH])
 
 
 @triton.jit(do_not_specialize=["max_splits"])
@@ -85,6 +120,7 @@ def _split_kernel(
     HEAD_SIZE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -97,6 +133,9 @@ def _split_kernel(
     BY_PLACE: tl.constexpr,
     SCORED: tl.constexpr,
     DIRECT: tl.constexpr,
+    WORDS: tl.constexpr,
+    KEY_WORDS: tl.constexpr,
+    COMPILED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attend the query heads of a KV head, of a row or of a team of rows, to one split of its keys.
@@ -119,8 +158,8 @@ def _split_kernel(
         num_positions: Rows of the rotary table.
         GROUP: Query heads that share a KV head.
         HALF: Pairs of channels that are rotated.
-        HEADS: Queries of a team, GROUP of each token, rounded up to a power of two, at least
-            MIN_DOT.
+        QUERIES: Queries of a team, GROUP of each token, rounded up to a power of two.
+        HEADS: QUERIES, or MIN_DOT if there are fewer.
         KEYS: Keys of a tile.
         PAIRS: HALF rounded up to a power of two, at least MIN_DOT.
         REST: Channels that are not rotated, rounded up likewise.
@@ -132,6 +171,9 @@ def _split_kernel(
         BY_PLACE: Whether each key is turned by the angles of its own place.
         SCORED: Whether scores are kept.
         DIRECT: Whether to write the output of a row that has a single split.
+        WORDS: Whether FP8 values are loaded as 16-bit words (`split_words`).
+        KEY_WORDS: Whether keys are. Then channels i and i + HALF have to be pairs, HALF even.
+        COMPILED: Whether the kernel is compiled, not interpreted.
         PRECISION: Input precision of tl.dot for float32.
     """
     kv_head = tl.program_id(0)
@@ -153,32 +195,26 @@ def _split_kernel(
     offset = tl.arange(0, KEYS)
     pair = tl.arange(0, PAIRS)
     channel = tl.arange(0, CHANNELS)
-    group = tl.arange(0, HEADS)
     # Channels of a pair.
     first = pair if IS_NEOX else 2 * pair
     second = pair + HALF if IS_NEOX else 2 * pair + 1
     turned = pair < HALF
 
-    if TOKENS == 1:
-        token = tl.load(rows_ptr + row).to(tl.int64)
-        head = group
-        query_row = row
-        in_group = group < GROUP
-    else:
-        # Queries of a token follow one another.
-        head = group % GROUP
-        query_row = row + group // GROUP
-        in_group = (group // GROUP < TOKENS) & (number + group // GROUP < PER_REQUEST)
-        # [HEADS]
-        own_place = tl.load(places_ptr + query_row, mask=in_group, other=-1)
-        in_group = own_place >= 0
-        token = tl.load(rows_ptr + query_row, mask=in_group, other=0).to(tl.int64)
-    query_at = query_ptr + token * query_stride_token
-    # [HEADS, 1]
-    query_at = (query_at + (kv_head * GROUP + head) * query_stride_head)[:, None]
+    # [QUERIES] what is asked
+    asked_head, _, asked_place, asked_token, is_asked = _queries_of(
+        row, number, rows_ptr, places_ptr, QUERIES, GROUP, PER_REQUEST, TOKENS
+    )
+    query_at = query_ptr + asked_token * query_stride_token
+    # [QUERIES, 1]
+    query_at = (query_at + (kv_head * GROUP + asked_head) * query_stride_head)[:, None]
+    is_asked = is_asked[:, None]
+    # [HEADS] what is written
+    head, query_row, own_place, token, in_group = _queries_of(
+        row, number, rows_ptr, places_ptr, HEADS, GROUP, PER_REQUEST, TOKENS
+    )
     in_group = in_group[:, None]
-    # [HEADS, PAIRS]
-    asked = in_group & turned[None, :]
+    # [QUERIES, PAIRS]
+    asked = is_asked & turned[None, :]
     query_first = tl.load(query_at + first[None, :], mask=asked, other=0.0).to(tl.float32)
     query_second = tl.load(query_at + second[None, :], mask=asked, other=0.0).to(tl.float32)
     # Of what is multiplied, and of what turns keys.
@@ -197,10 +233,10 @@ def _split_kernel(
                 tl.max(tl.abs(query_first), axis=1), tl.max(tl.abs(query_second), axis=1)
             )
     if HEAD_SIZE > 2 * HALF:
-        # [HEADS, REST] the channels that RoPE leaves alone
+        # [QUERIES, REST] the channels that RoPE leaves alone
         rest = 2 * HALF + tl.arange(0, REST)
         is_rest = rest < HEAD_SIZE
-        query_rest = tl.load(query_at + rest[None, :], mask=in_group & is_rest[None, :], other=0.0)
+        query_rest = tl.load(query_at + rest[None, :], mask=is_asked & is_rest[None, :], other=0.0)
         if turning == tl.float16:
             query_rest = query_rest.to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.abs(query_rest), axis=1))
@@ -208,21 +244,30 @@ def _split_kernel(
         largest = tl.where(largest > 0, largest, 1.0)[:, None]
         query_first /= largest
         query_second /= largest
-        scale_log2 *= largest
+        scale_log2 *= _repeat(largest, HEADS)
         if HEAD_SIZE > 2 * HALF:
             query_rest /= largest
     if HEAD_SIZE > 2 * HALF:
-        query_rest = query_rest.to(dtype)
+        query_rest = _repeat(query_rest.to(dtype), HEADS)
 
     if BY_PLACE:
         if TOKENS == 1:
             angle_at = (place * HALF + pair)[None, :]
         else:
-            angle_at = tl.maximum(own_place, 0)[:, None] * HALF + pair[None, :]
+            angle_at = tl.maximum(asked_place, 0)[:, None] * HALF + pair[None, :]
         cos = tl.load(cos_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
-        asked_first = (query_first * cos - query_second * sin).to(dtype)
-        asked_second = (query_second * cos + query_first * sin).to(dtype)
+        asked_first = _repeat((query_first * cos - query_second * sin).to(dtype), HEADS)
+        asked_second = _repeat((query_second * cos + query_first * sin).to(dtype), HEADS)
+    elif KEY_WORDS:
+        # [PAIRS / 2, KEYS] of even and of odd pairs
+        word = tl.arange(0, PAIRS // 2)
+        table_at = offset[None, :] * HALF + 2 * word[:, None]
+        within = (offset < num_positions)[None, :] & (2 * word < HALF)[:, None]
+        even_cos = tl.load(cos_ptr + table_at, mask=within, other=0.0).to(turning)
+        even_sin = tl.load(sin_ptr + table_at, mask=within, other=0.0).to(turning)
+        odd_cos = tl.load(cos_ptr + table_at + 1, mask=within, other=0.0).to(turning)
+        odd_sin = tl.load(sin_ptr + table_at + 1, mask=within, other=0.0).to(turning)
     else:
         # [PAIRS, KEYS]
         table_at = offset[None, :] * HALF + pair[:, None]
@@ -233,10 +278,14 @@ def _split_kernel(
     top = tl.full([HEADS], float("-inf"), tl.float32)
     # Summed over keys after the last tile: a sum in every tile would make warps exchange data.
     norms = tl.zeros([HEADS, KEYS], tl.float32)
-    acc = tl.zeros([HEADS, CHANNELS], tl.float32)
+    if WORDS:
+        even_acc = tl.zeros([HEADS, CHANNELS // 2], tl.float32)
+        odd_acc = tl.zeros([HEADS, CHANNELS // 2], tl.float32)
+    else:
+        acc = tl.zeros([HEADS, CHANNELS], tl.float32)
     table_at_row = block_table_ptr + last_row * table_stride_row
     logits_at = logits_ptr + (row * tl.num_programs(0) + kv_head) * GROUP * logits_stride_head
-    logits_at += (group * logits_stride_head)[:, None]
+    logits_at += (head * logits_stride_head)[:, None]
 
     # Block ids are loaded one tile ahead. If they were loaded where they are used, the compiler
     # would copy them asynchronously, and a wait for them would wait for all keys on their way.
@@ -256,14 +305,27 @@ def _split_kernel(
         slot = kv_head * BLOCK_SIZE + key_place % BLOCK_SIZE
         # [KEYS]
         key_at = kv_ptr + block.to(tl.int64) * kv_stride_block + slot * (2 * HEAD_SIZE)
-        # [PAIRS, KEYS]
+        words_at = kv_ptr.to(tl.pointer_type(tl.int16)) + block.to(tl.int64) * (
+            kv_stride_block // 2
+        )
+        words_at += slot * HEAD_SIZE
         held = valid[None, :]
-        if PAIRS != HALF:
-            held = held & turned[:, None]
-        key_first = tl.load(key_at[None, :] + first[:, None], mask=held, other=0.0)
-        key_second = tl.load(key_at[None, :] + second[:, None], mask=held, other=0.0)
-        key_first = key_first.to(turning)
-        key_second = key_second.to(turning)
+        if KEY_WORDS:
+            # [PAIRS / 2, KEYS]
+            if PAIRS != HALF:
+                held = held & (2 * word < HALF)[:, None]
+            word_at = words_at[None, :] + word[:, None]
+            even_first, odd_first = split_words(tl.load(word_at, mask=held, other=0), COMPILED)
+            word_at += HALF // 2
+            even_second, odd_second = split_words(tl.load(word_at, mask=held, other=0), COMPILED)
+        else:
+            # [PAIRS, KEYS]
+            if PAIRS != HALF:
+                held = held & turned[:, None]
+            key_first = tl.load(key_at[None, :] + first[:, None], mask=held, other=0.0)
+            key_second = tl.load(key_at[None, :] + second[:, None], mask=held, other=0.0)
+            key_first = key_first.to(turning)
+            key_second = key_second.to(turning)
         if BY_PLACE:
             angle_at = key_place[None, :] * HALF + pair[:, None]
             key_cos = tl.load(cos_ptr + angle_at, mask=held, other=0.0).to(turning)
@@ -273,16 +335,24 @@ def _split_kernel(
                 angle_at = ((place - base) * HALF + pair)[None, :]
             else:
                 # A token before the tile sees none of its keys.
-                angle_at = tl.maximum(own_place - base, 0)[:, None] * HALF + pair[None, :]
+                angle_at = tl.maximum(asked_place - base, 0)[:, None] * HALF + pair[None, :]
             cos = tl.load(cos_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
             sin = tl.load(sin_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
-            asked_first = (query_first * cos - query_second * sin).to(dtype)
-            asked_second = (query_second * cos + query_first * sin).to(dtype)
-        turned_first = (key_first * key_cos - key_second * key_sin).to(dtype)
-        turned_second = (key_second * key_cos + key_first * key_sin).to(dtype)
+            asked_first = _repeat((query_first * cos - query_second * sin).to(dtype), HEADS)
+            asked_second = _repeat((query_second * cos + query_first * sin).to(dtype), HEADS)
         # [HEADS, KEYS]
-        logits = tl.dot(asked_first, turned_first, input_precision=PRECISION)
-        logits = tl.dot(asked_second, turned_second, logits, input_precision=PRECISION)
+        if KEY_WORDS:
+            even_asked, odd_asked = tl.split(tl.reshape(asked_first, [HEADS, PAIRS // 2, 2]))
+            logits = tl.dot(even_asked, even_first * even_cos - even_second * even_sin)
+            logits = tl.dot(odd_asked, odd_first * odd_cos - odd_second * odd_sin, logits)
+            even_asked, odd_asked = tl.split(tl.reshape(asked_second, [HEADS, PAIRS // 2, 2]))
+            logits = tl.dot(even_asked, even_second * even_cos + even_first * even_sin, logits)
+            logits = tl.dot(odd_asked, odd_second * odd_cos + odd_first * odd_sin, logits)
+        else:
+            turned_first = (key_first * key_cos - key_second * key_sin).to(dtype)
+            turned_second = (key_second * key_cos + key_first * key_sin).to(dtype)
+            logits = tl.dot(asked_first, turned_first, input_precision=PRECISION)
+            logits = tl.dot(asked_second, turned_second, logits, input_precision=PRECISION)
         if HEAD_SIZE > 2 * HALF:
             held = valid[None, :] & is_rest[:, None]
             key_rest = tl.load(key_at[None, :] + rest[:, None], mask=held, other=0.0)
@@ -305,18 +375,30 @@ def _split_kernel(
         faded = tl.exp2(top - shift)
         probs = tl.exp2(logits - shift[:, None])
         norms = norms * faded[:, None] + probs
-        # [KEYS, CHANNELS]
         held = valid[:, None]
-        if CHANNELS != HEAD_SIZE:
-            held = held & (channel < HEAD_SIZE)[None, :]
-        value_at = key_at[:, None] + (HEAD_SIZE + channel)[None, :]
-        value = tl.load(value_at, mask=held, other=0.0)
-        acc = acc * faded[:, None]
-        acc = tl.dot(probs.to(dtype), value.to(dtype), acc, input_precision=PRECISION)
+        if WORDS:
+            # [KEYS, CHANNELS / 2]
+            value_word = tl.arange(0, CHANNELS // 2)
+            if CHANNELS != HEAD_SIZE:
+                held = held & (2 * value_word < HEAD_SIZE)[None, :]
+            word_at = words_at[:, None] + (HEAD_SIZE // 2 + value_word)[None, :]
+            even_value, odd_value = split_words(tl.load(word_at, mask=held, other=0), COMPILED)
+            even_acc = tl.dot(probs.to(dtype), even_value, even_acc * faded[:, None])
+            odd_acc = tl.dot(probs.to(dtype), odd_value, odd_acc * faded[:, None])
+        else:
+            # [KEYS, CHANNELS]
+            if CHANNELS != HEAD_SIZE:
+                held = held & (channel < HEAD_SIZE)[None, :]
+            value_at = key_at[:, None] + (HEAD_SIZE + channel)[None, :]
+            value = tl.load(value_at, mask=held, other=0.0)
+            acc = acc * faded[:, None]
+            acc = tl.dot(probs.to(dtype), value.to(dtype), acc, input_precision=PRECISION)
         top = new_top
 
     norm = tl.sum(norms, axis=1)
     # [HEADS, CHANNELS]
+    if WORDS:
+        acc = tl.interleave(even_acc, odd_acc)
     attended = acc / (norm if TOKENS == 1 else tl.where(norm > 0, norm, 1.0))[:, None]
     if value_scale_ptr is not None:
         attended *= load_scale(value_scale_ptr, kv_head, value_scale_stride)
@@ -425,6 +507,7 @@ def decode(
     group = num_heads // num_kv_heads
     tokens = tokens_together(batch.per_request, group)
     dtype = query.dtype if pages.is_fp8 else pages.kv.dtype
+    words = pages.is_fp8 and dtype != torch.float32
     max_rows = scratch.max_rows - scratch.max_rows % batch.per_request
     for begin in range(0, len(batch.rows), max_rows):
         some = batch.part(begin, begin + max_rows)
@@ -480,6 +563,7 @@ def decode(
             HEAD_SIZE=head_size,
             HALF=half,
             BLOCK_SIZE=block_size,
+            QUERIES=next_power_of_2(group * tokens),
             HEADS=max(MIN_DOT, next_power_of_2(group * tokens)),
             KEYS=chosen.keys,
             PAIRS=max(MIN_DOT, next_power_of_2(half)),
@@ -492,6 +576,9 @@ def decode(
             BY_PLACE=chosen.by_place,
             SCORED=scored,
             DIRECT=is_direct(scored, sinks),
+            WORDS=words,
+            KEY_WORDS=words and is_neox and not half % 2 and not chosen.by_place,
+            COMPILED=isinstance(_split_kernel, triton.JITFunction),
             PRECISION="ieee" if dtype == torch.float32 else "tf32",
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,

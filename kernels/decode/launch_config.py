@@ -21,6 +21,8 @@ _MIN_BUSY_QUARTERS = tl.constexpr(MIN_BUSY_QUARTERS)
 # Queries that a program attends at most: query heads of a KV head, of one token or of several. With
 # more of them, sums and rotated queries would no longer fit registers.
 MAX_QUERIES = 64
+# Registers of a thread with which a multiprocessor runs twelve warps, instead of eight.
+FP8_REGISTERS = 168
 
 
 def tokens_together(per_request: int, group: int) -> int:
@@ -253,7 +255,7 @@ class Config:
         num_warps: Warps of a split program.
         num_stages: Depth of its loads.
         max_registers: Registers of its threads, or None for as many as it wants. Composed rotations
-            keep a table in registers: bounds that were tried made it spill.
+            keep a table in registers: with 16-bit pages, bounds that were tried made it spill.
         score_tile: Keys of a tile of the second launch, where scores are kept.
         score_pieces: Programs per row and KV head of the second launch, where scores are kept.
         score_warps: Warps of such a program.
@@ -322,21 +324,27 @@ def launch_config(
         Tile sizes and numbers of programs.
     """
     # Two warps hold a tile's keys and rotary angles without spilling. A thread takes all the
-    # registers it can have, so a multiprocessor runs eight warps.
-    num_warps = 2 if element_size <= 2 and head_size <= 128 else 4
+    # registers it can have, so a multiprocessor runs eight warps. FP8's tiles need fewer.
+    small = element_size <= 2 and head_size <= 128
+    num_warps, keys, max_registers = (2 if small else 4), 32, None
     if num_queries > 16:
-        num_warps = 4 if num_queries <= 32 and num_warps == 2 else 8
+        # Queries are turned anew for every tile.
+        num_warps = 4 if num_queries <= 32 and small else 8
+        keys = 64 if small else 32
+    elif element_size == 1 and small and exact_table:
+        max_registers = FP8_REGISTERS
+    num_slots = num_sms * (12 if max_registers else 8) // num_warps
     # With many rows a short row is not split at all; with few rows even a short split pays.
     programs = num_rows * num_kv_heads
     min_keys = 4096 if programs >= 512 else 512 if programs >= 64 else 256
     return Config(
-        keys=32,
-        splits=choose_splits(programs, max_places, min_keys, num_sms * 8 // num_warps),
+        keys=keys,
+        splits=choose_splits(programs, max_places, min_keys, num_slots),
         min_keys=min_keys,
         by_place=not exact_table,
         num_warps=num_warps,
-        num_stages=3 if element_size <= 2 else 2,
-        max_registers=None,
+        num_stages={1: 4, 2: 3}.get(element_size, 2),
+        max_registers=max_registers,
         score_tile=512,
         score_pieces=max(1, min(64, cdiv(max_places, 2048))),
         score_warps=4,
