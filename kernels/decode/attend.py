@@ -305,10 +305,9 @@ def _split_kernel(
         slot = kv_head * BLOCK_SIZE + key_place % BLOCK_SIZE
         # [KEYS]
         key_at = kv_ptr + block.to(tl.int64) * kv_stride_block + slot * (2 * HEAD_SIZE)
-        words_at = kv_ptr.to(tl.pointer_type(tl.int16)) + block.to(tl.int64) * (
-            kv_stride_block // 2
-        )
-        words_at += slot * HEAD_SIZE
+        if WORDS:
+            words_at = kv_ptr.to(tl.pointer_type(tl.int16)) + slot * HEAD_SIZE
+            words_at += block.to(tl.int64) * (kv_stride_block // 2)
         held = valid[None, :]
         if KEY_WORDS:
             # [PAIRS / 2, KEYS]
