@@ -622,7 +622,7 @@ def test_who_asks_for_blend_is_told_once_what_it_has_become(
     )
     # As it says.
     served.additional_config["cascade"] |= json.loads(f"{{{former}}}")
-    config = resolve_options(served, 128)
+    config = resolve_options(served)
     assert (config.score_weight, config.key_weight, config.value_weight) == (1, 1, 0)
     assert config.selection_window == 64
     said.clear()
