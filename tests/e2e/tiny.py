@@ -227,3 +227,51 @@ def save_gemma3(folder: Path, **changes: Any) -> str:
         "query_pre_attn_scalar": 4,
     }
     return save_random(folder, "gemma3_text", **{**fields, **changes})
+
+
+def save_lfm2(folder: Path, **changes: Any) -> str:
+    """Write a random LFM2, a convolution before each of two full-attention layers.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    fields = {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention"] * 2,
+        "conv_L_cache": 3,
+        "conv_dim": 128,
+        "block_dim": 128,
+        "block_ff_dim": 128,
+        "block_auto_adjust_ff_dim": False,
+        "rope_theta": 10_000.0,
+    }
+    return save_random(folder, "lfm2", **{**fields, **changes})
+
+
+def save_nemotron_h(folder: Path, **changes: Any) -> str:
+    """Write a random Nemotron-H: Mamba-2, attention without positions, Mamba-2, attention.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    fields = {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "attention"] * 2,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 32,
+        "n_groups": 1,
+        "ssm_state_size": 64,
+        "conv_kernel": 4,
+        "chunk_size": 64,
+        "expand": 4,
+    }
+    return save_random(folder, "nemotron_h", **{**fields, **changes})

@@ -35,34 +35,25 @@ class CascadeSpec(AttentionSpec):
         config: The resolved configuration; the spec carries it to the scheduler's process.
 
     Raises:
-        UnsupportedError: vLLM has stretched page or block to the size of another layer's.
+        UnsupportedError: vLLM has stretched a page with a tail to the size of another layer's.
     """
 
     config: CascadeConfig
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tail, parts = _tail_bytes(self, self.config), self.block_size / self.config.block_size
-        is_padded = tail and self.num_head_slots is None
-        # vLLM may have stretched this spec, to make its pages as large as those of other layers.
-        why = ""
-        if is_padded and (
-            parts != 1 or self.page_size_padded not in (None, self.unpadded_page_size_bytes + tail)
-        ):
-            why = (
-                "pages of all layers overlay each other, and what is kept behind keys and values "
-                "would be read as such"
-            )
-        elif not (parts.is_integer() or self.is_of_a_token):
-            why = (
-                f"blocks of {self.config.block_size} tokens would become blocks of "
-                f"{self.block_size}, for which the cascade is not laid out"
-            )
-        if why:
+        tail = _tail_bytes(self, self.config)
+        if not tail or self.num_head_slots is not None:
+            return
+        padded = self.unpadded_page_size_bytes + tail
+        is_whole = self.parts == 1 and self.page_size_padded in (None, padded)
+        if not (is_whole or self.is_of_a_token):
+            # vLLM has stretched this spec, to make its pages as large as those of other layers.
             raise UnsupportedError(
                 "a model whose other layers take more KV memory per block than its full-attention "
                 "layers",
-                why,
+                "pages of all layers overlay each other, and what is kept behind keys and values "
+                "would be read as such",
             )
 
     @classmethod
