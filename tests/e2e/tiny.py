@@ -275,3 +275,34 @@ def save_nemotron_h(folder: Path, **changes: Any) -> str:
         "expand": 4,
     }
     return save_random(folder, "nemotron_h", **{**fields, **changes})
+
+
+def save_qwen3_next(folder: Path, **changes: Any) -> str:
+    """Write a random Qwen3-Next: gated delta nets before each of two full-attention layers.
+
+    All experts take part, because rounding a router's logits would choose others of fewer.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    fields = {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    return save_random(folder, "qwen3_next", **{**fields, **changes})

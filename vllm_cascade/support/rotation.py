@@ -83,8 +83,9 @@ def _attending_method(module: nn.Module, attention_name: str, layer_name: str) -
     forward = _method(module, "forward", layer_name)
     if attends(forward):
         return forward
-    names = [name for name, each in vars(type(module)).items() if inspect.isfunction(each)]
-    others = list(filter(attends, (_method(module, name, layer_name) for name in names)))
+    methods = dict(inspect.getmembers(type(module), inspect.isfunction))
+    own = [_method(module, name, layer_name) for name in methods if not hasattr(nn.Module, name)]
+    others = list(filter(attends, own))
     return others[0] if len(others) == 1 else forward
 
 
