@@ -8,7 +8,7 @@ from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.structure.options import CascadeOptions
 from vllm_cascade.structure.resolve import resolve
 from vllm_cascade.support import hybrid
-from vllm_cascade.support.states import own_block_size
+from vllm_cascade.support.states import has_states, own_block_size
 from vllm_cascade.support.unsupported import UnsupportedError
 
 # RoPE types whose tables end at max_position_embeddings. vLLM's limit multiplies by their factor.
@@ -73,6 +73,7 @@ def resolve_options(vllm_config: Any) -> CascadeConfig:
     return resolve(
         CascadeOptions.parse(given.get("cascade", {})),
         block_size=own_block_size(vllm_config),
+        has_one_block_size=has_states(vllm_config.model_config),
         max_model_len=vllm_config.model_config.max_model_len,
         position_limit=position_limit(vllm_config.model_config),
     )
