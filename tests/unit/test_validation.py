@@ -21,6 +21,7 @@ from vllm_cascade.support import validate as validation
 from vllm_cascade.support.hybrid import delegate_windows
 from vllm_cascade.support.resolved import resolve_options
 from vllm_cascade.support.selection import check_selection, selects_cascade
+from vllm_cascade.support.states import leave_states
 from vllm_cascade.support.unsupported import UnsupportedError
 from vllm_cascade.support.validate import log_prefix_caching, validate
 
@@ -659,6 +660,20 @@ def test_prefix_caching_never_hits_beside_other_backends(said):
         )
     )
     assert sum("never hits" in message for message in said) == 1
+
+
+@pytest.mark.parametrize("caches", [True, False])
+def test_prefix_caching_is_turned_off_beside_states(served, said, caches):
+    served.model_config.attn_type = "hybrid"
+    cache = served.cache_config
+    cache.enable_prefix_caching, cache.user_specified_block_size = caches, False
+    validate(served)
+    leave_states(served)
+    assert (cache.enable_prefix_caching, cache.mamba_cache_mode) == (False, "none")
+    assert cache.mamba_block_size == served.model_config.max_model_len
+    (line,) = (message for message in said if "layers with states" in message)
+    assert ("Prefix caching is off" in line) == caches
+    assert not any("requests share whole blocks" in message for message in said)
 
 
 KV_DTYPES = ["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]
