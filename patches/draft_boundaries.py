@@ -17,7 +17,7 @@ def install() -> None:
     @functools.wraps(init)
     def init_with_drafts(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        # Has vLLM ask how to cut what a request computes. CASCADE refuses models with Mamba layers.
+        # Has vLLM ask how to cut what a request computes. Beside Mamba layers there are no drafts.
         self.need_mamba_block_aligned_split |= bool(self.num_spec_tokens and _managers(self))
 
     @functools.wraps(split)

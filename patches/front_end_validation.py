@@ -21,6 +21,7 @@ def install() -> None:
         from vllm_cascade.structure.config import ConfigError
         from vllm_cascade.support.hybrid import delegate_windows
         from vllm_cascade.support.selection import selects_cascade
+        from vllm_cascade.support.states import leave_states
         from vllm_cascade.support.unsupported import UnsupportedError
         from vllm_cascade.support.validate import validate
 
@@ -37,6 +38,7 @@ def install() -> None:
                 raise SystemExit(f"vllm: {error}") from None
             raise
         delegate_windows(vllm_config)
+        leave_states(vllm_config)
         return vllm_config
 
     EngineArgs.create_engine_config = create_engine_config

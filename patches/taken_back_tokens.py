@@ -11,6 +11,7 @@ from vllm_cascade.patches.record import Patch
 def install() -> None:
     """Wrap the scheduler's update of a session whose next input has come."""
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 
     original = Scheduler._update_request_as_session
 
@@ -18,13 +19,17 @@ def install() -> None:
     def update_request_as_session(self: Any, session: Any, update: Any) -> None:
         # The token that ends a turn is dropped, and with it drafts that were accepted behind it.
         # Without drafts it has not been computed.
-        session.num_computed_tokens = min(session.num_computed_tokens, session.num_tokens - 1)
+        num_computed = session.num_computed_tokens
+        session.num_computed_tokens = min(num_computed, session.num_tokens - 1)
         managers = self.kv_cache_manager.coordinator.single_type_managers
+        cascades = [manager for manager in managers if hasattr(manager, "cannot_take_back")]
         begins_again = any(
             manager.cannot_take_back(session.request_id, session.num_computed_tokens)
-            for manager in managers
-            if hasattr(manager, "cannot_take_back")
+            for manager in cascades
         )
+        if cascades and num_computed > session.num_computed_tokens:
+            # A state has all tokens in it that were computed.
+            begins_again |= any(isinstance(manager, MambaManager) for manager in managers)
         original(self, session, update)
         if begins_again:
             self._free_request_blocks(session)

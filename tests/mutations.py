@@ -23,6 +23,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYER = "tests/unit/test_cpu_layer.py"
 CONFIG = "tests/unit/test_config.py"
+STATES = "tests/e2e/test_states.py::test_under_the_budget_as_vllm[nemotron_h]"
 SHARED = "tests/e2e/test_shared_prefix.py"
 BUILT = "tests/unit/test_built_model.py"
 TRIED = "tests/unit/test_transformers_rope.py"
@@ -56,6 +57,20 @@ MUTATIONS = [
         "tensors = (query, key, value, output, *pages.tensors,",
         "tensors = (query, key, value, output,",
         "tests/kernels/test_gpu_layer.py::test_a_layer_that_repeats_what_another_launched",
+    ),
+    Mutation(
+        "a block of vLLM's that holds several of the cascade's, of which the last lack theirs",
+        "vllm_cascade/kv_cache/manager.py",
+        "return -(-self._layout.need(num_tokens) // self._parts)",
+        "return max(1, self._layout.need(num_tokens) // self._parts)",
+        STATES,
+    ),
+    Mutation(
+        "a block of vLLM's that is not divided",
+        "vllm_cascade/attention/backend.py",
+        "return [kv_cache_spec.config.block_size]",
+        "return [MultipleOf(16)]",
+        STATES,
     ),
     Mutation(
         "a place off by one",

@@ -50,7 +50,7 @@ class CascadeStatLogger(AggregateStatLoggerBase):
         self.config: CascadeConfig | None = None
         if not selects_cascade(vllm_config.attention_config):
             return
-        self.config = config = resolve_options(vllm_config, vllm_config.cache_config.block_size)
+        self.config = config = resolve_options(vllm_config)
         self._model_name = vllm_config.model_config.served_model_name
         for metric in CascadeStatLogger._registered:
             REGISTRY.unregister(metric)

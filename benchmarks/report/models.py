@@ -39,7 +39,7 @@ EXPERTS = {
 # By part of an architecture's name: it has experts.
 WITH_EXPERTS = re.compile(
     r"M[oO][eE]|Mixtral|Deepseek|GptOss|MiniMax|HYV3|K2Horizon|FlexOlmo|Mellum|MiMoV2|Laguna"
-    r"|Longcat|Afmoe|AXK1|Olmoe|Jamba|Dbrx|MistralLarge"
+    r"|Longcat|Afmoe|AXK1|Olmoe|Jamba|Dbrx|MistralLarge|Qwen3Next"
 )
 MIXED = {"sliding_window": 512, "layer_types": KINDS}
 SMALL = {
@@ -76,6 +76,43 @@ CHATGLM = {
     "original_rope": True,
     "tie_word_embeddings": False,
 }
+GATED_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+}
+LFM2 = {
+    "layer_types": ["conv", "full_attention"] * 2,
+    "conv_L_cache": 3,
+    "conv_dim": 128,
+    "block_dim": 128,
+    "block_ff_dim": 256,
+    "block_multiple_of": 32,
+    "block_auto_adjust_ff_dim": False,
+    "head_dim": ABSENT,
+}
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 64,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 64,
+}
+NEMOTRON_H = {
+    "hybrid_override_pattern": "M*M*",
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "n_groups": 1,
+    "ssm_state_size": 64,
+    "conv_kernel": 4,
+    "chunk_size": 64,
+    "expand": 2,
+}
 MIMO_V2 = {
     "hybrid_layer_pattern": [0, 1, 0, 1],
     "moe_layer_freq": [0, 1, 1, 1],
@@ -111,7 +148,25 @@ FIELDS: dict[str, dict[str, Any]] = {
     "GPTJForCausalLM": {"n_embd": 128, "n_head": 4, "n_layer": 2, "rotary_dim": 16},
     "GPTNeoXForCausalLM": {"num_key_value_heads": ABSENT},
     "HYV3ForCausalLM": {"expert_hidden_dim": 64, "route_norm": True},
-    "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3},
+    "FalconH1ForCausalLM": {**MAMBA2, "mamba_d_ssm": 256},
+    "GraniteMoeHybridForCausalLM": {
+        **MAMBA2,
+        "layer_types": ["mamba", "attention"] * 2,
+        "position_embedding_type": "rope",
+        "shared_intermediate_size": 64,
+    },
+    "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "KimiLinearForCausalLM": {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16},
+    "Lfm2ForCausalLM": LFM2,
+    "Lfm2MoeForCausalLM": {**LFM2, "num_dense_layers": 1},
+    "NemotronHForCausalLM": NEMOTRON_H,
+    "OlmoHybridForCausalLM": GATED_DELTA,
+    "Qwen3NextForCausalLM": {
+        **GATED_DELTA,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 64,
+        "mlp_only_layers": [],
+    },
     "LongcatFlashNgramForCausalLM": {"model_type": "longcat_flash"},
     "Mamba2ForCausalLM": {"num_heads": 8},
     "MellumForCausalLM": MIXED,
@@ -169,7 +224,14 @@ FIELDS: dict[str, dict[str, Any]] = {
         "layer_norm_epsilon": 1e-5,
     },
     "TeleFLMForCausalLM": {"use_mup": False, "output_mult": 1.0, "mup_scale_factor": 1.0},
-    "Zamba2ForCausalLM": {"num_hidden_layers": 54},
+    "Zamba2ForCausalLM": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "attention_hidden_size": 256,
+        "attention_head_dim": 64,
+        "n_mamba_heads": 8,
+        "mamba_d_state": 16,
+    },
 }
 
 
@@ -255,7 +317,7 @@ def _tried(name: str, cls: type) -> Row:
         except Exception as error:
             if "not supported by backend CASCADE" in str(error):
                 return Row(name, REFUSED, f"`{str(error).partition(' is not supported')[0]}`")
-            absent = re.search(r"has no attribute '(\w+)'", str(error))
+            absent = re.search(r"Config' object has no attribute '(\w+)'", str(error))
             why = f"needs `{absent[1]}` in config.json" if absent else "vLLM refuses it on a CPU"
             return Row(name, NOT_BUILT, why)
 
@@ -276,9 +338,9 @@ def config_of(name: str) -> dict[str, Any]:
 
 def _served(model: Any) -> str:
     """How many of the layers are CASCADE's, and what is particular of them."""
-    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-    layers = [each for each in model.modules() if isinstance(each, Attention)]
+    layers = [each for each in model.modules() if isinstance(each, AttentionLayerBase)]
     ours = [each.impl for each in layers if each.get_attn_backend().get_name() == "CASCADE"]
     still = sum(not impl.worker.rotary.sin.any() for impl in ours)
     said = ["all layers" if len(ours) == len(layers) else "full-attention layers"]

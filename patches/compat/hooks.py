@@ -174,7 +174,9 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "head_size",
             "head_size_v",
             "dtype",
+            "num_head_slots",
             "page_size_padded",
+            "state_content_size_bytes",
             "page_size_bytes",
             "unpadded_page_size_bytes",
         ),
@@ -191,6 +193,9 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "is_neox_style",
             "rotary_dim",
             "_compute_cos_sin_cache",
+        ),
+        "vllm.model_executor.models.qwen3_next.Qwen3NextAttention": (
+            "use_fused_qk_norm_rope_gate",
         ),
         "vllm.model_executor.layers.rotary_embedding.Phi3LongRoPEScaledRotaryEmbedding": (
             "_compute_cos_sin_cache",
@@ -277,7 +282,6 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "uses_mrope",
         ),
         "vllm.config.CacheConfig": (
-            "block_size",
             "cache_dtype",
             "enable_prefix_caching",
             "kv_sharing_fast_prefill",
@@ -290,6 +294,16 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm_cascade/support/hybrid.py": {
         "vllm.config.ModelConfig": ("attention_chunk_size", "get_sliding_window"),
+    },
+    "vllm_cascade/support/states.py": {
+        "vllm.config.ModelConfig": ("attn_type", "max_model_len"),
+        "vllm.config.CacheConfig": (
+            "block_size",
+            "enable_prefix_caching",
+            "mamba_block_size",
+            "mamba_cache_mode",
+            "user_specified_block_size",
+        ),
     },
     "vllm_cascade/commands/plan.py": {
         "vllm.config.ModelConfig": (
@@ -307,6 +321,16 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
 # File of the plugin -> function of vLLM that the file calls, or that calls the file -> parameters;
 # or constant of vLLM -> value.
 EXACTLY: dict[str, dict[str, str]] = {
+    "vllm_cascade/attention/backend.py": {
+        "vllm.v1.worker.utils.select_common_block_size": (
+            "(kv_manager_block_size, backends, kv_cache_specs=None)"
+        ),
+    },
+    "vllm_cascade/commands/plan.py": {
+        "vllm.platforms.interface.Platform._align_hybrid_block_size": (
+            "(vllm_config, backend_cls)"
+        ),
+    },
     "vllm_cascade/kv_cache/ends.py": {
         "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "(self, num_blocks)",
         "vllm.v1.core.block_pool.BlockPool.touch": "(self, blocks)",

@@ -33,6 +33,8 @@ def check_four_times_past_reach(
     model: Llama | None = None,
     ropes: Sequence[torch.Tensor] | None = None,
     first: Callable[[Any], None] = lambda llm: None,
+    cascade: dict[str, Any] = REACH_OPTIONS,
+    num_tokens: int = 4 * REACH + 40,
     **options: Any,
 ) -> None:
     """Assert that every kept set and every log-probability is the oracle's.
@@ -44,20 +46,16 @@ def check_four_times_past_reach(
         model: The reference; made of what is in the folder unless given.
         ropes: The reference's table of each layer, if it is not the configuration's.
         first: Called with the engine, for other requests before.
+        cascade: The cascade's options.
+        num_tokens: Of the prompt.
         options: For the engine.
     """
     folder = folder or model_folder()
-    with engine(
-        by_policy(policy, REACH_OPTIONS),
-        folder,
-        block_size=16,
-        max_model_len=4096,
-        max_num_batched_tokens=500,
-        **options,
-    ) as llm:
+    shape = {"block_size": 16, "max_model_len": 4096, "max_num_batched_tokens": 500}
+    with engine(by_policy(policy, cascade), folder, **{**shape, **options}) as llm:
         first(llm)
         log = KeptLog(llm)
-        prompt = tokens_of(4 * REACH + 40)
+        prompt = tokens_of(num_tokens)
         with log.recording(), poisoned(llm):
             output = llm.generate(
                 {"prompt_token_ids": prompt},

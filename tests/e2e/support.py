@@ -83,20 +83,21 @@ def impls_of(llm: Any) -> list[Any]:
 
 def cascade_manager_of(llm: Any) -> Any:
     """The KV cache manager of an in-process engine's cascade layers."""
-    return core_of(llm).scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    managers = core_of(llm).scheduler.kv_cache_manager.coordinator.single_type_managers
+    return next(manager for manager in managers if hasattr(manager, "continued_by"))
 
 
 @contextlib.contextmanager
 def poisoned(llm: Any) -> Iterator[None]:
     """Fill every page with NaN, its tail included, and every block again when it is handed out."""
-    pools = []
+    pools, num_blocks = [], core_of(llm).scheduler.kv_cache_config.num_blocks
     for cache in runner_of(llm).kv_caches:
         flat = torch.empty(0, dtype=torch.uint8, device=cache.device)
         flat.set_(cache.untyped_storage())
         flat.fill_(255)
-        stride = cache.stride(0) * cache.element_size()
+        stride = cache.stride(0) * cache.element_size() * cache.shape[0] // num_blocks
         start = cache.storage_offset() * cache.element_size()
-        pools.append(flat.as_strided((cache.shape[0], stride), (stride, 1), start))
+        pools.append(flat.as_strided((num_blocks, stride), (stride, 1), start))
     manager = cascade_manager_of(llm)
     original = manager.allocate_new_blocks
 
@@ -120,7 +121,7 @@ class KeptLog:
 
     def __init__(self, llm: Any) -> None:
         self._manager = cascade_manager_of(llm)
-        self._impls = impls_of(llm)
+        self._impls = [impl for impl in impls_of(llm) if hasattr(impl, "pages")]
         self._on_gpu = runner_of(llm).device.type != "cpu"
         self.config = self._impls[0].config
         # (request, tokens computed) -> layer -> [num_kv_heads, kept]
@@ -168,15 +169,17 @@ class KeptLog:
         from vllm_cascade.structure.layout import build_layout
 
         layer = next(i for i, impl in enumerate(self._impls) if impl.pages is pages)
+        parts = self._manager._parts
         owners = {
-            blocks[0].block_id: (request, blocks)
+            blocks[0].block_id * parts: (request, blocks)
             for request, blocks in self._manager.req_to_blocks.items()
             if blocks
         }
         for held in all_held:
             request, blocks = owners[int(held[0])]
             end = int(pages.token[int(held[-1]), 0, -1]) + 1
-            row = torch.tensor([b.block_id for b in blocks], dtype=torch.int32).numpy()
+            row = torch.tensor([b.block_id for b in blocks], dtype=torch.int32)
+            row = (row[:, None] * parts + torch.arange(parts)).flatten().numpy()
             kept = kept_in(pages, build_layout(self.config), row, end)
             self.kept.setdefault((request, end), {})[layer] = kept.long().cpu().clone()
 

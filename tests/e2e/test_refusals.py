@@ -196,12 +196,6 @@ def test_the_models_own_limit_is_no_longer_than_a_window_switched_off(limit_of):
         (OTHERS["whisper"], "'encoder_decoder'"),
         (
             like_llama(
-                "Lfm2ForCausalLM", "lfm2", layer_types=["conv", "full_attention"], conv_L_cache=3
-            ),
-            "state-space or linear-attention layers",
-        ),
-        (
-            like_llama(
                 "DeepseekV2ForCausalLM",
                 "deepseek_v2",
                 kv_lora_rank=16,

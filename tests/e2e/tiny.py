@@ -227,3 +227,82 @@ def save_gemma3(folder: Path, **changes: Any) -> str:
         "query_pre_attn_scalar": 4,
     }
     return save_random(folder, "gemma3_text", **{**fields, **changes})
+
+
+def save_lfm2(folder: Path, **changes: Any) -> str:
+    """Write a random LFM2, a convolution before each of two full-attention layers.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    fields = {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention"] * 2,
+        "conv_L_cache": 3,
+        "conv_dim": 128,
+        "block_dim": 128,
+        "block_ff_dim": 128,
+        "block_auto_adjust_ff_dim": False,
+        "rope_theta": 10_000.0,
+    }
+    return save_random(folder, "lfm2", **{**fields, **changes})
+
+
+def save_nemotron_h(folder: Path, **changes: Any) -> str:
+    """Write a random Nemotron-H: Mamba-2, attention without positions, Mamba-2, attention.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    fields = {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "attention"] * 2,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 32,
+        "n_groups": 1,
+        "ssm_state_size": 64,
+        "conv_kernel": 4,
+        "chunk_size": 64,
+        "expand": 4,
+    }
+    return save_random(folder, "nemotron_h", **{**fields, **changes})
+
+
+def save_qwen3_next(folder: Path, **changes: Any) -> str:
+    """Write a random Qwen3-Next: gated delta nets before each of two full-attention layers.
+
+    All experts take part, because rounding a router's logits would choose others of fewer.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    fields = {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    return save_random(folder, "qwen3_next", **{**fields, **changes})

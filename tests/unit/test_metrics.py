@@ -28,7 +28,7 @@ CONFIG = resolve(
 
 @pytest.fixture
 def vllm_config(monkeypatch):
-    monkeypatch.setattr(metrics, "resolve_options", lambda vllm_config, block_size: CONFIG)
+    monkeypatch.setattr(metrics, "resolve_options", lambda vllm_config: CONFIG)
     yield SimpleNamespace(
         attention_config=SimpleNamespace(backend="CASCADE", backend_per_kind={}),
         cache_config=SimpleNamespace(block_size=16),

@@ -332,3 +332,28 @@ def test_drafts_leave_a_boundarys_token_alone(under_way):
     assert short < (4 + 2 * under_way) * len(layout.epochs)
     # A prompt's chunk is left to the workers.
     assert Scheduler._mamba_block_aligned_split(scheduler, request, 500) == 500
+
+
+@pytest.mark.parametrize("num_computed", [9, 10])
+def test_a_session_whose_states_have_seen_more_begins_again(monkeypatch, num_computed):
+    """With asynchronous scheduling, steps under way compute tokens that are taken back."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+
+    from vllm_cascade.patches import taken_back_tokens
+
+    freed = []
+    original = "_update_request_as_session"
+    monkeypatch.setattr(Scheduler, original, lambda self, session, update: None)
+    taken_back_tokens.install()
+    cascade = SimpleNamespace(cannot_take_back=lambda request_id, num_tokens: False)
+    managers = [cascade, MambaManager.__new__(MambaManager)]
+    coordinator = SimpleNamespace(single_type_managers=managers)
+    scheduler = SimpleNamespace(
+        kv_cache_manager=SimpleNamespace(coordinator=coordinator),
+        _free_request_blocks=freed.append,
+    )
+    session = SimpleNamespace(request_id="a", num_tokens=10, num_computed_tokens=num_computed)
+    getattr(Scheduler, original)(scheduler, session, None)
+    assert bool(freed) == (num_computed > 9)
+    assert session.num_computed_tokens == (0 if freed else 9)

@@ -283,6 +283,8 @@ def test_any_other_rotation_is_refused(layer, why):
         assert part in str(refused.value)
 
 
+GATED = {"attn_output_gate": True}
+FUSED = "use_fused_qk_norm_rope_gate"
 NOPE_SCALED = {"rotary_emb": None, "qk_norm": None, "attn_temperature_tuning": True, "nope": True}
 
 
@@ -299,6 +301,16 @@ NOPE_SCALED = {"rotary_emb": None, "qk_norm": None, "attn_temperature_tuning": T
         ("granite", "GraniteAttention", {"use_rope": False}, None),
         ("commandr", "CohereAttention", {"v1": False, "sliding_window": 8, "use_qk_norm": 0}, True),
         ("commandr", "CohereAttention", {"v1": False, "sliding_window": 0, "use_qk_norm": 0}, None),
+        ("jamba", "JambaAttentionDecoderLayer", {}, None),
+        ("falcon_h1", "FalconH1AttentionDecoderLayer", {}, True),
+        ("nemotron_h", "NemotronHAttention", {}, None),
+        ("granitemoehybrid", "GraniteMoeHybridAttention", {"rotary_emb": None}, None),
+        ("granitemoehybrid", "GraniteMoeHybridAttention", {"rotary_emb": nn.Identity()}, True),
+        ("lfm2", "Lfm2Attention", {}, True),
+        ("lfm2_moe", "Lfm2MoeAttention", {}, True),
+        ("olmo_hybrid", "OlmoHybridAttention", {"_use_rope": True}, True),
+        ("qwen3_next", "Qwen3NextAttention", {**GATED, FUSED: False}, True),
+        ("qwen3_next", "Qwen3NextAttention", {**GATED, FUSED: True}, False),
         ("llama4", "Llama4Attention", NOPE_SCALED, False),
         ("deepseek_v2", "DeepseekV2Attention", {"q_lora_rank": None}, False),
     ],

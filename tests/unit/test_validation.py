@@ -21,6 +21,7 @@ from vllm_cascade.support import validate as validation
 from vllm_cascade.support.hybrid import delegate_windows
 from vllm_cascade.support.resolved import resolve_options
 from vllm_cascade.support.selection import check_selection, selects_cascade
+from vllm_cascade.support.states import leave_states
 from vllm_cascade.support.unsupported import UnsupportedError
 from vllm_cascade.support.validate import log_prefix_caching, validate
 
@@ -117,7 +118,6 @@ SPOILT = [
     ({"runner_type": "pooling"}, "runner 'pooling'"),
     ({"attn_type": "encoder_decoder"}, "type 'encoder_decoder'"),
     ({"attn_type": "encoder_only"}, "type 'encoder_only'"),
-    ({"attn_type": "hybrid"}, "state-space or linear-attention layers"),
     ({"use_mla": True}, "MLA.*latent"),
     ({"hf_text_config.v_head_dim": 128}, "v_head_dim = 128 and a head size of 64.*of their own"),
     ({"hf_text_config.v_channels": 32}, "v_channels = 32"),
@@ -459,15 +459,15 @@ def test_pages_stretched_to_those_of_other_layers_are_refused():
 
     for spec in (spec_of(), spec_of(policy="blend"), spec_of(trace_tokens=True)):
         assert replace(spec) == spec
-        with pytest.raises(
-            UnsupportedError, match=r"more KV memory per block.*become blocks of 32"
-        ):
-            replace(spec, block_size=32)
         stretched = spec.page_size_bytes + 64
         if spec.page_size_padded is None:
             # Nothing is behind keys and values, so that it does not matter where a page ends.
             assert replace(spec, page_size_padded=stretched).page_size_bytes == stretched
+            # Three of the cascade's blocks lie in one of vLLM's.
+            assert replace(spec, block_size=48).max_blocks == -(-spec.max_blocks // 3)
             continue
+        with pytest.raises(UnsupportedError, match="behind keys and values would be read as such"):
+            replace(spec, block_size=32)
         with pytest.raises(UnsupportedError, match="behind keys and values would be read as such"):
             replace(spec, page_size_padded=stretched)
 
@@ -622,7 +622,7 @@ def test_who_asks_for_blend_is_told_once_what_it_has_become(
     )
     # As it says.
     served.additional_config["cascade"] |= json.loads(f"{{{former}}}")
-    config = resolve_options(served, 128)
+    config = resolve_options(served)
     assert (config.score_weight, config.key_weight, config.value_weight) == (1, 1, 0)
     assert config.selection_window == 64
     said.clear()
@@ -655,10 +655,25 @@ def test_prefix_caching_never_hits_beside_other_backends(said):
     log_prefix_caching(
         SimpleNamespace(
             cache_config=SimpleNamespace(enable_prefix_caching=True),
+            model_config=None,
             attention_config=SimpleNamespace(backend_per_kind={"full_attention": "CASCADE"}),
         )
     )
     assert sum("never hits" in message for message in said) == 1
+
+
+@pytest.mark.parametrize("caches", [True, False])
+def test_prefix_caching_is_turned_off_beside_states(served, said, caches):
+    served.model_config.attn_type = "hybrid"
+    cache = served.cache_config
+    cache.enable_prefix_caching, cache.user_specified_block_size = caches, False
+    validate(served)
+    leave_states(served)
+    assert (cache.enable_prefix_caching, cache.mamba_cache_mode) == (False, "none")
+    assert cache.mamba_block_size == served.model_config.max_model_len
+    (line,) = (message for message in said if "layers with states" in message)
+    assert ("Prefix caching is off" in line) == caches
+    assert not any("requests share whole blocks" in message for message in said)
 
 
 KV_DTYPES = ["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import (
     AttentionBackend,
     MultipleOf,
@@ -13,8 +14,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_cascade.kv_cache.spec import CascadeSpec
 from vllm_cascade.structure.accounting import startup_line
-from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.support.names import BACKEND_NAME, log_of
+from vllm_cascade.support.states import BLOCK_SIZE, has_states
 from vllm_cascade.support.unsupported import FP8_DTYPES
 
 if TYPE_CHECKING:
@@ -54,7 +55,20 @@ class CascadeBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> list[int | MultipleOf]:
-        """Give all multiples of 16 tokens: a page with a tail cannot be split into smaller ones."""
+        """Give the sizes of blocks that the kernels take; vLLM divides larger blocks into such.
+
+        Args:
+            kv_cache_spec: The spec of CASCADE's layers. Without it, vLLM asks which blocks it may
+                make: with states it makes them larger than what is given, and a multiple of it.
+
+        Returns:
+            The cascade's own size, or any multiple of vLLM's least.
+        """
+        if isinstance(kv_cache_spec, CascadeSpec):
+            return [kv_cache_spec.config.block_size]
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is not None and has_states(vllm_config.model_config):
+            return [MultipleOf(BLOCK_SIZE)]
         return [MultipleOf(16)]
 
     @classmethod
@@ -92,14 +106,17 @@ class CascadeBackend(AttentionBackend):
         """
         from vllm_cascade.attention.impl import CascadeImpl
 
-        config = CascadeImpl.resolve_config(spec.block_size)
-        cascade_spec = CascadeSpec.of(spec, config)
-        layers = CascadeImpl._vllm_config.compilation_config.static_forward_context.values()
+        config, vllm_config = CascadeImpl.resolve_config(), CascadeImpl._vllm_config
+        in_heads = has_states(vllm_config.model_config)
+        cascade_spec = CascadeSpec.of(spec, config, tail_in_heads=in_heads)
+        if cascade_spec.is_of_a_token:
+            return cascade_spec
+        layers = vllm_config.compilation_config.static_forward_context.values()
         logger.info_once(
             "%s",
             startup_line(
                 config,
-                build_layout(config).max_blocks,
+                cascade_spec.max_blocks,
                 cascade_spec.page_size_bytes,
                 sum(isinstance(getattr(layer, "impl", None), CascadeImpl) for layer in layers),
             ),

@@ -69,7 +69,7 @@ class CascadeImpl(AttentionImpl[Any]):
         )
         CascadeImpl._vllm_config = get_current_vllm_config()
         CascadeImpl._alive.add(self)
-        self.config = self.resolve_config(self._vllm_config.cache_config.block_size)
+        self.config = self.resolve_config()
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
@@ -85,9 +85,9 @@ class CascadeImpl(AttentionImpl[Any]):
         self.seen: Seen | None = None
 
     @classmethod
-    def resolve_config(cls, block_size: int) -> CascadeConfig:
-        """Settle the options for the model loaded last, with blocks of `block_size` tokens."""
-        return resolve_options(cls._vllm_config, block_size)
+    def resolve_config(cls) -> CascadeConfig:
+        """Settle the options for the model loaded last."""
+        return resolve_options(cls._vllm_config)
 
     @property
     def num_positions(self) -> int:
@@ -151,7 +151,7 @@ class CascadeImpl(AttentionImpl[Any]):
             key: [num_tokens, num_kv_heads, head_size] before RoPE.
             value: [num_tokens, num_kv_heads, head_size_v].
             kv_cache: [num_blocks, num_kv_heads, block_size, head_size + head_size_v], uint8 where
-                keys and values are in FP8.
+                keys and values are in FP8. What a page keeps beside them may follow as more heads.
             attn_metadata: The step, for the layer's device; None in a profiling run, which gives
                 zeros.
             output: [num_tokens, num_heads, head_size_v], written in place.
@@ -194,7 +194,7 @@ class CascadeImpl(AttentionImpl[Any]):
             if self.is_fp8:
                 kv_cache = kv_cache.view(torch.float8_e4m3fn)
                 views = scales_of(layer, self.num_kv_heads)
-            config = self.config
+            config, kv_cache = self.config, kv_cache[:, : self.num_kv_heads]
             self.pages = Pages.view(kv_cache, config.needs_scores, config.trace_tokens, *views)
         return self.pages
 

@@ -228,6 +228,7 @@ def _rotary_of(site: _Site) -> nn.Module | None:
     if isinstance(parent, nn.ModuleList | nn.ModuleDict):
         raise RotationError(layer_name, "is one of several that a module attends with")
     _switch_off_temperature(parent, attention)
+    _switch_off_fusion(parent)
     if not check_rotation(parent, name, layer_name):
         return None
     rotary_emb = getattr(parent, "rotary_emb", None)
@@ -245,6 +246,15 @@ def _switch_off_temperature(parent: nn.Module, attention: Any) -> None:
     original = getattr(parent, "llama_4_scaling_original_max_position_embeddings", 0)
     if getattr(parent, "do_llama_4_scaling", False) and attention.impl.num_positions <= original:
         parent.do_llama_4_scaling = False
+
+
+def _switch_off_fusion(parent: nn.Module) -> None:
+    """Have a model rotate in an operator of its own, which can be left out.
+
+    On a GPU Qwen3-Next and Qwen3.5 normalize, rotate and split off a gate in one operator.
+    """
+    if getattr(parent, "use_fused_qk_norm_rope_gate", False):
+        parent.use_fused_qk_norm_rope_gate = False
 
 
 def _position_tables() -> tuple[type, ...]:

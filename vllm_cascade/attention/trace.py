@@ -79,7 +79,8 @@ class WorkerExtension:
             token indices in logical order, for the heads of this rank.
 
         Raises:
-            ValueError: The engine runs without ``trace_tokens``.
+            ValueError: The engine runs without ``trace_tokens``, or its CASCADE layers are of
+                several KV cache groups.
         """
         layers = self.model_runner.compilation_config.static_forward_context
         impls = {
@@ -91,6 +92,11 @@ class WorkerExtension:
             raise ValueError(
                 "the pages hold no token indices: start the engine with the cascade option "
                 '"trace_tokens": true'
+            )
+        if len({id(impl.seen) for impl in impls.values()}) > 1:
+            raise ValueError(
+                "vLLM has divided the model's full-attention layers into several groups with rows "
+                "of their own, and the pages of one group alone can be read"
             )
         seen = next(iter(impls.values())).seen
         found, overwritten = [], set[int]()

@@ -15,12 +15,13 @@ from vllm_cascade.commands.errors import CommandError
 from vllm_cascade.commands.offline import engine_config, said
 from vllm_cascade.structure.accounting import startup_line
 from vllm_cascade.structure.config import CascadeConfig
-from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.structure.options import NO_EFFECT, SCORE_KNOBS, CascadeOptions
 from vllm_cascade.support.names import BACKEND_NAME
 from vllm_cascade.support.unsupported import is_fp8
 
 GIB = 1 << 30
+# What configurations call layers that keep a state.
+WITH_STATES = ("mamba", "linear_attention", "conv", "hybrid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,9 @@ class Plan:
         position_limit: Positions the model itself was made for.
         tensor_parallel_size: Ranks that share each layer's KV heads.
         num_layers: Number of CASCADE layers.
-        max_blocks: R, the most blocks a request holds in a layer.
+        block_size: Tokens in a block of vLLM's: a multiple of the configuration's where the model
+            has layers with states.
+        max_blocks: The most such blocks a request holds in a layer; R where the two are one.
         page_size_bytes: Bytes of a block in a layer; scores and token indices count.
         layer_bytes: Bytes that the longest request holds in a CASCADE layer.
         full_attention_layer_bytes: Bytes that it would hold there with full attention.
@@ -44,6 +47,8 @@ class Plan:
             padding where vLLM groups unequal numbers of layers.
         full_attention_window_bytes: The same number where vLLM's full attention serves the
             CASCADE layers.
+        num_state_layers: Number of layers that keep a state, which vLLM serves.
+        state_bytes: Bytes that a request holds in all of them, and padding as for windows.
         kv_memory_bytes: Memory for KV on each GPU; None if the user named none.
     """
 
@@ -54,6 +59,7 @@ class Plan:
     position_limit: int
     tensor_parallel_size: int
     num_layers: int
+    block_size: int
     max_blocks: int
     page_size_bytes: int
     layer_bytes: int
@@ -61,18 +67,20 @@ class Plan:
     num_window_layers: int
     window_bytes: int
     full_attention_window_bytes: int
+    num_state_layers: int
+    state_bytes: int
     kv_memory_bytes: int | None
 
     @property
     def request_bytes(self) -> int:
         """Bytes of the longest request in all layers."""
-        return self.layer_bytes * self.num_layers + self.window_bytes
+        return self.layer_bytes * self.num_layers + self.window_bytes + self.state_bytes
 
     @property
     def full_attention_bytes(self) -> int:
         """Bytes of the longest request in all layers, with full attention."""
         own = self.full_attention_layer_bytes * self.num_layers
-        return own + self.full_attention_window_bytes
+        return own + self.full_attention_window_bytes + self.state_bytes
 
     @property
     def concurrency(self) -> int | None:
@@ -119,6 +127,11 @@ class Plan:
                 f" and {self.num_window_layers} sliding-window layers, "
                 f"{self.window_bytes:,} bytes of it theirs"
             )
+        if self.num_state_layers:
+            windows = (
+                f" and {self.num_state_layers} layers with states, {self.state_bytes:,} bytes of "
+                "it theirs"
+            )
         limit = f"the model's own limit is {self.position_limit:,} tokens"
         kept = ""
         if self.kv_cache_dtype != self.dtype:
@@ -131,7 +144,8 @@ class Plan:
             ("reach", f"{config.reach:,} tokens, of requests of up to {config.max_model_len:,}"),
             (
                 "a request holds",
-                f"at most R = {self.max_blocks:,} blocks of {config.block_size} tokens in a layer",
+                f"at most {'R = ' * (self.block_size == config.block_size)}{self.max_blocks:,} "
+                f"blocks of {self.block_size} tokens in a layer",
             ),
             (
                 "memory",
@@ -248,9 +262,12 @@ def _vllm_config(
 
 
 def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
+    import torch
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
     from vllm.v1.kv_cache_interface import (
         FullAttentionSpec,
+        KVCacheSpec,
+        MambaSpec,
         SlidingWindowSpec,
         get_kv_quant_mode,
     )
@@ -258,27 +275,36 @@ def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
     from vllm_cascade.kv_cache.spec import CascadeSpec
     from vllm_cascade.support.hybrid import SLIDING, is_hybrid
     from vllm_cascade.support.resolved import position_limit, resolve_options
+    from vllm_cascade.support.states import has_states
 
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
-    block_size = vllm_config.cache_config.block_size
     cache_dtype = vllm_config.cache_config.cache_dtype
     model_dtype = str(model_config.dtype).removeprefix("torch.")
-    config = resolve_options(vllm_config, block_size)
+    config, with_states = resolve_options(vllm_config), has_states(model_config)
+    if with_states:
+        _settle_block_size(vllm_config, config)
     shape = {
-        "block_size": block_size,
+        "block_size": vllm_config.cache_config.block_size,
         "num_kv_heads": model_config.get_num_kv_heads(parallel),
         "head_size": model_config.get_head_size(),
         "dtype": kv_cache_dtype_str_to_dtype(cache_dtype, model_config),
         "kv_quant_mode": get_kv_quant_mode(cache_dtype),
     }
     full = FullAttentionSpec(**shape)
-    spec = CascadeSpec.of(full, config)
-    num_layers, kinds = _num_layers(model_config, parallel), []
-    if is_hybrid(model_config):
-        kinds = model_config.hf_text_config.layer_types
-    window = None
-    if kinds:
+    spec = CascadeSpec.of(full, config, tail_in_heads=with_states)
+    num_layers, num_windows, num_states = _num_layers(model_config, parallel), 0, 0
+    others: list[KVCacheSpec] = []
+    if with_states:
+        num_layers, num_states = _num_with_states(model_config, parallel)
+        # vLLM pads a state to the size of a page.
+        state = {"shapes": ((spec.page_size_bytes,),), "dtypes": (torch.uint8,)}
+        others = [MambaSpec(block_size=config.max_model_len, **state)] * num_states
+    elif is_hybrid(model_config):
         window = SlidingWindowSpec(**shape, sliding_window=model_config.get_sliding_window())
+        num_windows = model_config.hf_text_config.layer_types.count(SLIDING)
+        others = [window] * num_windows
+    beside = _beside(vllm_config, [spec] * num_layers, others)
+    full_beside = _beside(vllm_config, [full] * num_layers, others)
     return Plan(
         model=model,
         config=config,
@@ -287,29 +313,44 @@ def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
         position_limit=position_limit(model_config),
         tensor_parallel_size=parallel.tensor_parallel_size,
         num_layers=num_layers,
-        max_blocks=build_layout(config).max_blocks,
+        block_size=spec.block_size,
+        max_blocks=spec.max_blocks,
         page_size_bytes=spec.page_size_bytes,
         layer_bytes=spec.max_memory_usage_bytes(vllm_config),
         full_attention_layer_bytes=full.max_memory_usage_bytes(vllm_config),
-        num_window_layers=kinds.count(SLIDING),
-        window_bytes=_beside(vllm_config, spec, window, kinds),
-        full_attention_window_bytes=_beside(vllm_config, full, window, kinds),
+        num_window_layers=num_windows,
+        window_bytes=beside if num_windows else 0,
+        full_attention_window_bytes=full_beside if num_windows else 0,
+        num_state_layers=num_states,
+        state_bytes=beside if num_states else 0,
         kv_memory_bytes=None if kv_memory_gib is None else int(kv_memory_gib * GIB),
     )
 
 
-def _beside(vllm_config: Any, spec: Any, window: Any, kinds: list[str]) -> int:
+def _settle_block_size(vllm_config: Any, config: CascadeConfig) -> None:
+    """Make vLLM's blocks as large as a state, as it does once the model is built."""
+    from vllm.platforms import current_platform
+
+    from vllm_cascade.attention.backend import CascadeBackend
+    from vllm_cascade.kv_cache.spec import CascadeSpec
+
+    class Backend(CascadeBackend):
+        @classmethod
+        def customize_spec(cls, spec: Any) -> Any:
+            return CascadeSpec.of(spec, config, tail_in_heads=True)
+
+    current_platform._align_hybrid_block_size(vllm_config, Backend)
+
+
+def _beside(vllm_config: Any, own: list[Any], others: list[Any]) -> int:
     """Bytes that the longest request holds beside its own pages in the full-attention layers.
 
     Args:
         vllm_config: vLLM's complete configuration.
-        spec: KV cache spec of each full-attention layer.
-        window: KV cache spec of each sliding-window layer.
-        kinds: The kinds of the model's layers, in order; empty if all layers are alike.
+        own: KV cache spec of each full-attention layer.
+        others: KV cache spec of each other layer.
     """
-    from vllm_cascade.support.hybrid import FULL
-
-    if not kinds:
+    if not others:
         return 0
     builder: tuple[Any, ...]
     try:  # vLLM 0.33
@@ -323,10 +364,10 @@ def _beside(vllm_config: Any, spec: Any, window: Any, kinds: list[str]) -> int:
         builder = ()
     # An engine settles the layout when it knows all backends; no bytes here depend on it.
     vllm_config.cache_config.kv_cache_layout = "LBHNC"
-    specs = {f"layers.{i}": spec if kind == FULL else window for i, kind in enumerate(kinds)}
+    specs = {f"layers.{i}": spec for i, spec in enumerate([*own, *others])}
     groups = planning.get_kv_cache_groups(vllm_config, specs)
     total = planning._max_memory_usage_bytes_from_groups(*builder, vllm_config, groups)
-    return int(total - kinds.count(FULL) * spec.max_memory_usage_bytes(vllm_config))
+    return int(total - sum(spec.max_memory_usage_bytes(vllm_config) for spec in own))
 
 
 def _num_layers(model_config: Any, parallel_config: Any) -> int:
@@ -335,6 +376,16 @@ def _num_layers(model_config: Any, parallel_config: Any) -> int:
     if kinds and len(kinds) == model_config.get_total_num_hidden_layers():
         return int(kinds.count("full_attention"))
     return int(model_config.get_num_layers(parallel_config))
+
+
+def _num_with_states(model_config: Any, parallel_config: Any) -> tuple[int, int]:
+    """Numbers of full-attention layers, and of layers that keep a state."""
+    text = model_config.hf_text_config
+    kinds = getattr(text, "layers_block_type", None) or getattr(text, "layer_types", None)
+    # Both in each layer, as in Falcon-H1.
+    kinds = kinds or ["hybrid"] * model_config.get_num_layers(parallel_config)
+    num_full = sum(kind in ("attention", "full_attention", "hybrid") for kind in kinds)
+    return num_full, sum(kind in WITH_STATES for kind in kinds)
 
 
 def _size(num_bytes: int) -> str:

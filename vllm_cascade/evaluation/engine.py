@@ -286,5 +286,5 @@ def resolve(model: str, options: dict[str, Any]) -> tuple[int, Any]:
             raise CommandError(str(error)) from error
         config = None
         if options.get("attention_backend") == BACKEND_NAME:
-            config = resolve_options(vllm_config, vllm_config.cache_config.block_size)
+            config = resolve_options(vllm_config)
         return position_limit(vllm_config.model_config), config

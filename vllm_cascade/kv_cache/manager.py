@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class CascadeManager(CircularBufferManager):
-    """Gives a request `Layout.need` blocks, which the request keeps until it ends.
+    """Gives a request `CascadeSpec.need` blocks, which the request keeps until it ends.
 
     Blocks are recycled inside the row, so no block is freed or moved before the request ends. With
     prefix caching a later request may go on from what an earlier one computed (`Continuation`).
@@ -38,6 +38,7 @@ class CascadeManager(CircularBufferManager):
     def __init__(self, kv_cache_spec: CascadeSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         self._layout = build_layout(kv_cache_spec.config)
+        self._parts = kv_cache_spec.parts
         # Request -> what is known of it, from vLLM's first call for the request until the request
         # gives its blocks back.
         self._progress: defaultdict[str, Progress] = defaultdict(Progress)
@@ -66,7 +67,7 @@ class CascadeManager(CircularBufferManager):
             self._progress[request.request_id],
             most,
             self.block_pool.get_num_free_blocks(),
-            self._layout.need(request.num_tokens),
+            self._need(request.num_tokens),
         )
 
     def get_num_blocks_to_allocate(
@@ -80,7 +81,7 @@ class CascadeManager(CircularBufferManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Count the blocks that a request lacks of `Layout.need`, which never passes R.
+        """Count the blocks that a request lacks of `CascadeSpec.need`, which never passes R.
 
         Args:
             request_id: The request.
@@ -97,7 +98,7 @@ class CascadeManager(CircularBufferManager):
             Blocks that have to be free.
         """
         progress = self._progress[request_id]
-        need = self._layout.need(num_tokens)
+        need = self._need(num_tokens)
         if progress.waits:
             return self.block_pool.get_num_free_blocks() + 1
         num_whole = len(new_computed_blocks) - len(progress.copied)
@@ -112,9 +113,9 @@ class CascadeManager(CircularBufferManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        """Lengthen a request's row to `Layout.need` blocks, where vLLM's has all tokens' blocks."""
+        """Lengthen a request's row to `CascadeSpec.need` blocks; vLLM's has all tokens' blocks."""
         progress, row = self._progress[request_id], self.req_to_blocks[request_id]
-        missing = self._layout.need(num_tokens) - len(row)
+        missing = self._need(num_tokens) - len(row)
         blocks = self.block_pool.get_new_blocks(missing) if missing > 0 else []
         row.extend(blocks)
         if progress.num_tokens <= self._prefix.num_tokens < num_tokens_main_model:
@@ -221,7 +222,7 @@ class CascadeManager(CircularBufferManager):
         num_copied = self._continuation.wants_copy(progress, num_tokens)
         if not num_copied:
             return
-        blocks = row[: self._layout.need(num_copied)]
+        blocks = row[: self._need(num_copied)]
         if len(blocks) <= self._num_spare():
             self._pending_cow_copies += self._continuation.copy_prompt(progress, num_copied, blocks)
 
@@ -247,6 +248,10 @@ class CascadeManager(CircularBufferManager):
         blocks = super().pop_blocks_for_free(request_id)
         self._prefix.free(blocks)
         return blocks
+
+    def _need(self, num_tokens: int) -> int:
+        """As `CascadeSpec.need`, which is too slow for each request in each step."""
+        return -(-self._layout.need(num_tokens) // self._parts)
 
     def _num_promised(self, besides: str | None = None) -> int:
         """Blocks that admitted prompts have yet to take, but for the request `besides`."""

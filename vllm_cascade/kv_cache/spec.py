@@ -27,11 +27,15 @@ class CascadeSpec(AttentionSpec):
     ``trace_tokens`` an int32 token index per KV head and slot follows. The class does not derive
     from `FullAttentionSpec`, which tells vLLM that every token has a slot.
 
+    A block may be a multiple of ``config.block_size``. Then vLLM divides each block of the worker's
+    tables and pages into blocks of that size. It divides no padded pages, so what is kept beside
+    keys and values takes the place of further heads there.
+
     Args:
         config: The resolved configuration; the spec carries it to the scheduler's process.
 
     Raises:
-        UnsupportedError: vLLM has stretched page or block to the size of another layer's.
+        UnsupportedError: vLLM has stretched a page with a tail to the size of another layer's.
     """
 
     config: CascadeConfig
@@ -39,38 +43,42 @@ class CascadeSpec(AttentionSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         tail = _tail_bytes(self, self.config)
-        fits = not tail or self.page_size_padded in (None, self.unpadded_page_size_bytes + tail)
-        if self.block_size == self.config.block_size and fits:
+        if not tail or self.num_head_slots is not None:
             return
-        # vLLM has stretched this spec, so that its pages are as large as those of other layers.
-        why = (
-            "pages of all layers overlay each other, and what is kept behind keys and values "
-            "would be read as such"
-        )
-        if self.block_size != self.config.block_size:
-            why = (
-                f"blocks of {self.config.block_size} tokens would become blocks of "
-                f"{self.block_size}, for which the cascade is not laid out"
+        padded = self.unpadded_page_size_bytes + tail
+        is_whole = self.parts == 1 and self.page_size_padded in (None, padded)
+        if not (is_whole or self.is_of_a_token):
+            # vLLM has stretched this spec, to make its pages as large as those of other layers.
+            raise UnsupportedError(
+                "a model whose other layers take more KV memory per block than its full-attention "
+                "layers",
+                "pages of all layers overlay each other, and what is kept behind keys and values "
+                "would be read as such",
             )
-        raise UnsupportedError(
-            "a model whose other layers take more KV memory per block than its full-attention "
-            "layers",
-            why,
-        )
 
     @classmethod
-    def of(cls, spec: AttentionSpec, config: CascadeConfig) -> CascadeSpec:
+    def of(
+        cls, spec: AttentionSpec, config: CascadeConfig, *, tail_in_heads: bool = False
+    ) -> CascadeSpec:
         """Make the cascade's spec of a layer from vLLM's.
 
         Args:
-            spec: vLLM's spec of the layer, with blocks of ``config.block_size`` tokens.
+            spec: vLLM's spec of the layer, with blocks of a multiple of ``config.block_size``, or
+                of one token.
             config: The resolved configuration.
+            tail_in_heads: Whether what is kept beside keys and values takes the place of further
+                heads: a little more memory, for pages that are as large as their tokens times one
+                size, and that vLLM may divide.
 
         Returns:
             The spec; its page size counts scores and token indices.
         """
-        tail = _tail_bytes(spec, config)
-        padded = spec.unpadded_page_size_bytes + tail if tail else None
+        tail, slots, padded = _tail_bytes(spec, config), None, None
+        if tail and tail_in_heads:
+            head = spec.block_size * spec.state_content_size_bytes
+            slots = spec.num_kv_heads + cdiv(tail, head)
+        elif tail:
+            padded = spec.unpadded_page_size_bytes + tail
         return cls(
             block_size=spec.block_size,
             num_kv_heads=spec.num_kv_heads,
@@ -78,10 +86,30 @@ class CascadeSpec(AttentionSpec):
             head_size_v=spec.head_size_v,
             dtype=spec.dtype,
             kv_quant_mode=spec.kv_quant_mode,
+            num_head_slots=slots,
             page_size_padded=padded,
             dcp_sharded=False,
             config=config,
         )
+
+    @property
+    def is_of_a_token(self) -> bool:
+        """Whether vLLM only wants to know how many bytes a token takes."""
+        return self.block_size == 1
+
+    @property
+    def max_blocks(self) -> int:
+        """The most blocks that a request holds: those in which R of the cascade's own lie."""
+        return cdiv(build_layout(self.config).max_blocks, self.parts)
+
+    def need(self, num_tokens: int) -> int:
+        """Count the blocks that a request holds once `num_tokens` tokens are computed."""
+        return cdiv(build_layout(self.config).need(num_tokens), self.parts)
+
+    @property
+    def parts(self) -> int:
+        """How many of the cascade's own blocks lie in a block."""
+        return self.block_size // self.config.block_size
 
     @property
     def prefix_cacheable(self) -> bool:
@@ -95,20 +123,19 @@ class CascadeSpec(AttentionSpec):
 
     @property
     def block_table_token_alignment(self) -> int | None:
-        """None: a row is R blocks wide, and needs no rounding up as vLLM's own does."""
+        """None: a row is as wide as a request needs, without rounding up."""
         return None
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Count the bytes that the longest request of `vllm_config` holds in a layer: R pages."""
-        need = build_layout(self.config).need(vllm_config.model_config.max_model_len)
-        return need * self.page_size_bytes
+        """Count the bytes that the longest request of `vllm_config` holds in a layer."""
+        return self.need(vllm_config.model_config.max_model_len) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Give the width of a request's row in the worker's block table.
 
-        A row never holds more than R blocks. But model runner V1 computes slots from token indices
-        all the same, and would read past the end of a row of R. Runner V2 does not, but its warm-up
-        gives a request a block for every `block_size` tokens of a batch.
+        A row never holds more than `max_blocks`. But model runner V1 computes slots from token
+        indices all the same, and would read past the end of such a row. Runner V2 does not, but its
+        warm-up gives a request a block for every `block_size` tokens of a batch.
 
         Args:
             vllm_config: vLLM's complete configuration.
@@ -120,7 +147,7 @@ class CascadeSpec(AttentionSpec):
         if not vllm_config.use_v2_model_runner:
             return cdiv(max_len, self.block_size)
         batch = vllm_config.scheduler_config.max_num_batched_tokens
-        return max(build_layout(self.config).max_blocks, cdiv(batch, self.block_size) + 1)
+        return max(self.max_blocks, cdiv(batch, self.block_size) + 1)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Whether all specs are CASCADE's: no other spec can share their group and manager."""

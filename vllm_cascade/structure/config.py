@@ -55,11 +55,13 @@ class Model(NamedTuple):
         block_size: Tokens in a KV block.
         max_model_len: Most tokens a request may have.
         position_limit: Positions the model itself was made for.
+        has_one_block_size: Whether blocks cannot be smaller.
     """
 
     block_size: int
     max_model_len: int
     position_limit: int
+    has_one_block_size: bool = False
 
 
 def shares(blocks: int, num_sub_caches: int, newest_share: float) -> tuple[int, int]:

@@ -38,7 +38,12 @@ BOUND = (
 # Each layer asks, and so do several other parts of an engine.
 @lru_cache(maxsize=64)
 def resolve(
-    options: CascadeOptions, *, block_size: int, max_model_len: int, position_limit: int
+    options: CascadeOptions,
+    *,
+    block_size: int,
+    max_model_len: int,
+    position_limit: int,
+    has_one_block_size: bool = False,
 ) -> CascadeConfig:
     """Settle every option for one model.
 
@@ -55,6 +60,8 @@ def resolve(
         block_size: Tokens in a KV block.
         max_model_len: Most tokens a request may have.
         position_limit: Positions the model itself was made for.
+        has_one_block_size: Whether blocks cannot be smaller, so that no refusal names a smaller
+            size.
 
     Returns:
         A valid configuration.
@@ -70,7 +77,7 @@ def resolve(
             "must be a power of two",
             f"Start vLLM with --block-size {max(MIN_BLOCK_SIZE, _power(block_size))}",
         )
-    model = Model(block_size, max_model_len, position_limit)
+    model = Model(block_size, max_model_len, position_limit, has_one_block_size)
     found = search(options, model)
     if isinstance(found, CascadeConfig):
         return found
@@ -138,7 +145,7 @@ def _model_refusal(options: CascadeOptions, model: Model) -> ConfigError:
 
 def _block_size_for(options: CascadeOptions, model: Model) -> int | None:
     """The largest of the smaller block sizes with which the options are valid, or None."""
-    smaller = model.block_size // 2
+    smaller = 0 if model.has_one_block_size else model.block_size // 2
     while smaller >= MIN_BLOCK_SIZE:
         if _works(options, model._replace(block_size=smaller)):
             return smaller

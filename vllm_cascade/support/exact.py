@@ -31,7 +31,7 @@ def check_exact(vllm_config: Any, request: Any) -> None:
         raise VLLMValidationError(f"{EXACT} = {asked!r}: must be true or false")
     if not asked or not selects_cascade(vllm_config.attention_config):
         return
-    config = resolve_options(vllm_config, vllm_config.cache_config.block_size)
+    config = resolve_options(vllm_config)
     # The boundary after the last of these tokens changes no answer any more.
     limit = build_layout(config).epochs[0].end
     embeds, tokens = request.prompt_embeds, request.prompt_token_ids

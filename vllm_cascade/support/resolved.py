@@ -8,6 +8,7 @@ from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.structure.options import CascadeOptions
 from vllm_cascade.structure.resolve import resolve
 from vllm_cascade.support import hybrid
+from vllm_cascade.support.states import has_states, own_block_size
 from vllm_cascade.support.unsupported import UnsupportedError
 
 # RoPE types whose tables end at max_position_embeddings. vLLM's limit multiplies by their factor.
@@ -49,12 +50,11 @@ def position_limit(model_config: Any) -> int:
     return limit
 
 
-def resolve_options(vllm_config: Any, block_size: int) -> CascadeConfig:
+def resolve_options(vllm_config: Any) -> CascadeConfig:
     """Settle the cascade's options for the model that `vllm_config` serves.
 
     Args:
         vllm_config: vLLM's complete configuration; the options are in its `additional_config`.
-        block_size: Tokens in a KV block.
 
     Returns:
         A valid configuration.
@@ -72,7 +72,8 @@ def resolve_options(vllm_config: Any, block_size: int) -> CascadeConfig:
         )
     return resolve(
         CascadeOptions.parse(given.get("cascade", {})),
-        block_size=block_size,
+        block_size=own_block_size(vllm_config),
+        has_one_block_size=has_states(vllm_config.model_config),
         max_model_len=vllm_config.model_config.max_model_len,
         position_limit=position_limit(vllm_config.model_config),
     )

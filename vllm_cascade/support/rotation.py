@@ -34,8 +34,10 @@ def check_rotation(module: nn.Module, attention_name: str, layer_name: str) -> b
     A module's attributes do not show such a step, and CASCADE, which rotates later, would give
     wrong results without an error. So the source of the forward method is read:
     ``q, k = self.rotary_emb(positions, q, k)`` must run once, and the next use of ``q`` or ``k``
-    must be ``self.<attention_name>(q, k, ...)``. Or nothing that runs before that call may read
-    anything but the hidden states, of which no position can be learned.
+    must be ``self.<attention_name>(q, k, ...)``, but for a change of their shapes. Or nothing that
+    runs before that call may read anything but the hidden states, of which no position can be
+    learned. If another method than forward attends, that one is read, and a method of the module
+    that rotates is read where it is called.
 
     Args:
         module: The module that owns the rotary embedding and the attention layer.
@@ -48,13 +50,9 @@ def check_rotation(module: nn.Module, attention_name: str, layer_name: str) -> b
     Raises:
         RotationError: The forward method has no source, or has any other form.
     """
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
-    except OSError as error:
-        raise RotationError(layer_name, "comes without source code to check") from error
-    function = ast.parse(source).body[0]
-    assert isinstance(function, ast.FunctionDef)
+    function = _attending_method(module, attention_name, layer_name)
     statements = list(_executed(function.body, module))
+    statements = [each for s in statements for each in _inlined(s, module, layer_name)]
     rotations = [s for s in statements if _mentions(s, attribute="rotary_emb")]
     if not rotations:
         _check_without_positions(function, statements, attention_name, layer_name)
@@ -65,6 +63,8 @@ def check_rotation(module: nn.Module, attention_name: str, layer_name: str) -> b
     if rotated is None:
         raise RotationError(layer_name, f"rotates by `{_first_line(rotations[0])}`")
     for statement in statements[statements.index(rotations[0]) + 1 :]:
+        if _reshapes(statement, rotated):
+            continue
         if any(_mentions(statement, name=name) for name in rotated):
             if _attends(statement, attention_name, rotated):
                 return True
@@ -72,6 +72,56 @@ def check_rotation(module: nn.Module, attention_name: str, layer_name: str) -> b
                 layer_name, f"changes the rotated query or key: `{_first_line(statement)}`"
             )
     raise RotationError(layer_name, "does not attend with the rotated query and key")
+
+
+def _attending_method(module: nn.Module, attention_name: str, layer_name: str) -> ast.FunctionDef:
+    """The forward method, or the only other one that calls the attention layer."""
+
+    def attends(method: ast.FunctionDef) -> bool:
+        return any(_self_call(node, attention_name) for node in ast.walk(method))
+
+    forward = _method(module, "forward", layer_name)
+    if attends(forward):
+        return forward
+    methods = dict(inspect.getmembers(type(module), inspect.isfunction))
+    own = [_method(module, name, layer_name) for name in methods if not hasattr(nn.Module, name)]
+    others = list(filter(attends, own))
+    return others[0] if len(others) == 1 else forward
+
+
+def _method(module: nn.Module, name: str, layer_name: str) -> ast.FunctionDef:
+    try:
+        source = inspect.getsource(inspect.unwrap(getattr(type(module), name)))
+    except (OSError, TypeError) as error:
+        raise RotationError(layer_name, "comes without source code to check") from error
+    function = ast.parse(textwrap.dedent(source)).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    return function
+
+
+def _inlined(statement: ast.stmt, module: nn.Module, layer_name: str) -> list[ast.stmt]:
+    """What runs in place of a call of a method of the module's own, if that method rotates.
+
+    Only where its names are the caller's: ``a, b = self.method(x, y)`` for a ``method(self, x, y)``
+    that ends with ``return a, b``.
+    """
+    call = statement.value if isinstance(statement, ast.Assign) else None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+        return [statement]
+    name = call.func.attr
+    if not _self_call(call, name) or not inspect.isfunction(getattr(type(module), name, None)):
+        return [statement]
+    function = _method(module, name, layer_name)
+    if not _mentions(function, attribute="rotary_emb"):
+        return [statement]
+    assert isinstance(statement, ast.Assign)
+    *body, last = _executed(function.body, module)
+    given = ["self", *map(ast.unparse, call.args)]
+    returned = isinstance(last, ast.Return) and last.value and ast.unparse(last.value)
+    same = given == [each.arg for each in function.args.args] and not call.keywords
+    if not same or returned != ast.unparse(statement.targets[0]) or len(statement.targets) > 1:
+        raise RotationError(layer_name, f"rotates by `{_first_line(statement)}`")
+    return body
 
 
 def _check_without_positions(
@@ -122,6 +172,22 @@ def _mentions(
 
 def _self_call(node: ast.AST, method: str) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{method}"
+
+
+def _reshapes(statement: ast.stmt, names: list[str]) -> bool:
+    """Whether `statement` is ``q = q.view(...)``, whose arguments are no query or key."""
+    call = statement.value if isinstance(statement, ast.Assign) else None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+        return False
+    assert isinstance(statement, ast.Assign)
+    target = [ast.unparse(each) for each in statement.targets]
+    uses = [node for node in ast.walk(call) if isinstance(node, ast.Name) and node.id in names]
+    return (
+        call.func.attr in ("view", "reshape")
+        and len(uses) == 1
+        and target == [ast.unparse(call.func.value)]
+        and target[0] in names
+    )
 
 
 def _rotated_names(statement: ast.stmt) -> list[str] | None:

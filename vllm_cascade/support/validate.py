@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.structure.layout import build_layout
-from vllm_cascade.support import hybrid, unsupported
+from vllm_cascade.support import hybrid, states, unsupported
 from vllm_cascade.support.names import BACKEND_NAME, log_of
 from vllm_cascade.support.resolved import position_limit, resolve_options
 from vllm_cascade.support.selection import check_kinds, check_selection, layer_of, selects_cascade
@@ -54,10 +54,20 @@ def validate(vllm_config: Any) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     check_kinds(vllm_config.attention_config)
-    checks = (_device, _model, _windows, _rope, _attention, _parallel, _kv_dtype, _features)
+    checks = (
+        _device,
+        _model,
+        _windows,
+        states.check_block_size,
+        _rope,
+        _attention,
+        _parallel,
+        _kv_dtype,
+        _features,
+    )
     for check in checks:
         check(vllm_config)
-    config = resolve_options(vllm_config, vllm_config.cache_config.block_size)
+    config = resolve_options(vllm_config)
     _copies_of_heads(vllm_config, config)
     _drafts(vllm_config, config)
     check_selection(AttentionBackendEnum[BACKEND_NAME].get_class(), layer_of(vllm_config))
@@ -86,14 +96,14 @@ def _gpu(vllm_config: Any) -> None:
     head_size = vllm_config.model_config.get_head_size()
     if head_size not in GPU_HEAD_SIZES:
         raise unsupported.gpu_head_size(head_size)
-    block_size = vllm_config.cache_config.block_size
+    block_size = states.own_block_size(vllm_config)
     if block_size not in GPU_BLOCK_SIZES:
         raise UnsupportedError(
             f"block size {block_size} on a GPU",
             f"its kernels take block sizes {', '.join(map(str, GPU_BLOCK_SIZES))}",
             "Give one of them with --block-size, or leave it out",
         )
-    config = resolve_options(vllm_config, block_size)
+    config = resolve_options(vllm_config)
     if config.selection_window > GPU_MAX_WINDOW:
         raise UnsupportedError(
             f"selection_window {config.selection_window} on a GPU",
@@ -112,13 +122,7 @@ def _gpu(vllm_config: Any) -> None:
 
 def _model(vllm_config: Any) -> None:
     model = vllm_config.model_config
-    if model.attn_type == "hybrid":
-        raise UnsupportedError(
-            "a model with state-space or linear-attention layers",
-            "vLLM makes its blocks as large as those layers' states, and CASCADE has not been "
-            "made for such blocks",
-        )
-    if model.runner_type != "generate" or model.attn_type != "decoder":
+    if model.runner_type != "generate" or model.attn_type not in ("decoder", "hybrid"):
         raise UnsupportedError(
             f"runner {model.runner_type!r} of a model of type {model.attn_type!r}",
             "it serves decoders that generate text",
@@ -172,7 +176,8 @@ def _rope(vllm_config: Any) -> None:
     if embedding not in POSITION_EMBEDDING_TYPES:
         raise UnsupportedError(f"position embeddings of type {embedding!r}", why)
     rotates = ropes or any(getattr(text, name, None) for name in ROTARY_FIELDS)
-    if not rotates and embedding != "nope":
+    # Hybrids tell places apart by their states; what their attention does, its code shows.
+    if not rotates and embedding != "nope" and not states.has_states(model):
         raise UnsupportedError(
             "a model without RoPE parameters in its config.json",
             "it tells places apart by RoPE, or not at all where position_embedding_type is "
@@ -268,6 +273,13 @@ def _drafts(vllm_config: Any, config: CascadeConfig) -> None:
     if vllm_config.speculative_config is None:
         return
     method = vllm_config.speculative_config.method
+    if states.has_states(vllm_config.model_config):
+        raise UnsupportedError(
+            "speculative decoding of a model with state-space, linear-attention or convolution "
+            "layers",
+            "it has not been made for states that drafts have changed",
+            "Leave out --speculative-config",
+        )
     if config.needs_scores:
         raise UnsupportedError(
             f"speculative decoding with policy {config.policy!r}",
@@ -304,6 +316,8 @@ def _features(vllm_config: Any) -> None:
 
 def log_prefix_caching(vllm_config: Any) -> None:
     """Log once what prefix caching finds with CASCADE, if `vllm_config` turns it on."""
+    if states.has_states(vllm_config.model_config):
+        return  # `leave_states` turns it off, and says so.
     if vllm_config.cache_config.enable_prefix_caching:
         log = log_of(__name__).info_once
         if vllm_config.attention_config.backend_per_kind:
@@ -336,7 +350,7 @@ def log_blend(vllm_config: Any) -> None:
     unset = [name for name in changes if given.get(name) is None]
     if given.get("policy") != "blend" or not unset:
         return
-    if not resolve_options(vllm_config, vllm_config.cache_config.block_size).chooses:
+    if not resolve_options(vllm_config).chooses:
         return
     former = {"value_weight": 0, "selection_window": 64}
     log_of(__name__).warning_once(
