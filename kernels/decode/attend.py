@@ -326,9 +326,9 @@ def _split_kernel(
             key_first = key_first.to(turning)
             key_second = key_second.to(turning)
         if BY_PLACE:
-            angle_at = key_place[None, :] * HALF + pair[:, None]
-            key_cos = tl.load(cos_ptr + angle_at, mask=held, other=0.0).to(turning)
-            key_sin = tl.load(sin_ptr + angle_at, mask=held, other=0.0).to(turning)
+            key_angle_at = key_place[None, :] * HALF + pair[:, None]
+            key_cos = tl.load(cos_ptr + key_angle_at, mask=held, other=0.0).to(turning)
+            key_sin = tl.load(sin_ptr + key_angle_at, mask=held, other=0.0).to(turning)
         else:
             if TOKENS == 1:
                 angle_at = ((place - base) * HALF + pair)[None, :]
@@ -413,6 +413,11 @@ def _split_kernel(
         tl.store(lse_ptr + split_at, top + tl.log2(norm), mask=tl.reshape(in_group, [HEADS]))
         partial_at = partial_ptr + split_at[:, None] * HEAD_SIZE + channel[None, :]
         tl.store(partial_at, attended, mask=written)
+
+
+def has_words(half: int) -> bool:
+    """Whether as many channels as that fill words, and enough words for tl.dot."""
+    return half % 2 == 0 and half > MIN_DOT
 
 
 def decode(
@@ -576,7 +581,7 @@ def decode(
             SCORED=scored,
             DIRECT=is_direct(scored, sinks),
             WORDS=words,
-            KEY_WORDS=words and is_neox and not half % 2 and not chosen.by_place,
+            KEY_WORDS=words and is_neox and has_words(half) and not chosen.by_place,
             COMPILED=isinstance(_split_kernel, triton.JITFunction),
             PRECISION="ieee" if dtype == torch.float32 else "tf32",
             num_warps=chosen.num_warps,
