@@ -6,6 +6,7 @@ Random models of a few layers, of a convolution or of Mamba-2 beside full attent
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,13 @@ CASCADE = {
 # head_size], wrongly; PyTorch's operations do not.
 PYTORCH = {"compilation_config": {"custom_ops": ["none"]}}
 SHORT_STEPS = {"skip_tokenizer_init": True, "max_num_batched_tokens": 200}
-SAVE = {"lfm2": save_lfm2, "nemotron_h": save_nemotron_h}
+# vLLM makes groups of as many layers each: three of those that attend, with a row of blocks each.
+GROUPS = {"num_hidden_layers": 8, "layer_types": ["conv", *["full_attention"] * 3] * 2}
+SAVE = {
+    "lfm2": save_lfm2,
+    "nemotron_h": save_nemotron_h,
+    "groups": partial(save_lfm2, **GROUPS),
+}
 
 
 @pytest.mark.parametrize("model_type", SAVE)
