@@ -17,7 +17,13 @@ from gpu.test_hybrid import ANSWER, BEYOND, OPTIONS, WITHIN, generate, mean_erro
 pytestmark = pytest.mark.gpu
 
 # Of heads of 64 channels, which kernels take.
-WIDER = {"hidden_size": 256, "conv_dim": 256, "block_dim": 256, "block_ff_dim": 256}
+WIDER = {
+    "hidden_size": 256,
+    "head_dim": 64,
+    "conv_dim": 256,
+    "block_dim": 256,
+    "block_ff_dim": 256,
+}
 # Random models, and whether a state takes more than a block of CASCADE's.
 MODELS = {
     "lfm2": (partial(save_lfm2, **WIDER), False),
