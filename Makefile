@@ -13,6 +13,8 @@ MODEL := .models/SmolLM2-135M-Instruct/config.json
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export PYTHONUNBUFFERED := 1
+# Modules that are compiled again at each start take vLLM's import from 15 to 35 seconds.
+export PYTHONDONTWRITEBYTECODE :=
 # Threads that wait by spinning slow everything down tenfold where another program is running.
 export OMP_WAIT_POLICY ?= passive
 

@@ -180,7 +180,7 @@ def every_structure() -> st.SearchStrategy[CascadeConfig]:
 KEEPS = elastic(block=16, sinks=64, budget=1024, share=0.25, stride=128, window=64, total=60_000)
 WAITS = elastic(block=16, sinks=16, budget=256, share=0.25, stride=128, window=64, total=30_011)
 # Well past the reach, with the smallest groups and with groups that often wait.
-LONG = configuration(block=16, sinks=64, size=128, number=8, stride=128, window=2, total=100_000)
+LONG = configuration(block=16, sinks=64, size=128, number=8, stride=128, window=2, total=70_000)
 UNALIGNED = configuration(
     block=16, sinks=64, size=272, number=6, stride=256, window=64, total=60_001
 )
@@ -192,17 +192,22 @@ class Draws:
     def __init__(self, seed: int, total: int) -> None:
         levels = (2, 5, 1 << 40)[seed % 3]
 
-        def row(stride_number: int) -> list[int]:
-            generator = np.random.default_rng([seed, stride_number])
-            return generator.integers(0, levels, total).tolist()
+        def row(stride_number: int) -> np.ndarray:
+            return np.random.default_rng([seed, stride_number]).integers(0, levels, total)
 
         self.row = lru_cache(maxsize=4)(row)  # [total] scores at the end of that stride
 
     def choose(self, stride_number: int, tokens: Sequence[int]) -> list[int]:
         """The better half of `tokens`, the newer on a tie, in their order."""
-        row = self.row(stride_number)
-        best = sorted(tokens, key=lambda token: (row[token], token))[len(tokens) // 2 :]
-        return sorted(best)
+        scores = self.row(stride_number)[np.asarray(tokens, dtype=int)].tolist()
+        best = sorted(zip(scores, tokens, strict=True))[len(tokens) // 2 :]
+        return sorted(token for _, token in best)
+
+    def choose_each(self, stride_number: int, windows: np.ndarray) -> np.ndarray:
+        """As `choose` of each row [number, tokens], all rows at once."""
+        order = np.lexsort((windows, self.row(stride_number)[windows]))
+        kept = order[:, windows.shape[1] // 2 :]
+        return np.sort(np.take_along_axis(windows, kept, axis=1))
 
 
 def simulate(config: CascadeConfig, draws: Draws) -> Iterator[Boundary]:
@@ -261,13 +266,11 @@ class Request:
         boundary = (epoch.end - config.num_sink_tokens) // config.stride - 1
         self.leaving = []
         for group in epoch.groups:
-            tokens = self.pages[group].reshape(-1).tolist()
-            self.leaving.append(tokens)
-            kept: list[int] = []
-            for j in range(0, len(tokens), window):
-                kept += self.draws.choose(boundary, tokens[j : j + window])
-            kept += [STALE] * (len(tokens) - len(kept))
-            self.pages[group] = np.reshape(kept, (len(group), -1))
+            tokens = self.pages[group].reshape(-1)
+            self.leaving.append(tokens.tolist())
+            kept = self.draws.choose_each(boundary, tokens.reshape(-1, window)).reshape(-1)
+            tokens = np.concatenate((kept, np.full(len(tokens) - len(kept), STALE)))
+            self.pages[group] = tokens.reshape(len(group), -1)
         following = self.layout.epochs[index + 1]
         prefix = following.table[: following.prefix_tokens // config.block_size]
         self.pages[np.setdiff1d(np.arange(self.layout.max_blocks), prefix)] = STALE

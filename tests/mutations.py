@@ -488,6 +488,8 @@ def run_all(jobs: list[Job]) -> Iterator[tuple[Job, bool]]:
     if late:
         import e2e  # noqa: F401, I001 - what all engines run with comes first
         from vllm import LLM  # noqa: F401
+        from vllm.model_executor.models import llama  # noqa: F401
+        from vllm.v1.worker import cpu_worker  # noqa: F401
     yield from run(late)
 
 

@@ -29,6 +29,8 @@ def imports_are_not_searched_for_garbage() -> Iterator[None]:
     An engine's own objects are collected all the same.
     """
     from vllm import LLM  # noqa: F401
+    from vllm.model_executor.models import llama  # noqa: F401
+    from vllm.v1.worker import cpu_worker  # noqa: F401
 
     gc.collect()
     gc.freeze()

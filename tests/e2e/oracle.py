@@ -26,7 +26,7 @@ REACH_OPTIONS = {
 REACH = 544
 
 
-def check_four_times_past_reach(
+def check_past_reach(
     policy: str,
     tokens_of: Callable[[int], list[int]],
     folder: str | None = None,
@@ -71,8 +71,8 @@ def check_four_times_past_reach(
 
     model = model or Llama.from_folder(folder, torch.float64)
     run = model.run(tokens, CascadeParameters.like(config), forced=kept, ropes=ropes)
-    assert len(kept) > 25
-    assert run.comparison.windows > 100 * model.config.num_hidden_layers
+    assert len(kept) > 6 * times
+    assert run.comparison.windows > 25 * times * model.config.num_hidden_layers
     assert not run.comparison.unexplained
     assert len(run.comparison.differing) <= SHARE_OF_NEAR_TIES * run.comparison.windows
     torch.testing.assert_close(

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
-import multiprocessing
 import os
 import re
-import runpy
-import signal
 import subprocess
 import sys
-import traceback
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +15,7 @@ from typing import Any
 
 import torch
 
+from e2e import forks
 from e2e.servers import Server
 
 SECONDS = 420
@@ -96,7 +91,7 @@ def play(
     *,
     alone: bool = False,
     begun: int = 0,
-    forks: bool = False,
+    forked: bool = False,
     **options: Any,
 ) -> Played:
     """Let all ranks of an engine answer, in processes of their own.
@@ -108,7 +103,7 @@ def play(
         answer: Tokens to generate for each.
         alone: One request after the other, as a server without load has them.
         begun: Tokens of the longest prompt that another request computes before.
-        forks: Whether the processes are forks of this one, which spares each of them the import of
+        forked: Whether the processes are forks of this one, which spares each of them the import of
             vLLM; not where CUDA is in use.
         options: Of `LLM`; the cascade's have to switch `trace_tokens` on.
     """
@@ -124,7 +119,7 @@ def play(
         # Ray would show a line that several ranks log once only.
         "RAY_DEDUP_LOGS": "0",
     }
-    if forks or not any(name.endswith("_parallel_size") for name in options):
+    if forked or not any(name.endswith("_parallel_size") for name in options):
         # One rank needs no process of its own.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     given.write_text(
@@ -141,8 +136,8 @@ def play(
     )
     found.unlink(missing_ok=True)
     command, log = [str(script), str(given), str(found)], folder / "log"
-    run = run_fork if forks else run_script
-    code = run(command, log, os.environ | environment)
+    run = forks.run if forked else run_script
+    code = run(command, log, SECONDS, **environment)
     said = log.read_text()
     assert code == 0 and found.exists(), said[-6000:]
     results = json.loads(found.read_text())
@@ -157,77 +152,16 @@ def play(
     )
 
 
-def run_script(command: list[str], log: Path, environment: dict[str, str]) -> int:
-    """Run a script, as users do; return its exit status.
-
-    Args:
-        command: The script and its arguments.
-        log: For what it prints.
-        environment: Its environment variables.
-    """
+def run_script(command: list[str], log: Path, seconds: float, **environment: str) -> int:
+    """As `forks.run`, in a process of its own."""
     with log.open("w") as stream:
         return subprocess.run(
             [sys.executable, *command],
             stdout=stream,
             stderr=subprocess.STDOUT,
-            timeout=SECONDS,
-            env=environment,
+            timeout=seconds,
+            env=os.environ | environment,
         ).returncode
-
-
-def run_fork(command: list[str], log: Path, environment: dict[str, str]) -> int:
-    """As `run_script`, in a fork of a process that has imported vLLM; its workers are forks too.
-
-    That process has done nothing else: a fork of one that has run an engine hangs where it wants
-    the threads that the engine had.
-    """
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
-    child = forks.Process(target=_in_fork, args=(command, log, environment))
-    child.start()
-    child.join(SECONDS)
-    # Its workers, and itself where it is too slow.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.join()
-    return child.exitcode
-
-
-def _in_fork(command: list[str], log: Path, environment: dict[str, str]) -> None:
-    code = 1
-    try:
-        os.setsid()
-        _become(command, log, environment)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _become(command: list[str], log: Path, environment: dict[str, str]) -> None:
-    """Turn this process into one that runs a script."""
-    from vllm.v1.executor import multiproc_executor
-
-    stream = log.open("w", buffering=1)
-    os.dup2(stream.fileno(), 1)
-    os.dup2(stream.fileno(), 2)
-    sys.stdout = sys.stderr = stream
-    for logger in (logging.getLogger(), logging.getLogger("vllm")):
-        for handler in list(logger.handlers):
-            if type(handler) is logging.StreamHandler:
-                handler.setStream(stream)
-            else:
-                # pytest's: a line would be there more than once.
-                logger.removeHandler(handler)
-    os.environ.clear()
-    os.environ.update(environment)
-    # vLLM's CPU platform would spawn them.
-    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
-    sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
 
 
 def ranks_in(log: str) -> int:

@@ -1,8 +1,9 @@
-"""`vllm serve` in a process of its own."""
+"""`vllm serve` in a process of its own, or in a fork."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openai
+
+from e2e.forks import Fork
 
 START_SECONDS = 480
 
@@ -27,7 +30,7 @@ class Server:
         log: What it prints.
     """
 
-    process: subprocess.Popen
+    process: subprocess.Popen | Fork
     address: str
     log: Path
 
@@ -43,19 +46,20 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, model: str, *flags: str) -> Iterator[Server]:
+def serve(folder: Path, model: str, *flags: str, forked: bool = False) -> Iterator[Server]:
     """Start a server on a free port and wait until it answers.
 
     Args:
         folder: For its log.
         model: Folder of the model.
         flags: Of `vllm serve`, beside `--attention-backend`.
+        forked: Whether all its processes are forks, which import nothing and load no plugin.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main"),
+        *("-m", "vllm.entrypoints.cli.main"),
         "serve",
         model,
         "--attention-backend=CASCADE",
@@ -64,8 +68,13 @@ def serve(folder: Path, model: str, *flags: str) -> Iterator[Server]:
         *flags,
     ]
     log = folder / "log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+    if forked:
+        process: subprocess.Popen | Fork = Fork(command, log, dict(os.environ))
+    else:
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                [sys.executable, *command], stdout=stream, stderr=subprocess.STDOUT
+            )
     server = Server(process, f"http://127.0.0.1:{port}", log)
     try:
         deadline = time.monotonic() + START_SECONDS

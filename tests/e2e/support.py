@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ def engine(cascade: dict[str, Any] | None, model: str | None = None, **options: 
     Args:
         cascade: The cascade's options, or None for vLLM's own attention.
         model: Model folder; SmolLM2 unless given.
-        options: For `LLM`; eager float32, and 2 GiB of pages on a GPU, unless given.
+        options: For `LLM`; eager float32, and a pool of pages that is made fast, unless given.
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -41,11 +42,15 @@ def engine(cascade: dict[str, Any] | None, model: str | None = None, **options: 
             **options,
         }
     options = {"dtype": "float32", "enforce_eager": True, "seed": 0, **options}
-    if torch.cuda.is_available() and "gpu_memory_utilization" not in options:
+    if not torch.cuda.is_available():
+        options = {"kv_cache_memory_bytes": (64 if model else 512) << 20, **options}
+    elif "gpu_memory_utilization" not in options:
         # vLLM does not look for free memory then: other tests may run beside this one.
         options = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30, **options}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # It would overrule the option.
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
         try:
             llm = LLM(model or model_folder(), **options)
         except Exception:
@@ -201,14 +206,19 @@ class KeptLog:
 
 
 def book_tokens(count: int, start: int = 0) -> list[int]:
-    """Consecutive tokens of the King James Bible, from its `start`-th."""
+    """Consecutive tokens of the King James Bible, from its `start`-th; over 30,000 in all."""
+    tokens = _book()
+    assert start + count <= len(tokens)
+    return tokens[start : start + count]
+
+
+@functools.cache
+def _book() -> list[int]:
     from transformers import AutoTokenizer
 
     from texts import king_james
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    # English has fewer than 8 characters a token.
-    return tokenizer(king_james()[: 8 * (start + count)])["input_ids"][start : start + count]
+    return AutoTokenizer.from_pretrained(model_folder())(king_james()[:150_000])["input_ids"]
 
 
 def license_tokens(count: int, start: int = 0) -> list[int]:

@@ -97,7 +97,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--max-num-batched-tokens=256",
         f"--additional-config={json.dumps({'cascade': CASCADE})}",
     ]
-    with serve(folder, save_llama(folder / "llama", vocab_size=VOCABULARY), *flags) as server:
+    with serve(
+        folder, save_llama(folder / "llama", vocab_size=VOCABULARY), *flags, forked=True
+    ) as server:
         yield server
         assert server.process.poll() is None, server.tail()
 

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
-from e2e.support import ROOT
+from e2e.forks import run_benchmark
 
 
 def test_contexts_are_prefilled_and_assumed(tmp_path: Path) -> None:
     """Many requests hold as many blocks as their contexts, prefilled or not, and none beyond R."""
     output = tmp_path / "rows.csv"
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks"),
-        "engine.context",
-        "--tiny",
-        "--output",
-        str(output),
-    ]
-    command += ["--logs", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    arguments = ["--tiny", f"--output={output}", f"--logs={tmp_path}"]
+    code, said = run_benchmark(tmp_path / "log", "engine.context", *arguments)
+    assert code == 0, said[-3000:]
     with output.open(newline="") as file:
         rows = {(row["backend"], int(row["context"])): row for row in csv.DictReader(file)}
     ours = [rows["CASCADE", context] for context in (128, 1024, 2048)]

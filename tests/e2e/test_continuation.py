@@ -14,6 +14,9 @@ from vllm import SamplingParams
 
 from e2e.support import KeptLog, cascade_manager_of, core_of, engine
 from e2e.tiny import ELASTIC, prompt_without_ties, random_prompt, save_llama
+from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.structure.options import CascadeOptions
+from vllm_cascade.structure.resolve import resolve
 
 TRACED = ELASTIC | {"trace_tokens": True}
 # No token twice, in answers either: which of two equal keys is kept is a matter of rounding.
@@ -51,15 +54,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module", params=["distinct", "blend"])
-def llm(model: str, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """With plain pages, and with scores behind keys and values."""
+def shared_llm(model: str, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """With plain pages, and with scores behind keys and values.
+
+    Of the tests that come first: an engine does not run on once another has been started.
+    """
     with start(model, request.param, enable_prefix_caching=True) as llm:
         yield llm
 
 
-@pytest.fixture(autouse=True)
-def forget(llm: Any) -> None:
-    assert llm.reset_prefix_cache()
+@pytest.fixture
+def llm(shared_llm: Any) -> Any:
+    assert shared_llm.reset_prefix_cache()
+    return shared_llm
 
 
 def run(llm: Any, *prompts: Any, sampling: SamplingParams = SAMPLING) -> list[Any]:
@@ -258,11 +265,15 @@ def check_stopped(model: str, *, asynchronous: bool, **options: Any) -> None:
         check_alike([output], afresh(llm, prompt))
 
 
+# Of a request as these engines lay it out.
+MOST = build_layout(
+    resolve(CascadeOptions.parse(TRACED), block_size=16, max_model_len=4096, position_limit=1024)
+).max_blocks
+
+
 def test_blocks_that_others_took(model: str) -> None:
     """One request leaves a small pool's rest alone; several leave nothing to go on from."""
-    with start(model, enable_prefix_caching=True) as llm:
-        most = cascade_manager_of(llm)._layout.max_blocks
-    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=4 * most + 1) as llm:
+    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=4 * MOST + 1) as llm:
         (first,) = run(llm, PROMPT)
         prompt = [*PROMPT, *tokens_of(first), *MORE]
         others = [random_prompt(500, seed=seed) for seed in (3, 4, 5, 6)]
@@ -279,9 +290,7 @@ def test_blocks_that_others_took(model: str) -> None:
 
 def test_the_least_recently_used_gives_way(model: str) -> None:
     """Prompts are copied in a pool that ends of answers have filled long since."""
-    with start(model, enable_prefix_caching=True) as llm:
-        most = cascade_manager_of(llm)._layout.max_blocks
-    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=4 * most + 1) as llm:
+    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=4 * MOST + 1) as llm:
         texts = [PROMPT, *(random_prompt(500, seed=seed) for seed in range(3, 9))]
         (expected,) = [run(llm, text)[0] for text in texts][-1:]
         (output,) = run(llm, texts[-1])
@@ -295,9 +304,7 @@ def test_the_least_recently_used_gives_way(model: str) -> None:
 
 def test_a_pool_without_room_for_a_copy(model: str) -> None:
     """A prompt's blocks are taken over then, and are gone for others."""
-    with start(model, enable_prefix_caching=True) as llm:
-        most = cascade_manager_of(llm)._layout.max_blocks
-    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=2 * most) as llm:
+    with start(model, enable_prefix_caching=True, num_gpu_blocks_override=2 * MOST) as llm:
         prime(llm, PROMPT)
         prompts = [[*PROMPT, *MORE], [*PROMPT, *MORE[5:]]]
         outputs = run(llm, *prompts)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from e2e import forks
 from e2e.support import ROOT, model_folder
 from vllm_cascade import cli
 from vllm_cascade.evaluation import engine
@@ -27,9 +27,8 @@ def read(folder: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def vllm_is_imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines' processes are forks of one that has; test_inspect.py starts one as users do."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
-    monkeypatch.setattr(engine, "multiprocessing", SimpleNamespace(get_context=lambda _: forks))
+    forked = SimpleNamespace(get_context=lambda _: forks.Context())
+    monkeypatch.setattr(engine, "multiprocessing", forked)
 
 
 @pytest.mark.usefixtures("vllm_is_imported_once")

@@ -78,11 +78,8 @@ def running(server: Server) -> float:
     return float(re.search(r"^vllm:num_requests_running{.*} (\S+)$", text, re.MULTILINE)[1])
 
 
-def test_a_killed_worker_ends_every_request_and_the_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_worker_ends_every_request_and_the_server(tmp_path: Path) -> None:
     """Prefill and decode, streamed and not: an error each; no process is left behind."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     model = save_llama(
         tmp_path / "llama", vocab_size=49_152, num_attention_heads=8, num_key_value_heads=4
     )
@@ -98,7 +95,7 @@ def test_a_killed_worker_ends_every_request_and_the_server(
         "--max-num-batched-tokens=256",
         f"--additional-config={json.dumps({'cascade': CASCADE})}",
     ]
-    with serve(tmp_path, model, *flags) as server:
+    with serve(tmp_path, model, *flags, forked=True) as server:
         family = psutil.Process(server.process.pid).children(recursive=True)
         (worker,) = (process for process in family if "Worker_TP1" in process.cmdline()[0])
         decoding = [Client(server, 20 + i, is_streaming=True) for i in range(STREAMS)]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
-from e2e.support import ROOT
+from e2e.forks import run_benchmark
 
 PLANNED = "a request holds at most R"
 
 
-def test_memory_is_what_the_plan_predicts() -> None:
+def test_memory_is_what_the_plan_predicts(tmp_path: Path) -> None:
     """The program refuses a row whose blocks, bytes or preemptions are not the plan's."""
-    command = [sys.executable, str(ROOT / "benchmarks"), "engine.million", "--tiny"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+    code, said = run_benchmark(tmp_path / "log", "engine.million", "--tiny")
+    assert code == 0, said[-3000:]
+    lines = [line.split() for line in said.splitlines()]
     (planned,) = (words[7] for words in lines if " ".join(words[:6]) == PLANNED)
     held = [words[1] for words in lines if words[:1] == ["blocks_per_request"]]
     assert held == [planned, planned]

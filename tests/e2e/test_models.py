@@ -18,7 +18,7 @@ from vllm import ModelRegistry
 from vllm.model_executor.models.interfaces import SupportsMRoPE
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
-from e2e.oracle import check_four_times_past_reach
+from e2e.oracle import check_past_reach
 from e2e.support import engine, impls_of
 from e2e.test_hybrid import CASCADE, Answer, assert_same, generate
 from e2e.tiny import LLAMA, prompt_without_ties, random_prompt, save_random
@@ -173,7 +173,7 @@ def test_as_vllm_and_past_the_reach_as_the_oracle(tmp_path: Path, kind: str) -> 
     config, tables, options = KINDS[kind]
     model = save(tmp_path, config)
     wanted = by_vllm(tmp_path, **options)
-    check_four_times_past_reach(
+    check_past_reach(
         "distinct",
         lambda num_tokens: prompt_without_ties(num_tokens, seed=1),
         str(tmp_path),

@@ -62,7 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def play_alone(folder: Path, model: str, policy: str) -> Played:
     """What a single rank answers and keeps."""
     options = traced(policy)
-    played = play(folder, model, PROMPTS, ANSWER, forks=True, enforce_eager=True, **options)
+    played = play(folder, model, PROMPTS, ANSWER, forked=True, enforce_eager=True, **options)
     assert played.ranks == 1
     assert all(len(set(answer)) > ANSWER // 2 for answer in played.answers)
     held = [num_tokens > kept.shape[2] for num_tokens, kept in played.kept.items()]
@@ -107,7 +107,7 @@ def test_more_ranks_than_heads(tmp_path: Path) -> None:
         model,
         PROMPTS,
         ANSWER,
-        forks=True,
+        forked=True,
         distributed_executor_backend="mp",
         **TENSOR,
         **traced(),
@@ -130,7 +130,7 @@ def check_two_ranks(
         PROMPTS,
         ANSWER,
         begun=BEGUN,
-        forks=True,
+        forked=True,
         distributed_executor_backend="mp",
         **options,
         **traced(policy),
@@ -144,7 +144,7 @@ def test_two_replicas(model: str, one: Played, tmp_path: Path) -> None:
     """`vllm serve --data-parallel-size 2`."""
     flags = [
         "--data-parallel-size=2",
-        # Else there are two, which import vLLM as well; tests/gpu has them.
+        # Else there are two; tests/gpu has them.
         "--api-server-count=1",
         "--served-model-name=tiny",
         "--skip-tokenizer-init",
@@ -152,7 +152,7 @@ def test_two_replicas(model: str, one: Played, tmp_path: Path) -> None:
         f"--additional-config={json.dumps({'cascade': CASCADE})}",
     ]
     flags += [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    with serve(tmp_path, model, *flags) as server:
+    with serve(tmp_path, model, *flags, forked=True) as server:
         check_replicas(server, 2, PROMPTS, one, ranks=2)
 
 

@@ -1,14 +1,15 @@
-"""Engines as users start them: spawned workers, the OpenAI server."""
+"""Finds alone: an OpenAI server that does not start, or not answer, as a user starts it.
+
+Its processes are new ones, which find and load the plugin each by itself.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
-import functools
+import contextlib
+import io
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,16 +18,19 @@ from pathlib import Path
 import openai
 import pytest
 
+from e2e import forks
 from e2e.servers import START_SECONDS, serve
 from e2e.support import model_folder
 from e2e.tiny import random_prompt, save_llama
+from vllm_cascade import cli
 from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.structure.layout import build_layout
 
 pytestmark = pytest.mark.model
 
 BUDGET = {"cache_tokens": 1024, "stride": 256}
-MAX_MODEL_LEN = 20_000  # SmolLM2 has 8,192 positions
+POSITIONS = 2048
+MAX_MODEL_LEN = 20_000
 
 GENERATE = """
 import json, sys
@@ -43,31 +47,53 @@ if __name__ == "__main__":
 
 
 def generate(folder: Path, model: str, prompts: list[list[int]], **options: object) -> list:
-    """Answers of a script that a user could have written, run in a process of its own."""
-    script = folder / "generate.py"
+    """Answers of a script that a user could have written."""
+    script, log = folder / "generate.py", folder / "log"
     script.write_text(GENERATE)
     arguments = [json.dumps(argument) for argument in (model, prompts, options)]
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-        env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-    )
-    found = re.search(r"^ANSWERS (.*)$", done.stdout, re.MULTILINE)
-    assert found, done.stdout[-3000:] + done.stderr[-3000:]
+    forks.run([str(script), *arguments], log, START_SECONDS)
+    said = log.read_text()
+    found = re.search(r"^ANSWERS (.*)$", said, re.MULTILINE)
+    assert found, said[-3000:]
     return json.loads(found[1])
 
 
 def test_no_other_option_is_needed(tmp_path: Path) -> None:
-    """Default block size, default options, compiled, on a model shorter than the default budget."""
-    answers = generate(tmp_path, save_llama(tmp_path / "llama"), [random_prompt(300, seed=1)])
+    """Default block size, default options, compiled, on a model shorter than the default budget.
+
+    Of one layer: what is compiled for others is the same.
+    """
+    model = save_llama(tmp_path / "llama", num_hidden_layers=1)
+    answers = generate(tmp_path, model, [random_prompt(300, seed=1)])
     assert len(answers[0]) == 16
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of `vllm serve` with SmolLM2 beyond its own length."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SmolLM2 that says it was trained for texts a fourth as long, which are soon outgrown."""
+    folder, saved = tmp_path_factory.mktemp("model"), Path(model_folder())
+    for file in saved.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    config = json.loads((saved / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": POSITIONS}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def plan(model: str) -> dict:
+    """What `vllm-cascade plan` prints for the server's configuration."""
+    command = ["plan", model, f"--max-model-len={MAX_MODEL_LEN}", "--dtype=float32", "--json"]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in BUDGET.items()]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(command) == 0
+    # vLLM's log comes before.
+    return json.loads(re.search(r"^{.*", printed.getvalue(), re.MULTILINE | re.DOTALL)[0])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, model: str, plan: dict) -> Iterator[str]:
+    """Address of `vllm serve` with a model beyond its own length."""
     flags = [
         "--served-model-name=smollm2",
         f"--max-model-len={MAX_MODEL_LEN}",
@@ -76,26 +102,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         # Some processors multiply bfloat16 a hundred times slower.
         "--dtype=float32",
     ]
-    with serve(tmp_path_factory.mktemp("server"), model_folder(), *flags) as server:
-        assert planned()["startup_line"] in server.log.read_text()
+    with serve(tmp_path_factory.mktemp("server"), model, *flags) as server:
+        assert plan["startup_line"] in server.log.read_text()
         yield server.address
         assert server.process.poll() is None, server.tail()
-
-
-@functools.cache
-def planned() -> dict:
-    """What `vllm-cascade plan` prints for the server's configuration."""
-    command = [
-        str(Path(sys.executable).parent / "vllm-cascade"),
-        "plan",
-        model_folder(),
-        f"--max-model-len={MAX_MODEL_LEN}",
-        "--dtype=float32",
-        *(f"--{name.replace('_', '-')}={value}" for name, value in BUDGET.items()),
-        "--json",
-    ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    return json.loads(done.stdout)
 
 
 @pytest.fixture
@@ -150,7 +160,7 @@ def test_streaming_equals_not_streaming(client: openai.OpenAI) -> None:
 
 def test_twenty_requests_at_once(client: openai.OpenAI) -> None:
     """Mixed lengths, some many times the budget, one past the model's own positions."""
-    lengths = [3, 20, 150, 1300, 8600, *[10 * i + 7 for i in range(15)]]
+    lengths = [3, 20, 150, 1300, 2200, *[10 * i + 7 for i in range(15)]]
     prompts = [" ".join(f"word{j % 97}" for j in range(n // 3 + 1)) for n in lengths]
 
     def ask(prompt: str) -> openai.types.Completion:
@@ -165,7 +175,7 @@ def test_twenty_requests_at_once(client: openai.OpenAI) -> None:
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(ask, prompts))
     assert len(answers) == 20
-    assert max(answer.usage.prompt_tokens for answer in answers) > 8192
+    assert max(answer.usage.prompt_tokens for answer in answers) > POSITIONS
     for answer in answers:
         assert answer.usage.completion_tokens == 12
         assert answer.choices[0].text
@@ -177,7 +187,7 @@ def test_too_long_a_request_is_refused(client: openai.OpenAI) -> None:
     assert client.models.list().data
 
 
-def test_metrics_count_what_requests_cost(server: str, client: openai.OpenAI) -> None:
+def test_metrics_count_what_requests_cost(server: str, client: openai.OpenAI, plan: dict) -> None:
     def read() -> dict[str, float]:
         text = urllib.request.urlopen(f"{server}/metrics", timeout=10).read().decode()
         series = r'^vllm_cascade:(\w+){engine="0",model_name="smollm2"} (\S+)$'
@@ -200,7 +210,6 @@ def test_metrics_count_what_requests_cost(server: str, client: openai.OpenAI) ->
         assert time.monotonic() < deadline
         time.sleep(0.2)
     after = read()
-    plan = planned()
     config = CascadeConfig(**plan["config"])
     assert after["budget_tokens"] == BUDGET["cache_tokens"]
     assert after["reach_tokens"] == plan["reach"] > 2407

@@ -239,12 +239,10 @@ def test_kept_tokens_needs_the_trace(model: str) -> None:
 
 
 def test_pool_with_room_for_k_budgets_runs_k(model: str) -> None:
-    from vllm_cascade.structure.layout import build_layout
-
     with engine(TRACED, model, block_size=16, max_model_len=4096, skip_tokenizer_init=True) as llm:
         max_blocks = build_layout(KeptLog(llm).config).max_blocks
     for k in (1, 3):
-        prompts = [random_prompt(1500 + n, seed=n) for n in range(k + 3)]
+        prompts = [random_prompt(600 + n, seed=n) for n in range(k + 2)]
         played = play(
             model,
             prompts,

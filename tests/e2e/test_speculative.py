@@ -23,7 +23,7 @@ pytestmark = pytest.mark.model
 MODEL = {"vocab_size": 2048, "tie_word_embeddings": False}
 STRIDE, NUM_DRAFTS = CASCADE["stride"], 3
 TEXT = prompt_without_ties(500, seed=4, neighbours=500, vocab_size=MODEL["vocab_size"])
-ANSWER = 2 * STRIDE + 20
+ANSWER = STRIDE + 20
 NGRAM = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS, "prompt_lookup_max": 3}
 OPTIONS: dict[str, Any] = {
     "block_size": 16,

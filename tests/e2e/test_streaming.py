@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from e2e.forks import run_benchmark
 from e2e.support import ROOT, model_folder
 
 
@@ -17,12 +16,11 @@ def test_perplexity_of_a_stream(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "LICENSE").read_text(), encoding="utf-8")
     output = tmp_path / "rows.csv"
-    command = [sys.executable, str(ROOT / "benchmarks"), "quality.streaming_perplexity"]
-    command += ["--model", model_folder(), "--text", str(text), "--output", str(output)]
-    command += ["--tokens", "1200", "--cache-tokens", "256", "--stride", "128", "--bucket", "400"]
-    command += ["--caches", "distinct", "--kv-bytes", str(1 << 28), "--dtype", "float32"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    arguments = [f"--model={model_folder()}", f"--text={text}", f"--output={output}"]
+    arguments += ["--tokens=1200", "--cache-tokens=256", "--stride=128", "--bucket=400"]
+    arguments += ["--caches=distinct", f"--kv-bytes={1 << 28}", "--dtype=float32"]
+    code, said = run_benchmark(tmp_path / "log", "quality.streaming_perplexity", *arguments)
+    assert code == 0, said[-3000:]
     rows = list(csv.DictReader(output.open()))
     assert [(row["first_token"], row["last_token"]) for row in rows] == [
         ("1", "400"),
@@ -36,8 +34,7 @@ def test_perplexity_of_a_stream(tmp_path: Path) -> None:
 def test_a_text_within_the_budget_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a b c " * 200, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "benchmarks"), "quality.streaming_perplexity"]
-    command += ["--model", model_folder(), "--text", str(text), "--tokens", "500"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode != 0
-    assert "do not exceed twice the budget" in done.stderr
+    arguments = [f"--model={model_folder()}", f"--text={text}", "--tokens=500"]
+    code, said = run_benchmark(tmp_path / "log", "quality.streaming_perplexity", *arguments)
+    assert code != 0
+    assert "do not exceed twice the budget" in said

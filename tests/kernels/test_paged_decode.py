@@ -299,21 +299,36 @@ def test_without_scores_nothing_is_written_to_pages(has_sinks: bool, device: tor
 
 
 TEAMS = (31, 32, 33, 15, 16, -1, 257, -1, -1, -1, -1, -1, 0, 1, 2, 63, 64, 65)
-TEAM_SHAPES = [
-    (Shape(places=TEAMS), 3),
-    (Shape(places=TEAMS, num_heads=32, num_kv_heads=1, head_size=32, rotary_dim=24), 3),
-    (Shape(places=(*TEAMS[:3], 34, 35), num_heads=16, num_kv_heads=1, dtype=torch.float16), 5),
-    pytest.param(
-        Shape(places=(31, 32, 33, 34, 35, -1, *range(62, 68)), dtype=torch.bfloat16, num_heads=14),
-        6,
-        marks=on_gpu,
+TEAM_CASES = [
+    (Shape(places=TEAMS), 3, False, True),
+    (
+        Shape(places=TEAMS, num_heads=32, num_kv_heads=1, head_size=32, rotary_dim=24),
+        3,
+        True,
+        False,
+    ),
+    (
+        Shape(places=(*TEAMS[:3], 34, 35), num_heads=16, num_kv_heads=1, dtype=torch.float16),
+        5,
+        False,
+        False,
+    ),
+    *(
+        pytest.param(
+            Shape(
+                places=(31, 32, 33, 34, 35, -1, *range(62, 68)), dtype=torch.bfloat16, num_heads=14
+            ),
+            6,
+            by_place,
+            not by_place,
+            marks=on_gpu,
+        )
+        for by_place in (False, True)
     ),
 ]
 
 
-@pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("by_place", [False, True], ids=["composed", "by_place"])
-@pytest.mark.parametrize(("shape", "per_request"), TEAM_SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "per_request", "by_place", "has_sinks"), TEAM_CASES, ids=str)
 def test_tokens_with_drafts_load_keys_together(
     shape: Shape, per_request: int, by_place: bool, has_sinks: bool, device: torch.device
 ) -> None:

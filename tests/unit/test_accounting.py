@@ -47,11 +47,11 @@ def settle(options, max_model_len=6000, block_size=16):
 def test_costs_are_those_of_the_layout(options, max_model_len):
     config = settle(options, max_model_len)
     layout = build_layout(config)
-    ends = [epoch.end for epoch in layout.epochs[:-1]]
+    ends, merges = {epoch.end for epoch in layout.epochs[:-1]}, 0
     for num_tokens in range(1, max_model_len + 1):
-        run = sum(end <= num_tokens for end in ends)
-        assert boundaries_run(config, num_tokens) == run, num_tokens
-        merges = sum(s.merges for s in layout.segments(0, num_tokens))
+        (segment,) = layout.segments(num_tokens - 1, num_tokens)
+        assert segment.merges == (num_tokens in ends)
+        merges += segment.merges
         assert boundaries_run(config, num_tokens) == merges, num_tokens
         evicted = num_tokens - layout.held(num_tokens)[1]
         assert tokens_evicted(config, num_tokens) == evicted, num_tokens

@@ -277,8 +277,8 @@ def test_aligned_sizes_keep_the_papers_tokens(config: CascadeConfig, seed: int) 
     layout, draws = build_layout(config), Draws(seed, total)
 
     def scores(number: int, tokens: list[int], _: object) -> dict[int, float]:
-        row = draws.row(number)
-        return {token: row[sinks + token] for token in tokens}  # the paper's 0 is after the sinks
+        row = draws.row(number)[sinks:].tolist()  # the paper's 0 is after the sinks
+        return {token: row[token] for token in tokens}
 
     paper = token_by_token(
         max(0, total - sinks),

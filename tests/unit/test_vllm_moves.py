@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,26 +29,28 @@ GUARDED = {
 }
 
 
-def moved(folder: Path, file: str, old: str, new: str | None) -> Path:
-    """A vLLM that differs from the installed one in one file, where `old` became `new`.
+def moved(folder: Path, *moves: Sequence[str | None]) -> Path:
+    """A vLLM that differs from the installed one in a few files, in which `old` became `new`.
 
     Args:
         folder: Where to make it; all other files are links.
-        file: Path under `vllm/`.
-        old: Text that the file has.
-        new: What stands there instead; None to leave the file out.
+        moves: Path under `vllm/`; text that the file has; what stands there instead, or None to
+            leave the file out.
     """
-    here, there = folder / "vllm", VLLM
-    for part in Path(file).parts:
-        here.mkdir()
-        for sibling in there.iterdir():
-            if sibling.name != part:
-                os.symlink(sibling, here / sibling.name)
-        here, there = here / part, there / part
-    text = there.read_text()
-    assert old in text
-    if new is not None:
-        here.write_text(text.replace(old, new))
+    texts: dict[Path, str | None] = {}
+    for file, old, new in moves:
+        text = texts.get(Path(file)) or (VLLM / file).read_text()
+        assert old in text
+        texts[Path(file)] = None if new is None else text.replace(old, new)
+    parts = {part for file in texts for part in file.parents}
+    for part in sorted(parts):
+        (folder / "vllm" / part).mkdir()
+        for path in (part / there.name for there in (VLLM / part).iterdir()):
+            if path not in parts and path not in texts:
+                os.symlink(VLLM / path, folder / "vllm" / path)
+    for path, text in texts.items():
+        if text is not None:
+            (folder / "vllm" / path).write_text(text)
     return folder
 
 
@@ -64,102 +67,90 @@ def test_the_installed_vllm_has_all_that_the_plugin_builds_on() -> None:
     assert all(kind in text for kind in ("replaces", "imports", "looks up", "overrides", "reads"))
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "said"),
-    [
-        pytest.param(
-            "config/model.py",
-            "def _get_and_verify_max_len(",
-            "def _verify_max_len(",
-            [
-                "patches/long_max_model_len.py: replaces vllm.config.model._get_and_verify_max_len",
-                "gone",
-            ],
-            id="a patched function is renamed",
-        ),
-        pytest.param(
-            "model_executor/model_loader/base_loader.py",
-            'model_config: ModelConfig, prefix: str = ""',
-            "model_config: ModelConfig, device: str",
-            [
-                "patches/rope_at_logical_place.py",
-                "expected (self, vllm_config, model_config, prefix='')",
-                "found (self, vllm_config, model_config, device)",
-            ],
-            id="a patched function has another signature",
-        ),
-        pytest.param(
-            MANAGERS,
-            "class CircularBufferManager",
-            "class RingManager",
-            [
-                f"vllm_cascade/kv_cache/manager.py: imports vllm.{MANAGERS[:-3].replace('/', '.')}",
-                "gone",
-            ],
-            id="a base class is removed",
-        ),
-        pytest.param(
-            MANAGERS,
-            "apply_admission_cap: bool = False",
-            "admission_cap: bool = False",
-            ["manager.py (CascadeManager): overrides", "get_num_blocks_to_allocate", "now it is"],
-            id="an overridden method has another parameter",
-        ),
-        pytest.param(
-            MANAGERS,
-            "def pop_blocks_for_free",
-            "def take_blocks_for_free",
-            ["manager.py (CascadeManager): overrides", "pop_blocks_for_free, which is gone"],
-            id="an overridden method is gone",
-        ),
-        pytest.param(
-            "v1/attention/backend.py",
-            "seq_lens_cpu_upper_bound",
-            "seq_lens_bound",
-            ["builder.py: reads", "CommonAttentionMetadata.seq_lens_cpu_upper_bound", "gone"],
-            id="a field is gone",
-        ),
-        pytest.param(
-            "v1/kv_cache_spec_registry.py",
-            "def _ensure_registered",
-            "def _fill",
-            ["plugin.py: looks up", "KVCacheSpecRegistry._ensure_registered, which is gone"],
-            id="what is looked up on an import is gone",
-        ),
-        pytest.param(
-            "v1/worker/utils.py",
-            "def customize_attention_spec(",
-            "def customize_attention_spec(layer, ",
-            ["expected (backend, spec), found (layer, backend, spec)"],
-            id="a hook is called otherwise",
-        ),
-        pytest.param(
-            "plugins/__init__.py",
-            "vllm.stat_logger_plugins",
-            "vllm.loggers",
-            ["pyproject.toml: relies on", "found 'vllm.loggers'"],
-            id="an entry point has another name",
-        ),
-        pytest.param(
-            "v1/attention/selector.py",
-            "",
-            None,
-            ["selection.py: imports vllm.v1.attention.selector.AttentionSelectorConfig", "gone"],
-            id="a module is gone",
-        ),
-    ],
-)
-def test_what_moved_is_named(
-    tmp_path: Path, file: str, old: str, new: str | None, said: list[str]
-) -> None:
-    found = messages(moved(tmp_path, file, old, new))
-    assert any(all(part in line for part in said) for line in found), found
+# What happened -> file, old and new text, and parts of the line that names it.
+MOVES: dict[str, tuple[str, str, str | None, list[str]]] = {
+    "a patched function is renamed": (
+        "config/model.py",
+        "def _get_and_verify_max_len(",
+        "def _verify_max_len(",
+        [
+            "patches/long_max_model_len.py: replaces vllm.config.model._get_and_verify_max_len",
+            "gone",
+        ],
+    ),
+    "a patched function has another signature": (
+        "model_executor/model_loader/base_loader.py",
+        'model_config: ModelConfig, prefix: str = ""',
+        "model_config: ModelConfig, device: str",
+        [
+            "patches/rope_at_logical_place.py",
+            "expected (self, vllm_config, model_config, prefix='')",
+            "found (self, vllm_config, model_config, device)",
+        ],
+    ),
+    "an overridden method has another parameter": (
+        MANAGERS,
+        "apply_admission_cap: bool = False",
+        "admission_cap: bool = False",
+        ["manager.py (CascadeManager): overrides", "get_num_blocks_to_allocate", "now it is"],
+    ),
+    "an overridden method is gone": (
+        MANAGERS,
+        "def pop_blocks_for_free",
+        "def take_blocks_for_free",
+        ["manager.py (CascadeManager): overrides", "pop_blocks_for_free, which is gone"],
+    ),
+    "a field is gone": (
+        "v1/attention/backend.py",
+        "seq_lens_cpu_upper_bound",
+        "seq_lens_bound",
+        ["builder.py: reads", "CommonAttentionMetadata.seq_lens_cpu_upper_bound", "gone"],
+    ),
+    "what is looked up on an import is gone": (
+        "v1/kv_cache_spec_registry.py",
+        "def _ensure_registered",
+        "def _fill",
+        ["plugin.py: looks up", "KVCacheSpecRegistry._ensure_registered, which is gone"],
+    ),
+    "a hook is called otherwise": (
+        "v1/worker/utils.py",
+        "def customize_attention_spec(",
+        "def customize_attention_spec(layer, ",
+        ["expected (backend, spec), found (layer, backend, spec)"],
+    ),
+    "an entry point has another name": (
+        "plugins/__init__.py",
+        "vllm.stat_logger_plugins",
+        "vllm.loggers",
+        ["pyproject.toml: relies on", "found 'vllm.loggers'"],
+    ),
+    "a module is gone": (
+        "v1/attention/selector.py",
+        "",
+        None,
+        ["selection.py: imports vllm.v1.attention.selector.AttentionSelectorConfig", "gone"],
+    ),
+}
 
 
-def test_where_a_moved_function_went_is_named(tmp_path: Path) -> None:
-    root = moved(tmp_path, MANAGERS, "class CircularBufferManager", "class RingManager")
+def test_what_moved_is_named(tmp_path: Path) -> None:
+    """All moves in one vLLM: each has its own line."""
+    found = messages(moved(tmp_path, *(move for *move, _ in MOVES.values())))
+    silent = [
+        name
+        for name, (*_, said) in MOVES.items()
+        if not any(all(part in line for part in said) for line in found)
+    ]
+    assert not silent, found
+
+
+def test_where_a_base_class_went_is_named(tmp_path: Path) -> None:
+    root = moved(tmp_path, (MANAGERS, "class CircularBufferManager", "class RingManager"))
     (root / "vllm" / "rings.py").write_text("class CircularBufferManager: ...")
-    assert any("defined in vllm.rings" in line for line in messages(root))
+    module = f"vllm.{MANAGERS[:-3].replace('/', '.')}"
+    (line,) = (line for line in messages(root) if "kv_cache/manager.py: imports" in line)
+    assert f"imports {module}.CircularBufferManager, which is gone" in line
+    assert "defined in vllm.rings" in line
 
 
 def test_all_that_the_plugin_replaces_in_vllms_classes_is_listed() -> None:
@@ -216,7 +207,8 @@ def check(path: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_tells_by_its_exit_code(tmp_path: Path) -> None:
     (tmp_path / "moved").mkdir()
-    root = moved(tmp_path / "moved", "config/model.py", "def _get_and_verify_max_len(", "def f(")
+    renamed = ("config/model.py", "def _get_and_verify_max_len(", "def f(")
+    root = moved(tmp_path / "moved", renamed)
     failed = check(root)
     assert failed.returncode == 1 and "MOVED patches/long_max_model_len.py" in failed.stdout
     nothing = check(tmp_path)
