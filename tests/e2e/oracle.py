@@ -71,6 +71,7 @@ def check_past_reach(
 
     model = model or Llama.from_folder(folder, torch.float64)
     run = model.run(tokens, CascadeParameters.like(config), forced=kept, ropes=ropes)
+    times = min(4, num_tokens // REACH)
     assert len(kept) > 6 * times
     assert run.comparison.windows > 25 * times * model.config.num_hidden_layers
     assert not run.comparison.unexplained

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from e2e.oracle import check_four_times_past_reach
+from e2e.oracle import check_past_reach
 from e2e.support import cascade_manager_of, core_of, engine, impls_of, poisoned
 from e2e.test_hybrid import Answer, assert_same, generate
 from e2e.tiny import prompt_without_ties, random_prompt, save_lfm2, save_nemotron_h
@@ -63,7 +63,7 @@ def test_past_the_reach_as_the_oracle(tmp_path: Path, policy: str, block_size: i
     save_lfm2(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     model = Lfm2(json.loads((tmp_path / "config.json").read_text()), tensors)
-    check_four_times_past_reach(
+    check_past_reach(
         policy,
         lambda num_tokens: prompt_without_ties(num_tokens, seed=1),
         str(tmp_path),
