@@ -60,7 +60,7 @@ test-kernels: $(SETUP) ## GPU kernels through Triton's interpreter
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/kernels
 
 test-mutations: $(SETUP) ## break the code in one place at a time: a named test goes red
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py $(MUTATIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py $(MUTATIONS)
 
 test-e2e: $(SETUP) $(MODEL) ## end to end, real engines, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/e2e

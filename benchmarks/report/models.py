@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from e2e.tiny import SMALL
+
 OUTCOMES = SERVED, REFUSED, NOT_BUILT = "served", "refused", "not built"
 KINDS = ["sliding_attention", "full_attention"] * 2
 EXPERTS = {
@@ -42,18 +44,11 @@ WITH_EXPERTS = re.compile(
     r"|Longcat|Afmoe|AXK1|Olmoe|Jamba|Dbrx|MistralLarge|Qwen3Next"
 )
 MIXED = {"sliding_window": 512, "layer_types": KINDS}
-SMALL = {
-    "vocab_size": 256,
+WIDER = {
+    **SMALL,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
     "torch_dtype": "float32",
 }
 ABSENT = object()
@@ -119,7 +114,7 @@ MIMO_V2 = {
     "sliding_window": 512,
     "v_head_dim": 16,
 }
-# Architecture -> what its config.json has beside `SMALL` and, where it has some, `EXPERTS`.
+# Architecture -> what its config.json has beside `WIDER` and, where it has some, `EXPERTS`.
 FIELDS: dict[str, dict[str, Any]] = {
     "AfmoeForCausalLM": {
         **MIXED,
@@ -332,7 +327,7 @@ def config_of(name: str) -> dict[str, Any]:
             types.setdefault(each, model_type)
     experts = EXPERTS if WITH_EXPERTS.search(name) else {}
     known = {"architectures": [name], "model_type": types.get(name, "llama")}
-    config = SMALL | experts | known | FIELDS.get(name, {})
+    config = WIDER | experts | known | FIELDS.get(name, {})
     return {field: value for field, value in config.items() if value is not ABSENT}
 
 

@@ -13,13 +13,8 @@ from dataclasses import replace
 import torch
 import triton
 
-from vllm_cascade.kernels.merge.groups import (
-    PROGRAMS_PER_SM,
-    LaunchConfig,
-    launch_config,
-    make_scratch,
-    merge_groups,
-)
+from vllm_cascade.kernels.merge.groups import make_scratch, merge_groups
+from vllm_cascade.kernels.merge.launch_config import PROGRAMS_PER_SM, LaunchConfig, launch_config
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.segments import Merges
 from vllm_cascade.kernels.weights import Weights

@@ -50,3 +50,14 @@ def kernels_are_replaced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(platform, name, staticmethod(functools.cache(getattr(platform, name))))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ranks_are_counted_as_they_are() -> Iterator[None]:
+    """vLLM compiles what counts a token's rank, in each process that is asked for probabilities."""
+    from vllm.v1.sample import sampler
+
+    with pytest.MonkeyPatch.context() as patch:
+        count = sampler.batched_count_greater_than.__wrapped__
+        patch.setattr(sampler, "batched_count_greater_than", count)
+        yield

@@ -50,10 +50,13 @@ class Context:
 
 def _prepared(target: Callable[..., None], *args: Any) -> None:
     from vllm.model_executor.models import registry
+    from vllm.v1.sample import sampler
 
     # What has been imported is no garbage, and need not be searched.
     gc.freeze()
+    # As in conftest.py.
     registry._run_in_subprocess = lambda ask: ask()
+    sampler.batched_count_greater_than = sampler.batched_count_greater_than.__wrapped__
     target(*args)
 
 
@@ -90,16 +93,17 @@ class Fork:
         self._process.terminate()
 
 
-def run(command: list[str], log: Path, seconds: float, **environment: str) -> int:
+def run(command: list[str], log: Path, seconds: float, **environment: str | None) -> int:
     """The exit status of a command, which `seconds` are enough for.
 
     Args:
         command: As of `Fork`.
         log: For what all its processes print.
         seconds: After which it is killed.
-        environment: Variables beside those of this process.
+        environment: Variables beside those of this process, or None for one to leave out.
     """
-    return Fork(command, log, {**os.environ, **environment}).wait(seconds)
+    given = {name: value for name, value in {**os.environ, **environment}.items() if value}
+    return Fork(command, log, given).wait(seconds)
 
 
 def run_benchmark(log: Path, program: str, *arguments: str) -> tuple[int, str]:

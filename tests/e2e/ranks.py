@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from e2e import forks
-from e2e.servers import Server
+from e2e.servers import SMALL_POOL, Server
 
 SECONDS = 420
 # Two ranks add in another order than one. Of logits below 16 in float32 that is some 1e-5.
@@ -114,11 +114,15 @@ def play(
         "seed": 0,
         "worker_extension_cls": "vllm_cascade.trace.WorkerExtension",
     }
-    environment = {
+    environment: dict[str, str | None] = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # Ray would show a line that several ranks log once only.
         "RAY_DEDUP_LOGS": "0",
     }
+    if forked:
+        # Of the size that the variable asks for a pool takes a second to be made.
+        environment["VLLM_CPU_KVCACHE_SPACE"] = None
+        options.setdefault("kv_cache_memory_bytes", SMALL_POOL)
     if forked or not any(name.endswith("_parallel_size") for name in options):
         # One rank needs no process of its own.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -152,15 +156,16 @@ def play(
     )
 
 
-def run_script(command: list[str], log: Path, seconds: float, **environment: str) -> int:
+def run_script(command: list[str], log: Path, seconds: float, **environment: str | None) -> int:
     """As `forks.run`, in a process of its own."""
+    given = {name: value for name, value in {**os.environ, **environment}.items() if value}
     with log.open("w") as stream:
         return subprocess.run(
             [sys.executable, *command],
             stdout=stream,
             stderr=subprocess.STDOUT,
             timeout=seconds,
-            env=os.environ | environment,
+            env=given,
         ).returncode
 
 

@@ -18,6 +18,8 @@ import openai
 from e2e.forks import Fork
 
 START_SECONDS = 480
+# Bytes of keys and values that are enough for models of `tiny.py`.
+SMALL_POOL = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ def serve(folder: Path, model: str, *flags: str, forked: bool = False) -> Iterat
         folder: For its log.
         model: Folder of the model.
         flags: Of `vllm serve`, beside `--attention-backend`.
-        forked: Whether all its processes are forks, which import nothing and load no plugin.
+        forked: Whether all its processes are forks, which import nothing and load no plugin; of a
+            tiny model.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -69,7 +72,10 @@ def serve(folder: Path, model: str, *flags: str, forked: bool = False) -> Iterat
     ]
     log = folder / "log"
     if forked:
-        process: subprocess.Popen | Fork = Fork(command, log, dict(os.environ))
+        # The variable would overrule the option.
+        environment = {k: v for k, v in os.environ.items() if k != "VLLM_CPU_KVCACHE_SPACE"}
+        command.append(f"--kv-cache-memory-bytes={SMALL_POOL}")
+        process: subprocess.Popen | Fork = Fork(command, log, environment)
     else:
         with log.open("w") as stream:
             process = subprocess.Popen(

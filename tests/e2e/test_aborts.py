@@ -109,6 +109,6 @@ def check(model: str, cycles: int, seed: int) -> None:
     went_on = [output.num_cached_tokens for _, output in client.finished]
     assert sum(count > 0 for count in went_on) > cycles // 4 and max(went_on) > 400
     with start(model, enable_prefix_caching=False) as llm:
-        for prompt, output in client.finished:
-            max_tokens = len(output.outputs[0].token_ids)
-            check_alike([output], run(llm, [prompt], max_tokens))
+        prompts, outputs = zip(*client.finished, strict=True)
+        lengths = [len(output.outputs[0].token_ids) for output in outputs]
+        check_alike(list(outputs), run(llm, list(prompts), lengths))

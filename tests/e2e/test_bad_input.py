@@ -1,4 +1,4 @@
-"""What no client should send: vLLM's ordinary 400 that names the cause, and the server stays up."""
+"""Finds alone: a request that no client should send, which is served, or which ends the server."""
 
 from __future__ import annotations
 

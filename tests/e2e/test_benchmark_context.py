@@ -1,4 +1,4 @@
-"""The benchmark by context length, run whole on a CPU."""
+"""Finds alone: that the benchmark by context length does not run, or counts blocks wrongly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request that begins with all tokens of a finished one goes on in its blocks, as computed alone.
+"""Finds alone: a request that goes on in a finished one's blocks, and not as computed alone.
 
 A random model of three layers, requests of several times the budget.
 """

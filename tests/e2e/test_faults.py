@@ -1,4 +1,4 @@
-"""A worker that is killed while clients are served."""
+"""Finds alone: a client that waits, or a process that stays, when a worker is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CASCADE beside vLLM's own attention: models with sliding windows, with experts, with sink logits.
+"""Finds alone: layers of CASCADE and of vLLM that disturb each other in one model.
 
 Random models of a few layers; whatever is not CASCADE's is compared with vLLM's own backend.
 """

@@ -1,4 +1,4 @@
-"""`vllm-cascade inspect` with a real model: a text of four times the budget."""
+"""Finds alone: that `vllm-cascade inspect` shows something else than what a real model keeps."""
 
 from __future__ import annotations
 

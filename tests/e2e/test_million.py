@@ -1,4 +1,4 @@
-"""The benchmark of a million tokens, at a size for a CPU: its checks hold there too."""
+"""Finds alone: that the benchmark of a million tokens does not run, or holds more than planned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two ranks answer and keep what one does: their heads, their layers, or their requests apart."""
+"""Finds alone: two ranks that answer or keep what one does not: of heads, layers or requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak at a size for a CPU, and that each of its conditions can fail."""
+"""Finds alone: what random load leaves behind, and a condition of the soak that cannot fail."""
 
 from __future__ import annotations
 

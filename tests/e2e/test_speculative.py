@@ -114,6 +114,20 @@ class Counts:
         monkeypatch.setattr(scheduler, "make_spec_decoding_stats", make_spec_decoding_stats)
 
 
+def preempt_at(llm: Any, steps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an engine preempt all that runs before the steps of these numbers."""
+    step, number = llm.llm_engine.step, 0
+
+    def stepped() -> Any:
+        nonlocal number
+        number += 1
+        if number in steps:
+            llm.reset_prefix_cache(reset_running_requests=True)
+        return step()
+
+    monkeypatch.setattr(llm.llm_engine, "step", stepped)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"), **MODEL)
@@ -134,17 +148,7 @@ def test_every_distance_from_a_boundary(
     with engine(CASCADE, model, speculative_config=NGRAM, **OPTIONS) as llm:
         counts = Counts(llm, monkeypatch)
         monkeypatch.setattr(runner_of(llm).drafter, "propose", Drafter(answers).propose)
-        if preempt:
-            step, steps = llm.llm_engine.step, 0
-
-            def stepped() -> Any:
-                nonlocal steps
-                steps += 1
-                if steps in (20, 45):
-                    llm.reset_prefix_cache(reset_running_requests=True)
-                return step()
-
-            monkeypatch.setattr(llm.llm_engine, "step", stepped)
+        preempt_at(llm, (20, 45) if preempt else (), monkeypatch)
         with poisoned(llm):
             found = run(llm, PROMPTS)
         manager = cascade_manager_of(llm)

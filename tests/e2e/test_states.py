@@ -1,4 +1,4 @@
-"""Models with states: CASCADE attends, vLLM keeps states, and several blocks lie in one of vLLM's.
+"""Finds alone: layers with states beside CASCADE, several of its blocks in one of vLLM's.
 
 Random models of a few layers, of a convolution or of Mamba-2 beside full attention.
 """

@@ -1,4 +1,4 @@
-"""The benchmark of perplexity along a text, short and on a CPU."""
+"""Finds alone: a whole real model that attends to noise, long past its budget."""
 
 from __future__ import annotations
 

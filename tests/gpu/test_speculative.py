@@ -21,6 +21,7 @@ from e2e.test_speculative import (
     PROMPTS,
     Counts,
     Drafter,
+    preempt_at,
     run,
     tokens_of,
 )
@@ -138,15 +139,6 @@ def test_vllms_own_drafter(model: str, monkeypatch: pytest.MonkeyPatch, runner: 
     how = GRAPHS if runner == "v2" else MODES["compiled"]
     with engine(CASCADE, model, speculative_config=speculative, **{**OPTIONS, **how}) as llm:
         assert type(core_of(llm).scheduler).__name__.startswith("Async")
-        step, steps = llm.llm_engine.step, 0
-
-        def stepped() -> Any:
-            nonlocal steps
-            steps += 1
-            if steps in (30, 80):
-                llm.reset_prefix_cache(reset_running_requests=True)
-            return step()
-
-        monkeypatch.setattr(llm.llm_engine, "step", stepped)
+        preempt_at(llm, (15, 30), monkeypatch)
         found = [tokens_of(each) for each in run(llm, prompts)]
     assert found == expected

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+# Files of the kernels whose tiles are larger in all others.
+PREFILL = ("test_scored_prefill", "test_prepared_prefill")
+
 if not torch.cuda.is_available():
     # Read when triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -49,7 +52,7 @@ def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
     Only where prefill's preparation and scores are not themselves what is tested.
     """
-    if not torch.cuda.is_available() and request.path.stem != "test_scored_prefill":
+    if not torch.cuda.is_available() and request.path.stem not in PREFILL:
         from vllm_cascade.kernels.prefill import scores, workspace
 
         large = scores.ScoreConfig(128, scores.MAX_COLUMNS, 4, 1, key_in_registers=False)
