@@ -211,10 +211,17 @@ MUTATIONS = [
     ),
     Mutation(
         "a scale of values that decode forgets",
-        "kernels/decode/attend.py",
+        "kernels/decode/split.py",
         "        attended *= load_scale(value_scale_ptr, kv_head, value_scale_stride)\n",
         "        pass\n",
         "tests/kernels/test_fp8.py::test_a_prompt_may_be_cut_anywhere",
+    ),
+    Mutation(
+        "a token that sees the drafts behind it",
+        "kernels/decode/split.py",
+        "            seen = valid[None, :] & (key_place[None, :] <= own_place[:, None])\n",
+        "            seen = valid[None, :] & (own_place[:, None] >= 0)\n",
+        "tests/kernels/test_paged_decode.py::test_tokens_with_drafts_load_keys_together",
     ),
     Mutation(
         "padding rows that keep another request's values",

@@ -119,7 +119,8 @@ def launches(case: Case, tiny: bool) -> Iterator[tuple[str, object, torch.dtype,
     """Name, launch, dtype of the rotary table and whether to score, of every variant."""
     from vllm_cascade.kernels.decode.attend import launch_config
 
-    base = launch_config(case.num_rows, NUM_KV_HEADS, HEAD_SIZE, case.num_keys, 2, True)
+    element_size = case.pages.kv.element_size()
+    base = launch_config(case.num_rows, NUM_KV_HEADS, HEAD_SIZE, case.num_keys, element_size, True)
     coarse = replace(base, by_place=True)
     half = torch.float16 if tiny else torch.bfloat16
     yield "default", base, torch.float32, True
