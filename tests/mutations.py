@@ -172,8 +172,8 @@ MUTATIONS = [
     Mutation(
         "a page that ends with its keys and values where scores follow them",
         "vllm_cascade/kv_cache/spec.py",
-        "padded = spec.unpadded_page_size_bytes + tail if tail else None",
-        "padded = None",
+        "            padded = spec.unpadded_page_size_bytes + tail\n",
+        "            padded = None\n",
         "tests/unit/test_spec.py::test_a_page_is_vllms_own_unless_something_is_behind_it",
     ),
     Mutation(
