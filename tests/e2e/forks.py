@@ -144,6 +144,8 @@ def _fork_all_others() -> None:
 
     # It finds the title's place by an environment that is still where it was.
     setproctitle.getproctitle()
+    # A signal to the fork of a process with asyncio's handlers would count as one to that process.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     fork = multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda _=None: fork
     subprocess.Popen = _Popen
