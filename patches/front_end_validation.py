@@ -19,6 +19,7 @@ def install() -> None:
     def create_engine_config(self: Any, usage_context: Any = None, headless: bool = False) -> Any:
         from vllm_cascade.patches.long_max_model_len import cascade_selected
         from vllm_cascade.structure.config import ConfigError
+        from vllm_cascade.support.drafts import bound_drafter
         from vllm_cascade.support.hybrid import delegate_windows
         from vllm_cascade.support.selection import selects_cascade
         from vllm_cascade.support.states import leave_states
@@ -39,6 +40,7 @@ def install() -> None:
             raise
         delegate_windows(vllm_config)
         leave_states(vllm_config)
+        bound_drafter(vllm_config)
         return vllm_config
 
     EngineArgs.create_engine_config = create_engine_config

@@ -8,6 +8,7 @@ LAYER = "tests/unit/test_cpu_layer.py"
 CONFIG = "tests/unit/test_config.py"
 STATES = "tests/e2e/test_states.py::test_under_the_budget_as_vllm[nemotron_h]"
 SHARED = "tests/e2e/test_shared_prefix.py"
+DRAFTERS = "tests/e2e/test_drafters.py"
 BUILT = "tests/unit/test_built_model.py"
 TRIED = "tests/unit/test_transformers_rope.py"
 
@@ -332,9 +333,30 @@ MUTATIONS = [
     Mutation(
         "a draft that takes a boundary's token",
         "vllm_cascade/structure/layout.py",
-        "len(self.epochs) else end - 1",
-        "len(self.epochs) else end",
+        "self.config.max_model_len else end - 1",
+        "self.config.max_model_len else end",
         "tests/e2e/test_speculative.py::test_every_distance_from_a_boundary[in order]",
+    ),
+    Mutation(
+        "a drafter that merges before its model does",
+        "vllm_cascade/attention/cpu_step.py",
+        "segment.end <= end - num_ahead",
+        "segment.end <= end",
+        f"{DRAFTERS}::test_the_model_itself_is_always_right[in order-fixed]",
+    ),
+    Mutation(
+        "a drafter that passes a boundary before its model does",
+        "vllm_cascade/attention/builder.py",
+        "seq_lens = np.minimum(seq_lens, ends)",
+        "pass",
+        f"{DRAFTERS}::test_the_model_itself_is_always_right[in order-fixed]",
+    ),
+    Mutation(
+        "a drafter that takes the sampled token for one of the model's",
+        "vllm_cascade/attention/builder.py",
+        "num_ahead = draft_index + self._num_sampled",
+        "num_ahead = draft_index",
+        f"{DRAFTERS}::test_the_model_itself_is_always_right[in order-fixed]",
     ),
     Mutation(
         "drafts behind an answer's last token counted among what is remembered of it",

@@ -198,6 +198,14 @@ def test_a_boundarys_token_is_computed_alone(config: CascadeConfig, seed: int, u
 
 @given(every_structure())
 @quick
+def test_each_token_lies_before_the_end_of_its_epoch(config: CascadeConfig) -> None:
+    layout = build_layout(config)
+    for token in range(config.max_model_len):
+        assert layout.end_after(token) == layout.epochs[layout.epoch_of(token)].end
+
+
+@given(every_structure())
+@quick
 def test_boundaries_before_counts_grid_points(config: CascadeConfig) -> None:
     layout, passed = build_layout(config), 0
     for n in range(config.max_model_len + 1):

@@ -13,6 +13,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm_cascade.structure.config import ConfigError
 from vllm_cascade.support import resolved
 from vllm_cascade.support import validate as validation
+from vllm_cascade.support.drafts import bound_drafter
 from vllm_cascade.support.hybrid import delegate_windows
 from vllm_cascade.support.selection import check_selection, selects_cascade
 from vllm_cascade.support.unsupported import UnsupportedError
@@ -102,8 +103,16 @@ SPOILT = [
     ({"parallel_config.decode_context_parallel_size": 2}, "Leave out --decode-context-parallel"),
     ({"parallel_config.prefill_context_parallel_size": 2}, "Leave out --prefill-context-parallel"),
     (
-        {"speculative_config": SimpleNamespace(method="eagle3")},
-        "method 'eagle3': .* KV cache of their own.* method \"ngram\".*--speculative-config",
+        {
+            "speculative_config": SimpleNamespace(
+                method="eagle3", attention_backend=SimpleNamespace(name="CPU_ATTN")
+            )
+        },
+        "a drafter with attention backend CPU_ATTN.*Leave attention_backend out",
+    ),
+    (
+        MIXED | {"speculative_config": SimpleNamespace(method="mtp")},
+        "method 'mtp' for a model with sliding-window layers.*method \"ngram\"",
     ),
     ({"speculative_config": SimpleNamespace(method="medusa")}, "'medusa': nobody has tried"),
     (
@@ -160,6 +169,11 @@ def spoil(vllm_config, path, value):
             (8, 6),
             r"'fp8' on a GPU of compute capability 8\.6: .*8\.9.*--kv-cache-dtype auto",
         ),
+        (
+            {"speculative_config": SimpleNamespace(method="eagle3", attention_backend=None)},
+            (9, 0),
+            "method 'eagle3' on a GPU: .* KV cache of their own.* method \"ngram\".*leave out",
+        ),
         ({"head_size": 72}, (9, 0), "head size 72 on a GPU.*64, 80, 96, 128, 256"),
         ({"cache_config.block_size": 256}, (9, 0), "block size 256 .*--block-size"),
         (
@@ -210,6 +224,30 @@ def test_drafts_from_the_text_are_served(served, method, policy):
     served.speculative_config = SimpleNamespace(method=method)
     served.additional_config = {"cascade": {"policy": policy}}
     validate(served)
+
+
+@pytest.mark.parametrize("backend", [None, SimpleNamespace(name="CASCADE")])
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3", "mtp"])
+def test_drafters_with_a_cache_are_bounded(served, method, backend):
+    served.speculative_config = SimpleNamespace(
+        method=method,
+        attention_backend=backend,
+        draft_model_config=SimpleNamespace(max_model_len=512),
+    )
+    validate(served)
+    bound_drafter(served)
+    assert served.speculative_config.attention_backend.name == "CASCADE"
+    draft_model = served.speculative_config.draft_model_config
+    assert draft_model.max_model_len == served.model_config.max_model_len
+
+
+def test_a_drafter_of_another_backend_is_left_alone(served):
+    served.attention_config.backend = SimpleNamespace(name="CPU_ATTN")
+    served.additional_config = {}
+    served.speculative_config = SimpleNamespace(method="eagle3", attention_backend=None)
+    validate(served)
+    bound_drafter(served)
+    assert served.speculative_config.attention_backend is None
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -15,6 +17,7 @@ from vllm_cascade.attention import trace
 from vllm_cascade.attention.cpu_step import CascadeMetadata, plan_step
 from vllm_cascade.kv_cache.spec import CascadeSpec
 from vllm_cascade.structure.layout import build_layout
+from vllm_cascade.support.drafts import WITH_SAMPLED
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -59,6 +62,9 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
                     "loaded by a loader that does not call BaseModelLoader.load_model. Start "
                     "vLLM with --load-format auto"
                 )
+        speculative = vllm_config.speculative_config
+        with_sampled = speculative is not None and speculative.method in WITH_SAMPLED
+        self._num_sampled = int(with_sampled)
         self.planner = None
         if device.type != "cpu":
             from vllm_cascade.attention.gpu_step import Planner
@@ -92,14 +98,43 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
             return self._build_on_device(self.planner, common_attn_metadata)
         num_reqs = common_attn_metadata.num_reqs
         seq_lens = common_attn_metadata.seq_lens[:num_reqs].numpy()
-        block_table = common_attn_metadata.block_table_tensor[:num_reqs].numpy()
         if self.seen is not None:
+            block_table = common_attn_metadata.block_table_tensor[:num_reqs].numpy()
             self.seen.note(block_table, seq_lens)
+        return self._plan(common_attn_metadata, seq_lens)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> CascadeMetadata:
+        """Cut a drafter's batch into waves: first what the model has computed, then each draft.
+
+        Drafts do not pass the next boundary, which the model has yet to come to. Those at it and
+        behind it are written to the boundary's place, for the model will not be given them.
+
+        Args:
+            common_attn_metadata: vLLM's description of the drafter's batch.
+            draft_index: 0 for what the model has computed, else the number of a draft, with one
+                token of each request.
+
+        Returns:
+            The step, for `CpuLayer`.
+        """
+        seq_lens = common_attn_metadata.seq_lens[: common_attn_metadata.num_reqs].numpy()
+        num_ahead = draft_index + self._num_sampled
+        if draft_index:
+            ends = [self.layout.end_after(token) for token in (seq_lens - num_ahead).tolist()]
+            seq_lens = np.minimum(seq_lens, ends)
+        return self._plan(common_attn_metadata, seq_lens, num_ahead)
+
+    def _plan(
+        self, step: CommonAttentionMetadata, seq_lens: npt.NDArray[Any], num_ahead: int = 0
+    ) -> CascadeMetadata:
         return plan_step(
             self.layout,
-            common_attn_metadata.query_start_loc_cpu[: num_reqs + 1].numpy(),
+            step.query_start_loc_cpu[: step.num_reqs + 1].numpy(),
             seq_lens,
-            block_table,
+            step.block_table_tensor[: step.num_reqs].numpy(),
+            num_ahead,
         )
 
     def _build_on_device(self, planner: Planner, step: CommonAttentionMetadata) -> GpuMetadata:

@@ -71,7 +71,9 @@ class _Draft:
     groups: list[Ints] = field(default_factory=list)
     held: list[Ints] = field(default_factory=list)
 
-    def add(self, layout: Layout, segment: Segment, first_row: int, row_blocks: Ints) -> None:
+    def add(
+        self, layout: Layout, segment: Segment, first_row: int, row_blocks: Ints, merges: bool
+    ) -> None:
         """Add one request's segment; its tokens have the rows of the batch from `first_row` on."""
         config, epoch = layout.config, layout.epochs[segment.epoch]
         tokens = np.arange(segment.start, segment.end)
@@ -102,7 +104,7 @@ class _Draft:
                     weights=torch.from_numpy(weights.astype(np.float32)),
                 )
             )
-        if segment.merges and len(epoch.groups):
+        if merges and len(epoch.groups):
             self.groups.append(row_blocks[epoch.groups])
             self.held.append(blocks)
 
@@ -139,6 +141,7 @@ def plan_step(
     query_start_loc: Ints,
     seq_lens: Ints,
     block_table: npt.NDArray[np.int32],
+    num_ahead: int = 0,
 ) -> CascadeMetadata:
     """Cut one step's batch into waves.
 
@@ -147,6 +150,8 @@ def plan_step(
         query_start_loc: [num_requests + 1] integers, first row of each request in the batch.
         seq_lens: [num_requests] integers, tokens of each request once the step is done.
         block_table: [num_requests, width] int32 block ids of each request's block-table row.
+        num_ahead: Last tokens of each request that a drafter computes ahead of the model. They are
+            computed again, and merge nothing until then.
 
     Returns:
         The step; without waves if the batch has no tokens.
@@ -162,7 +167,8 @@ def plan_step(
             if number == len(drafts):
                 drafts.append(_Draft())
             row = first_row + segment.start - (end - length)
-            drafts[number].add(layout, segment, row, row_blocks)
+            merges = segment.merges and segment.end <= end - num_ahead
+            drafts[number].add(layout, segment, row, row_blocks, merges)
     return CascadeMetadata([draft.wave(layout.config.block_size) for draft in drafts])
 
 

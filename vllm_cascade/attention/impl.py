@@ -19,6 +19,7 @@ from vllm_cascade.attention.trace import Seen
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.support import unsupported
+from vllm_cascade.support.drafts import is_drafters
 from vllm_cascade.support.resolved import resolve_options
 from vllm_cascade.support.unsupported import UnsupportedError
 
@@ -67,7 +68,10 @@ class CascadeImpl(AttentionImpl[Any]):
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
             **extra,
         )
-        CascadeImpl._vllm_config = get_current_vllm_config()
+        vllm_config = get_current_vllm_config()
+        if not is_drafters(vllm_config):
+            # A drafter is loaded after its model, and keeps what the model keeps.
+            CascadeImpl._vllm_config = vllm_config
         CascadeImpl._alive.add(self)
         self.config = self.resolve_config()
         self.num_heads = num_heads

@@ -135,6 +135,11 @@ class Layout:
         after_first = (token - self.epochs[0].end) // self.config.stride + 1
         return min(max(0, after_first), len(self.epochs) - 1)
 
+    def end_after(self, token: int) -> int:
+        """Find the end of the epoch in which `token` is computed: one past its last token."""
+        end = self.epochs[0].end + self.epoch_of(token) * self.config.stride
+        return min(end, self.config.max_model_len)
+
     def boundaries_before(self, num_tokens: int) -> int:
         """Count the grid points that `num_tokens` computed tokens have passed.
 
@@ -156,10 +161,9 @@ class Layout:
         Returns:
             Tokens, at least 1.
         """
-        epoch = self.epoch_of(least)
-        end = min(self.epochs[0].end + epoch * self.config.stride, self.config.max_model_len)
+        end = self.end_after(least)
         # Nothing merges at the end of the longest request.
-        last = end if epoch + 1 == len(self.epochs) else end - 1
+        last = end if end == self.config.max_model_len else end - 1
         return max(1, last - most)
 
     def held(self, num_tokens: int) -> tuple[Entries, int]:

@@ -7,6 +7,7 @@ from typing import Any
 from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.support import hybrid, states, unsupported
+from vllm_cascade.support.drafts import check_drafts
 from vllm_cascade.support.names import BACKEND_NAME, log_of
 from vllm_cascade.support.resolved import position_limit, resolve_options
 from vllm_cascade.support.selection import check_kinds, check_selection, layer_of, selects_cascade
@@ -25,9 +26,6 @@ GPU_MAX_WINDOW = 1024
 # The GPU keeps a row entry for each block and each stride: some 4 GiB with the default budget.
 GPU_MAX_STRIDES = 1 << 21
 VALUE_SIZES = ("v_head_dim", "v_channels")
-# Methods whose drafters have no KV cache of their own: those that work, and those to be looked at.
-SPECULATIVE_METHODS = ("ngram", "ngram_gpu")
-UNTRIED_METHODS = ("suffix", "medusa", "mlp_speculator", "custom_class")
 SHARED_KV = ("num_kv_shared_layers", "use_cla")
 
 
@@ -69,7 +67,7 @@ def validate(vllm_config: Any) -> None:
         check(vllm_config)
     config = resolve_options(vllm_config)
     _copies_of_heads(vllm_config, config)
-    _drafts(vllm_config, config)
+    check_drafts(vllm_config, config)
     check_selection(AttentionBackendEnum[BACKEND_NAME].get_class(), layer_of(vllm_config))
     log_prefix_caching(vllm_config)
     log_blend(vllm_config)
@@ -265,36 +263,6 @@ def _kv_dtype(vllm_config: Any) -> None:
             f"({', '.join(cache.kv_cache_dtype_skip_layers)})",
             "the blocks of all its layers are of one size",
             "Leave out --kv-cache-dtype-skip-layers",
-        )
-
-
-def _drafts(vllm_config: Any, config: CascadeConfig) -> None:
-    """Refuse speculative decoding whose drafts the cache could not take back, or not bound."""
-    if vllm_config.speculative_config is None:
-        return
-    method = vllm_config.speculative_config.method
-    if states.has_states(vllm_config.model_config):
-        raise UnsupportedError(
-            "speculative decoding of a model with state-space, linear-attention or convolution "
-            "layers",
-            "it has not been made for states that drafts have changed",
-            "Leave out --speculative-config",
-        )
-    if config.needs_scores:
-        raise UnsupportedError(
-            f"speculative decoding with policy {config.policy!r}",
-            "a draft that is rejected would leave its attention scores behind",
-            "Leave out --speculative-config, or use a policy without attention scores",
-        )
-    if method not in SPECULATIVE_METHODS:
-        why = "its drafter's layers have a KV cache of their own, which is not bounded yet"
-        if method in UNTRIED_METHODS:
-            why = "nobody has tried this drafter with it"
-        raise UnsupportedError(
-            f"speculative decoding by method {method!r}",
-            why,
-            'Use method "ngram" or "ngram_gpu", which draft from the text itself, or leave out '
-            "--speculative-config",
         )
 
 
