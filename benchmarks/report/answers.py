@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from report.models import config_of
+from report.absent import stood_in
+from report.models import ATTRIBUTES, config_of
 
 CASCADE = {
     "cache_tokens": 384,
@@ -67,7 +68,8 @@ def compare(name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_of(name)))
         for cascade in (None, CASCADE):
-            with engine(cascade, folder, **ENGINE) as llm:
+            options = {**ENGINE, "hf_overrides": ATTRIBUTES.get(name, {})}
+            with engine(cascade, folder, **options) as llm:
                 kinds = [type(impl).__name__ for impl in impls_of(llm)]
                 sides.append(generate(llm, prompts))
     pairs = list(zip(*sides, strict=True))
@@ -81,9 +83,15 @@ def main() -> int:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+    from vllm.model_executor.models import registry
 
-    failed = 0
-    with unittest.mock.patch.object(DummyModelLoader, "load_weights", fill):
+    failed, replaced = 0, unittest.mock.patch.object
+    with (
+        replaced(DummyModelLoader, "load_weights", fill),
+        # Another process has no stand-ins.
+        replaced(registry, "_run_in_subprocess", lambda ask: ask()),
+        stood_in(),
+    ):
         for name in sys.argv[1:]:
             try:
                 said = compare(name)

@@ -20,9 +20,11 @@ import unittest.mock
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from e2e.tiny import SMALL
+from report.absent import stood_in
 
 OUTCOMES = SERVED, REFUSED, NOT_BUILT = "served", "refused", "not built"
 KINDS = ["sliding_attention", "full_attention"] * 2
@@ -155,7 +157,15 @@ FIELDS: dict[str, dict[str, Any]] = {
     "Lfm2ForCausalLM": LFM2,
     "Lfm2MoeForCausalLM": {**LFM2, "num_dense_layers": 1},
     "NemotronHForCausalLM": NEMOTRON_H,
+    "NemotronHPuzzleForCausalLM": {"model_type": "nemotron_h", **NEMOTRON_H},
     "OlmoHybridForCausalLM": GATED_DELTA,
+    "Qwen3_5ForCausalLM": {"model_type": "qwen3_5_text", **GATED_DELTA},
+    "Qwen3_5MoeForCausalLM": {
+        "model_type": "qwen3_5_moe_text",
+        **GATED_DELTA,
+        **EXPERTS,
+        "shared_expert_intermediate_size": 64,
+    },
     "Qwen3NextForCausalLM": {
         **GATED_DELTA,
         "decoder_sparse_step": 1,
@@ -173,7 +183,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "MistralLarge3ForCausalLM": {"model_type": "deepseek_v3"},
     "Olmo3ForCausalLM": MIXED,
     "PanguProMoEV2ForCausalLM": {"v_channels": 16},
-    "Param2MoEForCausalLM": {"rope_theta": 1e4, "moe_shared_expert_intermediate_size": 64},
+    "Param2MoEForCausalLM": {"moe_shared_expert_intermediate_size": 64},
     "Plamo3ForCausalLM": {
         **MIXED,
         "interleaved_sliding_window": [512, None] * 2,
@@ -228,6 +238,15 @@ FIELDS: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
     },
 }
+# What a configuration class that comes with the model has, and config.json's own class has not.
+BLOCK = SimpleNamespace(
+    attention=SimpleNamespace(no_op=False, n_heads_in_group=2),
+    ffn=SimpleNamespace(no_op=False, ffn_mult=1.0),
+)
+ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "DeciLMForCausalLM": {"block_configs": [BLOCK] * 4},
+    "Param2MoEForCausalLM": {"rope_theta": 1e4, "rope_scaling": None},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +287,7 @@ def survey(names: list[str]) -> Iterator[Row]:
     from vllm_cascade.plugin import register
 
     register()
-    with _one_rank():
+    with _one_rank(), stood_in():
         for name in names:
             module, kind = _VLLM_MODELS[name]
             if not module.startswith("vllm."):
@@ -305,6 +324,7 @@ def _tried(name: str, cls: type) -> Row:
                 enforce_eager=True,
                 dtype="float32",
                 max_model_len=2048,
+                hf_overrides=ATTRIBUTES.get(name, {}),
             ).create_engine_config()
             return Row(name, SERVED, _served(get_model(vllm_config=vllm_config)))
         except (UnsupportedError, RotationError) as error:
