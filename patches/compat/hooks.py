@@ -27,6 +27,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
         "_cudagraph_support",
         "__init__",
         "build",
+        "build_for_drafting",
     ),
     "vllm_cascade/attention/impl.py:CascadeImpl": ("__init__", "forward"),
     "vllm_cascade/kv_cache/manager.py:CascadeManager": (
@@ -65,7 +66,8 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "vllm.config.CompilationConfig": ("static_forward_context",),
         "vllm.config.SchedulerConfig": ("max_num_seqs",),
-        "vllm.config.VllmConfig": ("num_speculative_tokens",),
+        "vllm.config.VllmConfig": ("num_speculative_tokens", "speculative_config"),
+        "vllm.config.SpeculativeConfig": ("method",),
         "vllm.model_executor.layers.attention.Attention": ("impl",),
     },
     "vllm_cascade/attention/impl.py": {
@@ -265,7 +267,6 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "kv_transfer_config",
             "model_config",
             "parallel_config",
-            "speculative_config",
         ),
         "vllm.config.ModelConfig": (
             "attn_type",
@@ -294,6 +295,15 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm_cascade/support/hybrid.py": {
         "vllm.config.ModelConfig": ("attention_chunk_size", "get_sliding_window"),
+    },
+    "vllm_cascade/support/drafts.py": {
+        "vllm.config.VllmConfig": (
+            "attention_config",
+            "device_config",
+            "model_config",
+            "speculative_config",
+        ),
+        "vllm.config.SpeculativeConfig": ("attention_backend", "draft_model_config", "method"),
     },
     "vllm_cascade/support/states.py": {
         "vllm.config.ModelConfig": ("attn_type", "max_model_len"),
