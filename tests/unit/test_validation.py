@@ -13,7 +13,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm_cascade.structure.config import ConfigError
 from vllm_cascade.support import resolved
 from vllm_cascade.support import validate as validation
-from vllm_cascade.support.drafts import bound_drafter
+from vllm_cascade.support.drafts import bound_drafter, is_drafters
 from vllm_cascade.support.hybrid import delegate_windows
 from vllm_cascade.support.selection import check_selection, selects_cascade
 from vllm_cascade.support.unsupported import UnsupportedError
@@ -239,6 +239,17 @@ def test_drafters_with_a_cache_are_bounded(served, method, backend):
     assert served.speculative_config.attention_backend.name == "CASCADE"
     draft_model = served.speculative_config.draft_model_config
     assert draft_model.max_model_len == served.model_config.max_model_len
+
+
+@pytest.mark.parametrize(
+    ("method", "is_a_model"), [("draft_model", True), ("mtp", True), ("ngram", False)]
+)
+def test_which_configuration_is_a_drafters(served, method, is_a_model):
+    assert not is_drafters(served)
+    served.speculative_config = SimpleNamespace(
+        method=method, draft_model_config=served.model_config
+    )
+    assert is_drafters(served) == is_a_model
 
 
 def test_a_drafter_of_another_backend_is_left_alone(served):

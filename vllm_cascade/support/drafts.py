@@ -94,4 +94,7 @@ def is_drafters(vllm_config: Any) -> bool:
         vllm_config: vLLM's configuration while it builds a model.
     """
     speculative = vllm_config.speculative_config
-    return speculative is not None and vllm_config.model_config is speculative.draft_model_config
+    if speculative is None or speculative.method not in WITH_CACHE:
+        # For n-grams vLLM calls the model itself the drafter's.
+        return False
+    return vllm_config.model_config is speculative.draft_model_config
