@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from report.absent import stood_in
-from report.models import ATTRIBUTES, config_of
+from report.configs import ATTRIBUTES, config_of
 
 CASCADE = {
     "cache_tokens": 384,
@@ -35,6 +35,8 @@ ENGINE = {
     "max_model_len": 1024,
     "max_num_batched_tokens": 200,
     "skip_tokenizer_init": True,
+    # An image would need a tokenizer.
+    "language_model_only": True,
     # The rotary operator of vLLM 0.32's CPU build rotates LFM2's queries wrongly.
     "compilation_config": {"custom_ops": ["none"]},
 }
