@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from e2e.test_continuation import MODEL, MORE, PROMPT, TEXT, check_alike, run, tokens_of
-from e2e.test_fp8 import save_scaled
 from e2e.tiny import ELASTIC, save_llama
-from gpu.test_fp8 import SCALES
 from gpu.test_graphs import graphs
 
 pytestmark = pytest.mark.gpu
@@ -56,24 +53,24 @@ class Forgetful:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(("distinct", "float32", False), id="distinct"),
-        pytest.param(("blend", "bfloat16", False), id="blend"),
-        pytest.param(("distinct", "bfloat16", True), id="fp8", marks=NEEDS_FP8),
+        pytest.param(("distinct", "float32", "auto"), id="distinct"),
+        pytest.param(("blend", "bfloat16", "auto"), id="blend"),
+        # vLLM does not load a checkpoint's scales of each KV head again.
+        pytest.param(("distinct", "bfloat16", "fp8"), id="fp8", marks=NEEDS_FP8),
     ],
 )
 def llm(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Any]:
     from vllm import LLM
 
-    policy, dtype, is_fp8 = request.param
-    folder: Path = tmp_path_factory.mktemp("llama")
-    changes = {"head_dim": 64, **MODEL}
+    policy, dtype, kv_cache_dtype = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         llm = LLM(
-            save_scaled(folder, SCALES, **changes) if is_fp8 else save_llama(folder, **changes),
+            save_llama(tmp_path_factory.mktemp("llama"), head_dim=64, **MODEL),
             attention_backend="CASCADE",
             additional_config={"cascade": ELASTIC | {"policy": policy}},
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             seed=0,
             block_size=16,
             max_model_len=4096,
