@@ -18,6 +18,7 @@ def install() -> None:
     def load_model(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> Any:
         from vllm_cascade.attention.rope import check_layers, take_over
         from vllm_cascade.support.selection import check_served
+        from vllm_cascade.support.sleep import kept_asleep
 
         load_weights = self.load_weights
 
@@ -33,7 +34,8 @@ def install() -> None:
         finally:
             del self.load_weights
         check_served(model, vllm_config)
-        take_over(model)
+        with kept_asleep(vllm_config):
+            take_over(model)
         return model
 
     BaseModelLoader.load_model = load_model

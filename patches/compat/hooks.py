@@ -324,6 +324,9 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "user_specified_block_size",
         ),
     },
+    "vllm_cascade/support/sleep.py": {
+        "vllm.config.ModelConfig": ("enable_cumem_allocator",),
+    },
     "vllm_cascade/commands/plan.py": {
         "vllm.config.ModelConfig": (
             "get_num_kv_heads",
@@ -363,6 +366,9 @@ EXACTLY: dict[str, dict[str, str]] = {
             "(kvcache_spec_cls, manager_class=None, uniform_type_base_spec=None)"
         ),
         "vllm.v1.worker.utils.customize_attention_spec": "(backend, spec)",
+    },
+    "vllm_cascade/support/sleep.py": {
+        "vllm.device_allocator.cumem.CuMemAllocator.use_memory_pool": "(self, tag=None)",
     },
     "pyproject.toml": {
         "vllm.plugins.DEFAULT_PLUGINS_GROUP": "'vllm.general_plugins'",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-from e2e.support import cascade_manager_of, core_of, engine, model_folder
+from e2e.support import cascade_manager_of, core_of, engine, model_folder, runner_of
 from e2e.tiny import ELASTIC, prompt_without_ties, save_llama
 
 # Untied, and no token twice: which of two equal keys is kept is a matter of rounding.
@@ -260,6 +260,54 @@ def test_paused_and_resumed(llm: Any) -> None:
         core_of(llm).resume_scheduler()
 
     check_interrupted(llm, pause, (2, 9))
+
+
+@pytest.fixture
+def slept(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An engine whose pages hold NaN after a sleep, as on a GPU, and the levels it has slept at."""
+    levels, runner = list[int](), runner_of(llm)
+
+    def sleep(level: int) -> None:
+        levels.append(level)
+        for cache in runner.kv_caches:
+            torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage()).fill_(255)
+
+    worker = core_of(llm).model_executor.driver_worker.worker
+    monkeypatch.setattr(worker, "sleep", sleep)
+    return levels
+
+
+@OTHERS
+def test_nothing_is_found_after_a_sleep(llm: Any, slept: list[int]) -> None:
+    """Neither a prefix, nor an end, nor the copy of a prompt; and no block is held."""
+    (answer,) = run(llm, PROMPT)
+    turn = PROMPT + list(answer.outputs[0].token_ids) + OTHER[:90]
+    (alone,) = run(llm, turn, params=sampling(skip_reading_prefix_cache=True))
+    (asked,) = run(llm, PROMPT + OTHER[:90])
+    assert asked.num_cached_tokens > ELASTIC["cache_tokens"]
+    (answer,) = run(llm, PROMPT)
+    llm.sleep(1)
+    llm.wake_up()
+    pool = cascade_manager_of(llm).block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    for prompt, expected in ((turn, alone), (PROMPT + OTHER[:90], asked), (PROMPT, answer)):
+        (found,) = run(llm, prompt, params=sampling())
+        assert found.num_cached_tokens == 0
+        check_same(found, expected)
+        assert llm.reset_prefix_cache()
+    assert slept == [1]
+
+
+@OTHERS
+def test_slept_in_the_middle(llm: Any, slept: list[int]) -> None:
+    """Of prefill and of decode: requests that are kept are computed again."""
+
+    def sleep() -> None:
+        core_of(llm).sleep(1, "keep")
+        core_of(llm).wake_up()
+
+    check_interrupted(llm, sleep, (2, 9, 15))
+    assert slept == [1, 1, 1]
 
 
 def check_interrupted(llm: Any, interrupt: Callable[[], None], after: Container[int]) -> None:

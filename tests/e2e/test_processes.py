@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -99,6 +100,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, model: str, plan: dict) -> 
         f"--max-model-len={MAX_MODEL_LEN}",
         f"--additional-config={json.dumps({'cascade': BUDGET})}",
         "--enforce-eager",
+        "--enable-auto-tool-choice",
+        "--tool-call-parser=hermes",
         # Some processors multiply bfloat16 a hundred times slower.
         "--dtype=float32",
     ]
@@ -149,6 +152,43 @@ def test_structured_output_beyond_budget(client: openai.OpenAI) -> None:
     )
     assert answer.usage.prompt_tokens > BUDGET["cache_tokens"]
     assert json.loads(answer.choices[0].message.content)["colour"] in ("green", "blue")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"type": "function", "function": {"name": "paint"}}, "required"],
+    ids=["named", "any"],
+)
+def test_tool_call_beyond_budget(client: openai.OpenAI, choice: Any) -> None:
+    """The named tool, or any of those given; its arguments are as the tool's schema has them."""
+    filler = "The grass is green. The sky is blue. The sun is yellow. " * 100
+    properties = {
+        "colour": {"type": "string", "enum": ["green", "blue", "yellow"]},
+        "coats": {"type": "integer", "minimum": 1, "maximum": 3},
+    }
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    # Without "strict", vLLM asks for JSON of any form.
+    function = {"name": "paint", "parameters": schema, "strict": True}
+    answer = client.chat.completions.create(
+        model="smollm2",
+        messages=[{"role": "user", "content": f"{filler}Paint the fence like the sky, twice."}],
+        max_tokens=128,
+        temperature=0,
+        tools=[{"type": "function", "function": function}],
+        tool_choice=choice,
+    )
+    assert answer.usage.prompt_tokens > BUDGET["cache_tokens"]
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "paint"
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == set(properties)
+    assert arguments["colour"] in properties["colour"]["enum"]
+    assert arguments["coats"] in (1, 2, 3)
 
 
 def test_streaming_equals_not_streaming(client: openai.OpenAI) -> None:
