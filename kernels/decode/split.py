@@ -52,6 +52,14 @@ def _queries_of(
 
 
 @triton.jit
+def _load(at, held, zero, MASKED: tl.constexpr):
+    """Load a tile, `zero` where MASKED and not `held`. Without a mask the loop is shorter."""
+    if MASKED:
+        return tl.load(at, mask=held, other=zero)
+    return tl.load(at)
+
+
+@triton.jit
 def _repeat(x, HEADS: tl.constexpr):
     """Repeat the rows of ``x`` until there are HEADS. So padding costs no arithmetic."""
     WIDTH: tl.constexpr = x.shape[1]
@@ -264,41 +272,48 @@ def split_kernel(
     # would copy them asynchronously, and a wait for them would wait for all keys on their way.
     TILE_BLOCKS: tl.constexpr = (KEYS + BLOCK_SIZE - 1) // BLOCK_SIZE
     tile_block = tl.arange(0, TILE_BLOCKS)
-    begin = start + tile_block * BLOCK_SIZE
-    blocks = tl.load(table_at_row + begin // BLOCK_SIZE, mask=begin < stop, other=0)
+    blocks_at = table_at_row + start // BLOCK_SIZE + tile_block
+    blocks = tl.load(blocks_at, mask=tile_block * BLOCK_SIZE < stop - start, other=0)
+    # A tile begins at a multiple of KEYS, so what is inside of a block does not depend on the tile,
+    # or is one number for all of it.
+    slot = kv_head * BLOCK_SIZE + offset % BLOCK_SIZE
     for base in range(start, stop, KEYS):
+        num_left = stop - base
         key_place = base + offset
-        valid = key_place < stop
+        valid = offset < num_left
         block = tl.zeros([KEYS], tl.int32)
         for i in tl.static_range(TILE_BLOCKS):
             found = tl.sum(tl.where(tile_block == i, blocks, 0), axis=0)
             block = tl.where(offset // BLOCK_SIZE == i, found, block)
-        begin = base + KEYS + tile_block * BLOCK_SIZE
-        blocks = tl.load(table_at_row + begin // BLOCK_SIZE, mask=begin < stop, other=0)
-        slot = kv_head * BLOCK_SIZE + key_place % BLOCK_SIZE
+        blocks_at = table_at_row + (base + KEYS) // BLOCK_SIZE + tile_block
+        blocks = tl.load(blocks_at, mask=tile_block * BLOCK_SIZE < num_left - KEYS, other=0)
         # [KEYS]
-        key_at = kv_ptr + block.to(tl.int64) * kv_stride_block + slot * (2 * HEAD_SIZE)
+        key_at = kv_ptr + slot * (2 * HEAD_SIZE) + block.to(tl.int64) * kv_stride_block
         if WORDS:
             words_at = kv_ptr.to(tl.pointer_type(tl.int16)) + slot * HEAD_SIZE
             words_at += block.to(tl.int64) * (kv_stride_block // 2)
-        held = valid[None, :]
+        if BLOCK_SIZE > KEYS:
+            key_at += base % BLOCK_SIZE * (2 * HEAD_SIZE)
+            if WORDS:
+                words_at += base % BLOCK_SIZE * HEAD_SIZE
+        # Keys past the end are those of whatever block; their logits count for nothing.
         if KEY_WORDS:
             # [PAIRS / 2, KEYS]
-            if PAIRS != HALF:
-                held = held & (2 * word < HALF)[:, None]
+            held = (2 * word < HALF)[:, None]
             word_at = words_at[None, :] + word[:, None]
-            even_first, odd_first = split_words(tl.load(word_at, mask=held, other=0), COMPILED)
-            word_at += HALF // 2
-            even_second, odd_second = split_words(tl.load(word_at, mask=held, other=0), COMPILED)
+            first_words = _load(word_at, held, 0, PAIRS != HALF)
+            second_words = _load(word_at + HALF // 2, held, 0, PAIRS != HALF)
+            even_first, odd_first = split_words(first_words, COMPILED)
+            even_second, odd_second = split_words(second_words, COMPILED)
         else:
             # [PAIRS, KEYS]
-            if PAIRS != HALF:
-                held = held & turned[:, None]
-            key_first = tl.load(key_at[None, :] + first[:, None], mask=held, other=0.0)
-            key_second = tl.load(key_at[None, :] + second[:, None], mask=held, other=0.0)
+            held = turned[:, None]
+            key_first = _load(key_at[None, :] + first[:, None], held, 0.0, PAIRS != HALF)
+            key_second = _load(key_at[None, :] + second[:, None], held, 0.0, PAIRS != HALF)
             key_first = key_first.to(turning)
             key_second = key_second.to(turning)
         if BY_PLACE:
+            held = turned[:, None] & valid[None, :]
             key_angle_at = key_place[None, :] * HALF + pair[:, None]
             key_cos = tl.load(cos_ptr + key_angle_at, mask=held, other=0.0).to(turning)
             key_sin = tl.load(sin_ptr + key_angle_at, mask=held, other=0.0).to(turning)
@@ -330,8 +345,7 @@ def split_kernel(
             part = tl.trans((key_second * key_cos + key_first * key_sin).to(dtype))
             logits = tl.dot(part, tl.trans(asked_second), logits, input_precision=PRECISION)
         if HEAD_SIZE > 2 * HALF:
-            held = valid[None, :] & is_rest[:, None]
-            key_rest = tl.load(key_at[None, :] + rest[:, None], mask=held, other=0.0)
+            key_rest = _load(key_at[None, :] + rest[:, None], is_rest[:, None], 0.0, True)
             key_rest = tl.trans(key_rest.to(dtype))
             logits = tl.dot(key_rest, query_rest, logits, input_precision=PRECISION)
         logits *= scale_log2

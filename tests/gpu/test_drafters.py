@@ -49,7 +49,8 @@ class Proposals:
                 return drafts
             num_sampled = args[4].tolist()
             for row, index in enumerate(batch.idx_mapping.tolist()):
-                if num_sampled[row]:
+                # vLLM has none drafted where each request has its last token.
+                if num_sampled[row] and drafts[row, 0] >= 0:
                     length = int(states.total_len.gpu[index])
                     text = states.all_token_ids.gpu[index, :length].tolist()
                     self.by_text[tuple(text)] = drafts[row].tolist()
