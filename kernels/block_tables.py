@@ -18,6 +18,9 @@ from vllm_cascade.kernels.segments import DecodeRows, Merges
 
 # Block-table entries that a program copies at a time, at most.
 CHUNK = 1024
+# Which tokens of a request in a step `resolve_decodes` resolves.
+ALL, ALL_BUT_LAST, LAST = range(3)
+_ALL_BUT_LAST, _LAST = tl.constexpr(ALL_BUT_LAST), tl.constexpr(LAST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,7 @@ class Resolved:
 
 
 @triton.jit(
+    do_not_specialize=["ahead"],
     do_not_specialize_on_alignment=[
         "requests_ptr",
         "ends_ptr",
@@ -166,7 +170,9 @@ def _resolve_kernel(
     log2_decay,
     max_blocks,
     group_entries,
+    ahead,
     MOST: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -189,7 +195,9 @@ def _resolve_kernel(
         log2_decay: Base-2 logarithm of `CascadeTable.decay`.
         max_blocks: Columns of `entries_ptr` and of `block_table_ptr`.
         group_entries: Row entries of all groups of an epoch together.
+        ahead: `num_ahead` of `resolve_decodes`; not read where `requests_ptr` is given.
         MOST: Most tokens of a request that are resolved one by one; a constant of the engine.
+        PART: `part` of `resolve_decodes`.
         CHUNK: Entries copied at a time.
     """
     segment = tl.program_id(0)
@@ -199,8 +207,18 @@ def _resolve_kernel(
         end = tl.load(ends_ptr + request)
         row = tl.load(query_start_loc_ptr + request)
         tokens = tl.load(query_start_loc_ptr + request + 1) - row
+        # The next token that the model computes, and the end of its epoch.
+        known = end - ahead
+        known_epoch = tl.where(known < first_end, 0, (known - first_end) // stride + 1)
+        known_end = first_end + known_epoch * stride
+        if PART == _ALL_BUT_LAST:
+            tokens -= 1
+            end -= 1
+        elif PART == _LAST:
+            row += tokens - 1
+            tokens = tl.minimum(tokens, 1)
         length = tl.where((number < tokens) & (tokens <= MOST) & (end > 0), 1, 0)
-        end += number + 1 - tokens
+        end = tl.minimum(end + number + 1 - tokens, known_end)
         row += number
     else:
         end = tl.load(ends_ptr + segment)
@@ -267,6 +285,8 @@ def resolve_decodes(
     seq_lens: torch.Tensor,
     block_table: torch.Tensor,
     most: int = 1,
+    part: int = ALL,
+    num_ahead: int = 0,
 ) -> None:
     """Resolve each token of the requests that have few of them; mark all others as skipped.
 
@@ -278,6 +298,9 @@ def resolve_decodes(
         block_table: [num_requests or more, width] int32 blocks of each request's row; rows dense.
         most: Most tokens of a request that are resolved, at least 1. None but a request's single
             token may end an epoch in which groups merge.
+        part: Which tokens of each request are resolved and counted: `ALL`, `ALL_BUT_LAST`, `LAST`.
+        num_ahead: Last tokens of each request that a drafter computes ahead of the model. One that
+            lies behind the epoch in which the model is has the place of the epoch's last token.
 
     Raises:
         ValueError: If `out` has fewer rows than `most` for each request, or `block_table` does not
@@ -285,8 +308,8 @@ def resolve_decodes(
     """
     num_requests = len(seq_lens)
     if num_requests:
-        rows = most * num_requests
-        _launch(out, table, rows, block_table, seq_lens, query_start_loc, None, most)
+        starts, rows = query_start_loc, most * num_requests
+        _launch(out, table, rows, block_table, seq_lens, starts, None, most, part, num_ahead)
 
 
 def resolve_segments(
@@ -320,6 +343,8 @@ def _launch(
     query_start_loc: torch.Tensor | None,
     segments: torch.Tensor | None,
     most: int,
+    part: int = ALL,
+    num_ahead: int = 0,
 ) -> None:
     """Launch for tokens one by one, given `query_start_loc`, or for `segments`."""
     if num_segments > len(out.places):
@@ -362,7 +387,9 @@ def _launch(
         math.log2(table.decay),
         table.entries.shape[1],
         table.groups.shape[1] * table.groups.shape[2],
+        num_ahead,
         MOST=most,
+        PART=part,
         BLOCK_SIZE=table.block_size,
         CHUNK=min(CHUNK, next_power_of_2(max(16, table.entries.shape[1]))),
     )

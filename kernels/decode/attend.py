@@ -28,7 +28,7 @@ from vllm_cascade.kernels.decode.launch_config import (
     splits_for_all,
     tokens_together,
 )
-from vllm_cascade.kernels.decode.split import MIN_DOT, split_kernel
+from vllm_cascade.kernels.decode.split import MIN_COLUMNS, MIN_DOT, split_kernel
 from vllm_cascade.kernels.launch import launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
 from vllm_cascade.kernels.primitives import LOG2_E
@@ -191,7 +191,7 @@ def decode(
             HALF=half,
             BLOCK_SIZE=block_size,
             QUERIES=next_power_of_2(group * tokens),
-            HEADS=max(MIN_DOT, next_power_of_2(group * tokens)),
+            HEADS=max(MIN_COLUMNS, next_power_of_2(group * tokens)),
             KEYS=chosen.keys,
             PAIRS=max(MIN_DOT, next_power_of_2(half)),
             REST=max(MIN_DOT, next_power_of_2(head_size - 2 * half)),

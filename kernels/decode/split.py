@@ -8,6 +8,9 @@ Pages hold keys before RoPE. To turn a key at place ``base + o`` by its whole an
 the rotary table per key, as much traffic as the keys themselves. But rotations compose:
 ``<R(place) q, R(base + o) k> = <R(place - base) q, R(o) k>``. So a tile of keys is turned by the
 angles of places 0, 1, 2 and so on, which stay in registers, and the few queries by the rest.
+
+Keys are the rows of the matrix products and query heads their columns, and so are the channels of
+values: tensor cores take 16 rows by 8 columns, and a KV head has few query heads.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import triton.language as tl
 from vllm_cascade.kernels.decode.launch_config import first_of_team, keys_per_split, last_of_team
 from vllm_cascade.kernels.primitives import load_scale, split_words
 
-# The smallest dimension that tl.dot takes.
+# The smallest dimension over which tl.dot sums, and the fewest columns that tensor cores take.
 MIN_DOT = 16
+MIN_COLUMNS = 8
 
 
 @triton.jit
@@ -128,7 +132,7 @@ def split_kernel(
         GROUP: Query heads that share a KV head.
         HALF: Pairs of channels that are rotated.
         QUERIES: Queries of a team, GROUP of each token, rounded up to a power of two.
-        HEADS: QUERIES, or MIN_DOT if there are fewer.
+        HEADS: QUERIES, or MIN_COLUMNS if there are fewer.
         KEYS: Keys of a tile.
         PAIRS: HALF rounded up to a power of two, at least MIN_DOT.
         REST: Channels that are not rotated, rounded up likewise.
@@ -213,11 +217,11 @@ def split_kernel(
         largest = tl.where(largest > 0, largest, 1.0)[:, None]
         query_first /= largest
         query_second /= largest
-        scale_log2 *= _repeat(largest, HEADS)
+        scale_log2 *= tl.trans(_repeat(largest, HEADS))
         if HEAD_SIZE > 2 * HALF:
             query_rest /= largest
     if HEAD_SIZE > 2 * HALF:
-        query_rest = _repeat(query_rest.to(dtype), HEADS)
+        query_rest = tl.trans(_repeat(query_rest.to(dtype), HEADS))
 
     if BY_PLACE:
         if TOKENS == 1:
@@ -246,15 +250,15 @@ def split_kernel(
 
     top = tl.full([HEADS], float("-inf"), tl.float32)
     # Summed over keys after the last tile: a sum in every tile would make warps exchange data.
-    norms = tl.zeros([HEADS, KEYS], tl.float32)
+    norms = tl.zeros([KEYS, HEADS], tl.float32)
     if WORDS:
-        even_acc = tl.zeros([HEADS, CHANNELS // 2], tl.float32)
-        odd_acc = tl.zeros([HEADS, CHANNELS // 2], tl.float32)
+        even_acc = tl.zeros([CHANNELS // 2, HEADS], tl.float32)
+        odd_acc = tl.zeros([CHANNELS // 2, HEADS], tl.float32)
     else:
-        acc = tl.zeros([HEADS, CHANNELS], tl.float32)
+        acc = tl.zeros([CHANNELS, HEADS], tl.float32)
     table_at_row = block_table_ptr + last_row * table_stride_row
     logits_at = logits_ptr + (row * tl.num_programs(0) + kv_head) * GROUP * logits_stride_head
-    logits_at += (head * logits_stride_head)[:, None]
+    logits_at += (head * logits_stride_head)[None, :]
 
     # Block ids are loaded one tile ahead. If they were loaded where they are used, the compiler
     # would copy them asynchronously, and a wait for them would wait for all keys on their way.
@@ -308,65 +312,68 @@ def split_kernel(
             sin = tl.load(sin_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
             asked_first = _repeat((query_first * cos - query_second * sin).to(dtype), HEADS)
             asked_second = _repeat((query_second * cos + query_first * sin).to(dtype), HEADS)
-        # [HEADS, KEYS]
+        # [KEYS, HEADS]
         if KEY_WORDS:
             even_asked, odd_asked = tl.split(tl.reshape(asked_first, [HEADS, PAIRS // 2, 2]))
-            logits = tl.dot(even_asked, even_first * even_cos - even_second * even_sin)
-            logits = tl.dot(odd_asked, odd_first * odd_cos - odd_second * odd_sin, logits)
+            part = even_first * even_cos - even_second * even_sin
+            logits = tl.dot(tl.trans(part), tl.trans(even_asked))
+            part = odd_first * odd_cos - odd_second * odd_sin
+            logits = tl.dot(tl.trans(part), tl.trans(odd_asked), logits)
             even_asked, odd_asked = tl.split(tl.reshape(asked_second, [HEADS, PAIRS // 2, 2]))
-            logits = tl.dot(even_asked, even_second * even_cos + even_first * even_sin, logits)
-            logits = tl.dot(odd_asked, odd_second * odd_cos + odd_first * odd_sin, logits)
+            part = even_second * even_cos + even_first * even_sin
+            logits = tl.dot(tl.trans(part), tl.trans(even_asked), logits)
+            part = odd_second * odd_cos + odd_first * odd_sin
+            logits = tl.dot(tl.trans(part), tl.trans(odd_asked), logits)
         else:
-            turned_first = (key_first * key_cos - key_second * key_sin).to(dtype)
-            turned_second = (key_second * key_cos + key_first * key_sin).to(dtype)
-            logits = tl.dot(asked_first, turned_first, input_precision=PRECISION)
-            logits = tl.dot(asked_second, turned_second, logits, input_precision=PRECISION)
+            part = tl.trans((key_first * key_cos - key_second * key_sin).to(dtype))
+            logits = tl.dot(part, tl.trans(asked_first), input_precision=PRECISION)
+            part = tl.trans((key_second * key_cos + key_first * key_sin).to(dtype))
+            logits = tl.dot(part, tl.trans(asked_second), logits, input_precision=PRECISION)
         if HEAD_SIZE > 2 * HALF:
             held = valid[None, :] & is_rest[:, None]
             key_rest = tl.load(key_at[None, :] + rest[:, None], mask=held, other=0.0)
-            logits = tl.dot(query_rest, key_rest.to(dtype), logits, input_precision=PRECISION)
+            key_rest = tl.trans(key_rest.to(dtype))
+            logits = tl.dot(key_rest, query_rest, logits, input_precision=PRECISION)
         logits *= scale_log2
         if SCORED:
             # Not masked by keys, so that words are wide: rows of logits have room for whole tiles.
-            tl.store(logits_at + key_place[None, :], logits, mask=in_group)
+            tl.store(logits_at + key_place[:, None], logits, mask=tl.trans(in_group))
         if TOKENS == 1:
-            seen = valid[None, :]
+            seen = valid[:, None]
         else:
-            seen = valid[None, :] & (key_place[None, :] <= own_place[:, None])
+            seen = valid[:, None] & (key_place[:, None] <= own_place[None, :])
         logits = tl.where(seen, logits, float("-inf"))
 
-        new_top = tl.maximum(top, tl.max(logits, axis=1))
+        new_top = tl.maximum(top, tl.max(logits, axis=0))
         shift = new_top
         if TOKENS > 1:
             # A token may have seen no key of this split yet.
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        faded = tl.exp2(top - shift)
-        probs = tl.exp2(logits - shift[:, None])
-        norms = norms * faded[:, None] + probs
-        held = valid[:, None]
+        faded = tl.exp2(top - shift)[None, :]
+        probs = tl.exp2(logits - shift[None, :])
+        norms = norms * faded + probs
+        held = valid[None, :]
         if WORDS:
-            # [KEYS, CHANNELS / 2]
+            # [CHANNELS / 2, KEYS]
             value_word = tl.arange(0, CHANNELS // 2)
             if CHANNELS != HEAD_SIZE:
-                held = held & (2 * value_word < HEAD_SIZE)[None, :]
-            word_at = words_at[:, None] + (HEAD_SIZE // 2 + value_word)[None, :]
+                held = held & (2 * value_word < HEAD_SIZE)[:, None]
+            word_at = words_at[None, :] + (HEAD_SIZE // 2 + value_word)[:, None]
             even_value, odd_value = split_words(tl.load(word_at, mask=held, other=0), COMPILED)
-            even_acc = tl.dot(probs.to(dtype), even_value, even_acc * faded[:, None])
-            odd_acc = tl.dot(probs.to(dtype), odd_value, odd_acc * faded[:, None])
+            even_acc = tl.dot(even_value, probs.to(dtype), even_acc * faded)
+            odd_acc = tl.dot(odd_value, probs.to(dtype), odd_acc * faded)
         else:
-            # [KEYS, CHANNELS]
+            # [CHANNELS, KEYS]
             if CHANNELS != HEAD_SIZE:
-                held = held & (channel < HEAD_SIZE)[None, :]
-            value_at = key_at[:, None] + (HEAD_SIZE + channel)[None, :]
-            value = tl.load(value_at, mask=held, other=0.0)
-            acc = acc * faded[:, None]
-            acc = tl.dot(probs.to(dtype), value.to(dtype), acc, input_precision=PRECISION)
+                held = held & (channel < HEAD_SIZE)[:, None]
+            value_at = key_at[None, :] + (HEAD_SIZE + channel)[:, None]
+            value = tl.load(value_at, mask=held, other=0.0).to(dtype)
+            acc = tl.dot(value, probs.to(dtype), acc * faded, input_precision=PRECISION)
         top = new_top
 
-    norm = tl.sum(norms, axis=1)
+    norm = tl.sum(norms, axis=0)
     # [HEADS, CHANNELS]
-    if WORDS:
-        acc = tl.interleave(even_acc, odd_acc)
+    acc = tl.interleave(tl.trans(even_acc), tl.trans(odd_acc)) if WORDS else tl.trans(acc)
     attended = acc / (norm if TOKENS == 1 else tl.where(norm > 0, norm, 1.0))[:, None]
     if value_scale_ptr is not None:
         attended *= load_scale(value_scale_ptr, kv_head, value_scale_stride)

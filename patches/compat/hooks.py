@@ -25,9 +25,11 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     ),
     "vllm_cascade/attention/builder.py:CascadeMetadataBuilder": (
         "_cudagraph_support",
+        "supports_draft_decode_metadata_update",
         "__init__",
         "build",
         "build_for_drafting",
+        "update_draft_decode_metadata",
     ),
     "vllm_cascade/attention/impl.py:CascadeImpl": ("__init__", "forward"),
     "vllm_cascade/kv_cache/manager.py:CascadeManager": (
@@ -63,12 +65,13 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "seq_lens",
             "seq_lens_cpu_upper_bound",
             "block_table_tensor",
+            "max_query_len",
         ),
         "vllm.config.CompilationConfig": ("static_forward_context",),
         "vllm.config.SchedulerConfig": ("max_num_seqs",),
         "vllm.config.VllmConfig": ("num_speculative_tokens", "speculative_config"),
         "vllm.config.SpeculativeConfig": ("method",),
-        "vllm.model_executor.layers.attention.Attention": ("impl",),
+        "vllm.model_executor.layers.attention.Attention": ("impl", "is_draft_layer"),
     },
     "vllm_cascade/attention/impl.py": {
         "vllm.config.SchedulerConfig": ("max_num_seqs", "max_num_batched_tokens"),
@@ -302,8 +305,14 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "device_config",
             "model_config",
             "speculative_config",
+            "use_v2_model_runner",
         ),
-        "vllm.config.SpeculativeConfig": ("attention_backend", "draft_model_config", "method"),
+        "vllm.config.SpeculativeConfig": (
+            "attention_backend",
+            "draft_model_config",
+            "method",
+            "use_multi_module_mtp",
+        ),
     },
     "vllm_cascade/support/states.py": {
         "vllm.config.ModelConfig": ("attn_type", "max_model_len"),

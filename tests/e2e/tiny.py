@@ -277,6 +277,56 @@ def save_nemotron_h(folder: Path, **changes: Any) -> str:
     return save_random(folder, "nemotron_h", **{**fields, **changes})
 
 
+GATED_DELTA = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+def save_qwen3_5(folder: Path, **changes: Any) -> str:
+    """Write a random Qwen3.5 without experts: gated delta nets before full-attention layers.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    return save_random(folder, "qwen3_5_text", **{**GATED_DELTA, **changes})
+
+
+def save_falcon_h1(folder: Path, **changes: Any) -> str:
+    """Write a random Falcon-H1, whose layers have Mamba-2 and full attention side by side.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    fields = {
+        "num_hidden_layers": 2,
+        "hidden_size": 128,
+        "mamba_d_ssm": 256,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 32,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 64,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 64,
+    }
+    return save_random(folder, "falcon_h1", **{**fields, **changes})
+
+
 def save_qwen3_next(folder: Path, **changes: Any) -> str:
     """Write a random Qwen3-Next: gated delta nets before each of two full-attention layers.
 
@@ -290,14 +340,7 @@ def save_qwen3_next(folder: Path, **changes: Any) -> str:
         The folder, for vLLM's `model`.
     """
     fields = {
-        "num_hidden_layers": 4,
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-        "head_dim": 256,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
+        **GATED_DELTA,
         "num_experts": 4,
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 64,

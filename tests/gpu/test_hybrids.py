@@ -10,7 +10,13 @@ import torch
 
 from e2e.support import cascade_manager_of, impls_of
 from e2e.test_states import CASCADE
-from e2e.tiny import save_lfm2, save_nemotron_h, save_qwen3_next
+from e2e.tiny import (
+    save_falcon_h1,
+    save_lfm2,
+    save_nemotron_h,
+    save_qwen3_5,
+    save_qwen3_next,
+)
 from gpu.probe import watched
 from gpu.test_hybrid import ANSWER, BEYOND, OPTIONS, WITHIN, generate, mean_error, open_engine
 
@@ -28,6 +34,8 @@ WIDER = {
 MODELS = {
     "lfm2": (partial(save_lfm2, **WIDER), False),
     "nemotron_h": (partial(save_nemotron_h, head_dim=64), True),
+    "falcon_h1": (partial(save_falcon_h1, head_dim=64), True),
+    "qwen3_5": (save_qwen3_5, True),
     # On a GPU it normalizes and rotates in one operator, which CASCADE switches off.
     "qwen3_next": (save_qwen3_next, True),
 }

@@ -119,6 +119,42 @@ def test_resolved_as_by_hand(device, options) -> None:
     assert merging or options["policy"] == "window"
 
 
+@pytest.mark.parametrize(
+    ("part", "num_ahead", "most"), [("ALL_BUT_LAST", 0, 3), ("LAST", 1, 1), ("ALL", 3, 1)]
+)
+def test_what_a_drafter_is_given(device, part, num_ahead, most) -> None:
+    """The model's tokens, then the sampled one, then drafts, which do not leave the epoch."""
+    from vllm_cascade.kernels import block_tables
+
+    config = config_of(900, policy="paper")
+    layout = build_layout(config)
+    table, plain = full_table(layout, device), full_table(layout, torch.device("cpu"))
+    part = getattr(block_tables, part)
+    ends = [e.end for e in layout.epochs[:-1]]
+    counts = [5, 40, *(e + n for e in ends for n in range(-2, 5) if e + n <= 900)]
+    lengths = [(1, 2, 4, 0, 6)[n % 5] if part != block_tables.ALL else 1 for n in counts]
+    starts = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
+    seq_lens = torch.tensor(counts, dtype=torch.int32)
+    rows = torch.arange(layout.max_blocks, dtype=torch.int32).repeat(len(counts), 1)
+    found, expected = fresh(table, most * len(counts)), fresh(plain, most * len(counts))
+    block_tables.resolve_decodes(
+        found,
+        table,
+        *(each.to(device) for each in (starts, seq_lens, rows)),
+        most,
+        part,
+        num_ahead,
+    )
+    reference.resolve_decodes(expected, plain, starts, seq_lens, rows, most, part, num_ahead)
+    compare(found, expected, range(most * len(counts)))
+    written = found.tokens[found.places >= 0].tolist()
+    assert written
+    if num_ahead == 3:
+        at_ends = [count for count in counts if count - 3 in ends]
+        assert at_ends and all(layout.end_after(count - 3) > count for count in at_ends)
+        assert written == [min(n, layout.end_after(n - 3)) - 1 for n in counts]
+
+
 def test_epochs_are_filled_before_a_request_comes_to_them(device, monkeypatch) -> None:
     from vllm_cascade.attention import epoch_table
 

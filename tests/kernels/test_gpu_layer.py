@@ -9,6 +9,7 @@ from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,59 @@ def test_drafts_across_boundaries() -> None:
             assert torch.equal(kept[r, end].long(), boundaries[end])
             merged += boundaries[end].shape[1] < end
     assert merged
+
+
+def test_a_draft_model_keeps_what_the_model_keeps() -> None:
+    """It is given the model's tokens and the sampled one, then drafts, some of them wrong."""
+    config = config_of(
+        500, policy="distinct", selection_window=64, cache_tokens=64, num_sub_caches=2
+    )
+    torch.manual_seed(0)
+    draw, most = random.Random(0), 4
+    prompt = 2 * config.stride + config.num_sink_tokens - 5
+    length = prompt + config.stride + 12
+    inputs = [
+        torch.randn(length + 2 * most, heads, HEAD, device=DEVICE)
+        for heads in (KV_HEADS * SHARED, KV_HEADS, KV_HEADS)
+    ]
+    engine = GpuEngine(config, 1, torch.float32, most_tokens=most)
+    blocks = torch.from_numpy(engine.table).to(DEVICE)
+    expected, boundaries = oracle(config, *(each[:length].cpu() for each in inputs))
+
+    def counts(*numbers: int) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+
+    def compute(step: Any, start: int, end: int, num_right: int) -> torch.Tensor:
+        """Outputs of tokens start .. end - 1, of which the last are others than the text's."""
+        parts = [each[start:end].clone() for each in inputs]
+        for each in parts:
+            each[num_right:] = torch.randn_like(each[num_right:])
+        output = torch.full_like(parts[0], float("nan"))
+        engine.layer.forward(*parts, engine.pages, step, output)
+        return output.cpu()
+
+    done, kept, num_merged = 0, {}, 0
+    while done < length - 1:
+        tokens = min(most, engine.layout.most_together(done, done)) if done else prompt
+        right = min(draw.randint(1, tokens), length - 1 - done) if done else tokens
+        # The sampled token comes behind those that are right; what follows is of no use.
+        end = done + tokens
+        starts = np.array([0, tokens + 1], dtype=np.int32)
+        step = engine.planner.plan(
+            counts(*starts), starts, counts(end + 1), np.array([end]), blocks, with_sampled=True
+        )
+        out = compute(step, done, end + 1, right + 1)
+        known = slice(done, done + right + 1)
+        torch.testing.assert_close(out[: right + 1], expected[known].float(), rtol=2e-4, atol=2e-5)
+        done += right
+        kept[done] = engine.kept(0, done)
+        for ahead in range(2, most + 1):
+            step = engine.planner.plan_draft(counts(0, 1), counts(done + ahead), blocks, ahead)
+            compute(step, done + ahead - 1, done + ahead, draw.randint(0, 1))
+    for end in kept.keys() & boundaries.keys():
+        assert torch.equal(kept[end].long(), boundaries[end])
+        num_merged += boundaries[end].shape[1] < end
+    assert num_merged
 
 
 @pytest.mark.gpu

@@ -12,16 +12,31 @@ def resolve_segments(out: Any, table: Any, segments: Any, block_table: Any) -> N
 
 
 def resolve_decodes(
-    out: Any, table: Any, query_start_loc: Any, seq_lens: Any, block_table: Any, most: int = 1
+    out: Any,
+    table: Any,
+    query_start_loc: Any,
+    seq_lens: Any,
+    block_table: Any,
+    most: int = 1,
+    part: int = 0,
+    num_ahead: int = 0,
 ) -> None:
     """See `vllm_cascade.kernels.block_tables.resolve_decodes`."""
     starts = query_start_loc.tolist()
+    epochs = table.starts.tolist()
     for r, end in enumerate(seq_lens.tolist()):
-        tokens = starts[r + 1] - starts[r]
+        rows = [*range(starts[r], starts[r + 1])]
+        ends = [end - len(rows) + i + 1 for i in range(len(rows))]
+        # All, all but the last, the last alone.
+        chosen = [slice(None), slice(-1), slice(-1, None)][part]
+        rows, ends = rows[chosen], ends[chosen]
+        following = [first for first in epochs if first > end - num_ahead]
         for i in range(most):
-            length = int(i < tokens <= most and end > 0)
-            place = end - tokens + i + 1, length, starts[r] + i
-            _resolve(out, table, most * r + i, block_table[r].tolist(), *place)
+            if i < len(rows) <= most and end > 0:
+                token = min([*following[:1], ends[i]]), 1, rows[i]
+            else:
+                token = 0, 0, starts[r]
+            _resolve(out, table, most * r + i, block_table[r].tolist(), *token)
 
 
 def _resolve(

@@ -82,6 +82,7 @@ def served(monkeypatch):
         ),
         additional_config={},
         device_config=SimpleNamespace(device_type="cpu"),
+        use_v2_model_runner=True,
         model_config=model,
         cache_config=SimpleNamespace(
             block_size=128,

@@ -170,9 +170,21 @@ def spoil(vllm_config, path, value):
             r"'fp8' on a GPU of compute capability 8\.6: .*8\.9.*--kv-cache-dtype auto",
         ),
         (
-            {"speculative_config": SimpleNamespace(method="eagle3", attention_backend=None)},
+            {
+                "use_v2_model_runner": False,
+                "speculative_config": SimpleNamespace(method="eagle3", attention_backend=None),
+            },
             (9, 0),
-            "method 'eagle3' on a GPU: .* KV cache of their own.* method \"ngram\".*leave out",
+            "method 'eagle3' on a GPU with vLLM's model runner V1: .*VLLM_USE_V2_MODEL_RUNNER",
+        ),
+        (
+            {
+                "speculative_config": SimpleNamespace(
+                    method="mtp", attention_backend=None, use_multi_module_mtp=lambda: True
+                ),
+            },
+            (9, 0),
+            "several MTP modules on a GPU: .*num_speculative_tokens 1",
         ),
         ({"head_size": 72}, (9, 0), "head size 72 on a GPU.*64, 80, 96, 128, 256"),
         ({"cache_config.block_size": 256}, (9, 0), "block size 256 .*--block-size"),

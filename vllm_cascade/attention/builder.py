@@ -42,6 +42,8 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
     # Tokens, and the drafts behind them, are resolved one by one on the device, from the tensors
     # that a CUDA graph reads. vLLM's graphs are for requests of as many tokens as that.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+    # Asked on a GPU alone.
+    supports_draft_decode_metadata_update = True
 
     def __init__(
         self,
@@ -65,6 +67,11 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
         speculative = vllm_config.speculative_config
         with_sampled = speculative is not None and speculative.method in WITH_SAMPLED
         self._num_sampled = int(with_sampled)
+        # Whether these are the layers of a draft model alone, and how far it has come.
+        self._is_draft_model = with_sampled and all(
+            layers[name].is_draft_layer for name in layer_names
+        )
+        self._num_ahead = 0
         self.planner = None
         if device.type != "cpu":
             from vllm_cascade.attention.gpu_step import Planner
@@ -137,18 +144,34 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
             num_ahead,
         )
 
+    def update_draft_decode_metadata(self, metadata: GpuMetadata) -> None:
+        """Go on to a drafter's next step, of one token of each request, on the device alone.
+
+        vLLM's model runner V2 calls this, for EAGLE and MTP, before each draft but the first one,
+        which comes out of the pass over what the model has computed. Where a CUDA graph has the
+        drafts, this is recorded in it.
+
+        Args:
+            metadata: From `build`; changed in place.
+        """
+        assert self.planner is not None
+        self.planner.update_draft(metadata)
+
     def _build_on_device(self, planner: Planner, step: CommonAttentionMetadata) -> GpuMetadata:
         num_reqs = step.num_reqs
         assert step.seq_lens_cpu_upper_bound is not None
         seq_lens_cpu = step.seq_lens_cpu_upper_bound[:num_reqs].numpy()
+        starts, seq_lens = step.query_start_loc[: num_reqs + 1], step.seq_lens[:num_reqs]
         block_table = step.block_table_tensor[:num_reqs]
         if self.seen is not None:
             # Only tracing waits for the device.
-            self.seen.note(block_table.cpu().numpy(), step.seq_lens[:num_reqs].cpu().numpy())
+            self.seen.note(block_table.cpu().numpy(), seq_lens.cpu().numpy())
+        if self._is_draft_model:
+            # In a draft model's first step each request has the sampled token and others.
+            self._num_ahead = 1 if step.max_query_len > 1 else self._num_ahead + 1
+            if self._num_ahead > 1:
+                return planner.plan_draft(starts, seq_lens, block_table, self._num_ahead)
+        starts_cpu = step.query_start_loc_cpu[: num_reqs + 1].numpy()
         return planner.plan(
-            step.query_start_loc[: num_reqs + 1],
-            step.query_start_loc_cpu[: num_reqs + 1].numpy(),
-            step.seq_lens[:num_reqs],
-            seq_lens_cpu,
-            block_table,
+            starts, starts_cpu, seq_lens, seq_lens_cpu, block_table, self._is_draft_model
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from weakref import WeakValueDictionary
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from vllm_cascade.kernels.block_tables import CascadeTable
+from vllm_cascade.structure.config import CascadeConfig
 from vllm_cascade.structure.layout import Layout
 
 # Least epochs to fill at a time: some 20 ms of work on the host.
@@ -70,6 +73,29 @@ class EpochTable:
         _put(table.num_groups[part], np.array([len(epoch.groups) for epoch in epochs]))
         _put(table.starts[part], np.array([epoch.start for epoch in epochs]))
         _put(table.prefixes[part], np.array([epoch.prefix_tokens for epoch in epochs]))
+
+
+# A table lives as long as somebody that uses it.
+_tables: WeakValueDictionary[tuple[CascadeConfig, torch.device], EpochTable] = WeakValueDictionary()
+
+
+def shared_epochs(layout: Layout, device: torch.device) -> EpochTable:
+    """Give the table of all that plan steps of one layout; the first that asks allocates it.
+
+    A drafter's steps may replay without the host, and find what the model's steps have filled.
+
+    Args:
+        layout: The cascade's structure.
+        device: Where the tensors are.
+
+    Returns:
+        The table, the same object for equal arguments.
+    """
+    key = layout.config, device
+    table = _tables.get(key)
+    if table is None:
+        table = _tables[key] = EpochTable(layout, device)
+    return table
 
 
 def _put(target: torch.Tensor, values: npt.NDArray[np.integer]) -> None:

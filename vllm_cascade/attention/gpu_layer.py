@@ -99,6 +99,8 @@ class GpuLayer:
             once((number, "prepare"), self._prepare, query, key, value, pages, launch, rows)
             lse = self._attend_rows(launch, rows, output)
             once((number, "finish"), self._finish, pages, launch, rows, lse, lse=lse)
+        if metadata.sampled is not None:
+            once("sampled", self._decode, query, key, value, pages, metadata.sampled, output)
 
     def _decode(
         self,

@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_cascade.attention.epoch_table import EpochTable
+from vllm_cascade.attention.epoch_table import shared_epochs
 from vllm_cascade.kernels.block_tables import (
+    ALL,
+    ALL_BUT_LAST,
+    LAST,
     Resolved,
     resolve_decodes,
     resolve_segments,
@@ -90,13 +94,18 @@ class Rows:
     key_starts: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GpuMetadata:
     """One step on a GPU.
 
     Args:
         decode: The step's tokens that are resolved one by one, or None.
         launches: The step's longer chunks, in the order in which they run.
+        sampled: Each request's last token, which a drafter computes ahead of the model, after all
+            others; mostly None.
+        batch: Where the step's counts and block tables are: `query_start_loc`, `seq_lens` and
+            `block_table` of `Planner.plan`.
+        num_drafts: Drafts of each request that have been computed one after the other.
         recordings: Kind of layer -> part of the step -> what the first layer of this kind launched
             in this part. Later layers of the kind repeat the recording.
         rows: Workspace and number of a launch -> the rows of the workspace that the launch takes,
@@ -105,6 +114,9 @@ class GpuMetadata:
 
     decode: DecodeStep | None
     launches: list[Launch]
+    sampled: DecodeStep | None = None
+    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    num_drafts: int = 0
     recordings: dict[Hashable, dict[Hashable, Recording]] = field(default_factory=dict)
     rows: dict[Hashable, Rows] = field(default_factory=dict)
 
@@ -157,9 +169,10 @@ class Planner:
     ) -> None:
         self.layout, self.most_tokens = layout, most_tokens
         self.max_keys = max(max_keys, _most_keys(layout) + KEY_PADDING)
-        self.epochs = EpochTable(layout, device)
+        self.epochs = shared_epochs(layout, device)
         self.table = self.epochs.table
         self.decodes = Resolved.empty(self.table, max_num_seqs * most_tokens)
+        self._max_num_seqs = max_num_seqs
 
     def plan(
         self,
@@ -168,6 +181,7 @@ class Planner:
         seq_lens: torch.Tensor,
         seq_lens_cpu: npt.NDArray[np.int32],
         block_table: torch.Tensor,
+        with_sampled: bool = False,
     ) -> GpuMetadata:
         """Prepare one step.
 
@@ -181,23 +195,19 @@ class Planner:
                 are resolved one by one, an upper bound for the others.
             block_table: [num_requests or more, width] int32 on the device, block ids of each
                 request's block-table row.
+            with_sampled: Whether each request has one more token, in the batch and on the device,
+                not in `seq_lens_cpu`: the sampled one, which a drafter computes ahead of the model.
 
         Returns:
             The step. The next call overwrites the tensors of single tokens.
         """
-        most, lengths = self.most_tokens, np.diff(query_start_loc_cpu)
-        num_rows = most * len(seq_lens)
+        most, lengths = self.most_tokens, np.diff(query_start_loc_cpu) - with_sampled
+        batch = query_start_loc, seq_lens, block_table
         self.epochs.cover(min(int(seq_lens_cpu.max(initial=1)), self.layout.config.max_model_len))
         decode = None
         if ((lengths > 0) & (lengths <= most)).any():
-            resolve_decodes(self.decodes, self.table, query_start_loc, seq_lens, block_table, most)
-            chooses = self.layout.config.chooses
-            decode = DecodeStep(
-                rows=self.decodes.decode_rows(0, num_rows, most),
-                slots=self.decodes.slots[:num_rows],
-                tokens=self.decodes.tokens[:num_rows],
-                merges=self.decodes.merges(0, num_rows) if chooses else None,
-            )
+            part = ALL_BUT_LAST if with_sampled else ALL
+            decode = self._decode(self.decodes, batch, most, part, merges=True)
         waves: dict[int, list[_Cut]] = defaultdict(list)
         for request in np.flatnonzero(lengths > most).tolist():
             end, row = int(seq_lens_cpu[request]), int(query_start_loc_cpu[request])
@@ -206,9 +216,76 @@ class Planner:
                 place = self.layout.epochs[segment.epoch].place(segment.start)
                 cut = _Cut(request, row + segment.start - start, segment, place)
                 waves[number].append(cut)
-        if not waves:
-            return GpuMetadata(decode, [])
-        return GpuMetadata(decode, self._launches(list(waves.values()), block_table))
+        launches = self._launches(list(waves.values()), block_table) if waves else []
+        sampled = None
+        if with_sampled:
+            sampled = self._decode(self._sampled, batch, 1, LAST, num_ahead=1)
+        return GpuMetadata(decode, launches, sampled, batch)
+
+    def plan_draft(
+        self,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        num_ahead: int,
+    ) -> GpuMetadata:
+        """Prepare a drafter's step of one token of each request, on the device alone.
+
+        Args:
+            query_start_loc: As for `plan`; so are `seq_lens` and `block_table`.
+            seq_lens: See there.
+            block_table: See there.
+            num_ahead: Tokens of each request, the step's included, that the drafter computes ahead
+                of the model.
+
+        Returns:
+            The step, which merges nothing. The next call overwrites its tensors.
+        """
+        batch = query_start_loc, seq_lens, block_table
+        return GpuMetadata(
+            self._decode(self.decodes, batch, 1, num_ahead=num_ahead), [], None, batch
+        )
+
+    def update_draft(self, step: GpuMetadata) -> None:
+        """Turn a drafter's step into its next one; the first time into its first one.
+
+        A CUDA graph that has recorded this reads the counts as they are when it replays.
+
+        Args:
+            step: From `plan` or `plan_draft`; changed in place.
+        """
+        assert step.batch is not None and not step.launches
+        step.num_drafts += 1
+        step.decode = self._decode(self.decodes, step.batch, 1, num_ahead=step.num_drafts)
+        step.recordings.clear()
+
+    @cached_property
+    def _sampled(self) -> Resolved:
+        """Room for a token of each request."""
+        return Resolved.empty(self.table, self._max_num_seqs)
+
+    def _decode(
+        self,
+        out: Resolved,
+        batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        most: int,
+        part: int = ALL,
+        *,
+        num_ahead: int = 0,
+        merges: bool = False,
+    ) -> DecodeStep:
+        """Resolve tokens one by one, into `out`."""
+        query_start_loc, seq_lens, block_table = batch
+        resolve_decodes(
+            out, self.table, query_start_loc, seq_lens, block_table, most, part, num_ahead
+        )
+        num_rows = most * len(seq_lens)
+        return DecodeStep(
+            rows=out.decode_rows(0, num_rows, most),
+            slots=out.slots[:num_rows],
+            tokens=out.tokens[:num_rows],
+            merges=out.merges(0, num_rows) if merges and self.layout.config.chooses else None,
+        )
 
     def _launches(self, waves: list[list[_Cut]], block_table: torch.Tensor) -> list[Launch]:
         """Cut waves where the workspace is full, and resolve all their segments in one launch."""

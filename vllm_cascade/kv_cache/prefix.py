@@ -136,7 +136,9 @@ class Prefix:
         Returns:
             Blocks at the row's beginning that have been found or added by now.
         """
+        # With a drafter that reads a token ahead, a block's hash has to wait for the next token.
         number = min(self.num_tokens, num_tokens) // self._block_size
+        number = min(number, len(request.block_hashes))
         if number <= num_known:
             return num_known
         self._pool.cache_full_blocks(

@@ -59,11 +59,19 @@ def check_drafts(vllm_config: Any, config: CascadeConfig) -> None:
             INSTEAD,
         )
     if vllm_config.device_config.device_type != "cpu":
-        raise UnsupportedError(
-            f"{asked} on a GPU",
-            "its drafter's layers have a KV cache of their own, which is bounded on a CPU only",
-            INSTEAD,
-        )
+        if not vllm_config.use_v2_model_runner:
+            raise UnsupportedError(
+                f"{asked} on a GPU with vLLM's model runner V1",
+                "there nobody has made a drafter's own KV cache be bounded",
+                "Unset VLLM_USE_V2_MODEL_RUNNER, or leave out the option that needs runner V1, "
+                "which vLLM's log names",
+            )
+        if speculative.use_multi_module_mtp():
+            raise UnsupportedError(
+                f"{asked} with several MTP modules on a GPU",
+                "nobody has tried it",
+                "Give num_speculative_tokens 1, with which one module drafts",
+            )
     chosen = speculative.attention_backend
     if chosen is not None and not is_cascade(chosen):
         raise UnsupportedError(
