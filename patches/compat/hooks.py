@@ -326,6 +326,7 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm_cascade/support/sleep.py": {
         "vllm.config.ModelConfig": ("enable_cumem_allocator",),
+        "vllm.config.SpeculativeConfig": ("target_model_config",),
     },
     "vllm_cascade/commands/plan.py": {
         "vllm.config.ModelConfig": (

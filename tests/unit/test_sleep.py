@@ -54,10 +54,14 @@ def test_what_a_loaded_model_hands_over_is_kept_asleep(
     # Put back afterwards, also if the patch has been applied before.
     monkeypatch.setattr(BaseModelLoader, "load_model", lambda *_: nn.Sequential())
     rope_at_logical_place.install()
-    loader = SimpleNamespace(load_weights=None)
-    config = SimpleNamespace(model_config=SimpleNamespace(enable_cumem_allocator=sleeps))
-    BaseModelLoader.load_model(loader, config, config.model_config)
-    assert made_under == [TAG if on_cuda and sleeps else None]
+    target, drafter = (SimpleNamespace(enable_cumem_allocator=each) for each in (sleeps, False))
+    speculative = SimpleNamespace(
+        method="draft_model", draft_model_config=drafter, target_model_config=target
+    )
+    for model_config in (target, drafter):
+        config = SimpleNamespace(model_config=model_config, speculative_config=speculative)
+        BaseModelLoader.load_model(SimpleNamespace(load_weights=None), config, model_config)
+    assert made_under == [TAG if on_cuda and sleeps else None] * 2
 
 
 @pytest.mark.parametrize("level", [1, 2])
