@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from vllm_cascade.patches import (
     backend_pickling,
+    chunked_layers,
     continued_requests,
     cpu_backend_selection,
     cpu_distribution_name,
@@ -28,6 +29,7 @@ PATCHES = (
     backend_pickling.PATCH,
     cpu_backend_selection.PATCH,
     rope_at_logical_place.PATCH,
+    chunked_layers.PATCH,
     long_max_model_len.PATCH,
     front_end_validation.PATCH,
     exact_requests.PATCH,

@@ -56,6 +56,27 @@ MUTATIONS = [
         STATES,
     ),
     Mutation(
+        "CASCADE in a layer that attends in chunks",
+        "patches/chunked_layers.py",
+        "None if is_cascade(chosen) else chosen, {}",
+        "chosen, per_kind",
+        "tests/unit/test_patches.py::test_layers_of_chunked_attention_do_not_get_cascade",
+    ),
+    Mutation(
+        "a place with a factor on queries that is left out",
+        "vllm_cascade/attention/rope.py",
+        "num_positions < floor_scale",
+        "num_positions <= floor_scale",
+        f"{BUILT}::test_a_temperature_without_rotation_is_left_out_where_it_is_one",
+    ),
+    Mutation(
+        "a budget that reaches a place with a factor on queries",
+        "vllm_cascade/support/resolved.py",
+        "int(floor_scale) - 1",
+        "int(floor_scale)",
+        "tests/e2e/test_refusals.py::test_a_temperature_without_rotation_ends_the_budget",
+    ),
+    Mutation(
         "a place off by one",
         "kernels/cpu/attention.py",
         "own = slice(segment.first_place, num_keys)",

@@ -195,6 +195,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "KimiLinearForCausalLM": {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16},
     "Lfm2ForCausalLM": LFM2,
     "Lfm2MoeForCausalLM": {**LFM2, "num_dense_layers": 1},
+    "Llama4ForCausalLM": {
+        "model_type": "llama4_text",
+        "intermediate_size_mlp": 256,
+        "num_local_experts": 4,
+    },
     "NemotronHForCausalLM": NEMOTRON_H,
     "NemotronHPuzzleForCausalLM": {"model_type": "nemotron_h", **NEMOTRON_H},
     "OlmoHybridForCausalLM": GATED_DELTA,

@@ -202,6 +202,10 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         "vllm.model_executor.models.qwen3_next.Qwen3NextAttention": (
             "use_fused_qk_norm_rope_gate",
         ),
+        "vllm.model_executor.models.llama4.Llama4Attention": (
+            "attn_temperature_tuning",
+            "floor_scale",
+        ),
         "vllm.model_executor.layers.rotary_embedding.Phi3LongRoPEScaledRotaryEmbedding": (
             "_compute_cos_sin_cache",
             "long_factor",
@@ -297,7 +301,12 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "vllm_cascade/support/hybrid.py": {
-        "vllm.config.ModelConfig": ("attention_chunk_size", "get_sliding_window"),
+        "vllm.config.ModelConfig": (
+            "attention_chunk_size",
+            "get_sliding_window",
+            "hf_text_config",
+            "max_model_len",
+        ),
     },
     "vllm_cascade/support/drafts.py": {
         "vllm.config.VllmConfig": (
@@ -330,11 +339,16 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm_cascade/commands/plan.py": {
         "vllm.config.ModelConfig": (
+            "attention_chunk_size",
             "get_num_kv_heads",
             "get_num_layers",
             "get_total_num_hidden_layers",
             "verify_with_parallel_config",
         ),
+    },
+    "patches/chunked_layers.py": {
+        "vllm.config.AttentionConfig": ("backend", "backend_per_kind"),
+        "vllm.config.VllmConfig": ("attention_config",),
     },
     "patches/front_end_validation.py": {
         "vllm.engine.arg_utils.EngineArgs": ("attention_backend", "attention_config"),
@@ -358,6 +372,11 @@ EXACTLY: dict[str, dict[str, str]] = {
         "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "(self, num_blocks)",
         "vllm.v1.core.block_pool.BlockPool.touch": "(self, blocks)",
         "vllm.v1.core.block_pool.BlockPool.unpin_blocks": "(self, blocks, on_reuse)",
+    },
+    "patches/chunked_layers.py": {
+        "vllm.v1.kv_cache_interface.KVCacheSpecKind.CHUNKED_LOCAL_ATTENTION": (
+            "'chunked_local_attention'"
+        ),
     },
     "vllm_cascade/plugin.py": {
         "vllm.v1.attention.backends.registry.register_backend": (

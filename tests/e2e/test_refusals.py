@@ -182,6 +182,33 @@ def test_the_models_own_limit_is_known_whatever_length_is_asked_for(limit_of, co
     assert limit_of(config, max_model_len=1024) == limit
 
 
+LLAMA4 = like_llama(
+    "Llama4ForCausalLM",
+    "llama4_text",
+    num_hidden_layers=4,
+    num_local_experts=4,
+    attention_chunk_size=256,
+    floor_scale=4096,
+)
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_a_temperature_without_rotation_ends_the_budget(limit_of, configure, tmp_path, tuned):
+    """vLLM has the factor for long texts, or where a user asks, whatever config.json says."""
+    from vllm_cascade.evaluation.engine import resolve
+
+    llama4 = {**LLAMA4, "attn_temperature_tuning": tuned}
+    assert limit_of(llama4) == 4095
+    assert limit_of(llama4, max_model_len=1024) == 4095
+    with pytest.raises(ValueError, match=r"'cache_tokens' = 4096: .*the model has 4095"):
+        configure(llama4, additional_config={"cascade": {"cache_tokens": 4096}})
+    # Full attention is measured beyond.
+    assert resolve(str(tmp_path), {}) == (8192, None)
+    # Layers that rotate have tables of their own length.
+    with pytest.raises(ValueError, match=r"chunked-attention layers.*--max-model-len 8192 or less"):
+        configure(llama4, max_model_len=LONG)
+
+
 def test_the_models_own_limit_is_no_longer_than_a_window_switched_off(limit_of):
     mistral = like_llama("MistralForCausalLM", "mistral", sliding_window=2048)
     assert limit_of(mistral, disable_sliding_window=True) == 2048

@@ -229,6 +229,30 @@ def save_gemma3(folder: Path, **changes: Any) -> str:
     return save_random(folder, "gemma3_text", **{**fields, **changes})
 
 
+def save_llama4(folder: Path, **changes: Any) -> str:
+    """Write a random Llama 4: chunked attention before each of two layers that rotate nothing.
+
+    The latter have experts, of which a token gets one.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    fields = {
+        "num_hidden_layers": 4,
+        "no_rope_layers": [1, 0] * 2,
+        "attention_chunk_size": 64,
+        "intermediate_size_mlp": 128,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 2,
+        "rope_theta": 10_000.0,
+    }
+    return save_random(folder, "llama4_text", **{**fields, **changes})
+
+
 def save_lfm2(folder: Path, **changes: Any) -> str:
     """Write a random LFM2, a convolution before each of two full-attention layers.
 

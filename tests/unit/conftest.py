@@ -54,8 +54,8 @@ def served(monkeypatch):
     from vllm_cascade.support import validate as validation
 
     plugin.register()
-    for module in (validation, resolved):
-        monkeypatch.setattr(module, "position_limit", lambda model_config: 4096)
+    monkeypatch.setattr(validation, "rotary_limit", lambda model_config: 4096)
+    monkeypatch.setattr(resolved, "position_limit", lambda model_config: 4096)
     text = LlamaConfig(max_position_embeddings=4096)
     model = FakeModel(
         runner_type="generate",

@@ -228,6 +228,29 @@ def test_a_temperature_is_left_out_where_it_is_one(original):
     assert torch.equal(block(torch.arange(3), q, q, q), q + q)
 
 
+@pytest.mark.parametrize("scale", [POSITIONS + 1, POSITIONS])
+def test_a_temperature_without_rotation_is_left_out_where_it_is_one(scale):
+    class Warm(Block):
+        attn_temperature_tuning = True
+        floor_scale = scale
+
+        def forward(self, positions, hidden_states):
+            q = hidden_states
+            if self.attn_temperature_tuning:
+                q = q * (positions + 1)[:, None].div(self.floor_scale).floor().add(1)
+            return self.attn(q, hidden_states, hidden_states)
+
+    block = Warm("CASCADE", None)
+    if scale == POSITIONS:  # the last place has a factor of 2
+        with pytest.raises(RotationError, match="uses `positions`"):
+            take_over(block)
+        return
+    x = torch.ones(POSITIONS, HEAD_SIZE)
+    before = block(torch.arange(POSITIONS), x)
+    take_over(block)
+    assert torch.equal(block(torch.full((POSITIONS,), 10**6), x), before)
+
+
 def test_a_model_that_was_taken_over_still_compiles():
     block = Block("CASCADE", get_rope(PLAIN))
     take_over(block)

@@ -197,6 +197,45 @@ def test_the_cpu_takes_cascade_and_leaves_other_backends_alone():
     assert "sliding window not supported" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("backend", "per_kind", "wanted"),
+    [
+        ("CASCADE", {}, None),
+        (None, {"full_attention": "CASCADE"}, None),
+        ("CPU_ATTN", {"full_attention": "CASCADE"}, "CPU_ATTN"),
+        (None, {"full_attention": "CASCADE", "chunked_local_attention": "CPU_ATTN"}, "CPU_ATTN"),
+        # Without CASCADE all is as vLLM has it.
+        (None, {"full_attention": "CPU_ATTN"}, {"full_attention": "CPU_ATTN"}),
+    ],
+)
+def test_layers_of_chunked_attention_do_not_get_cascade(monkeypatch, backend, per_kind, wanted):
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.attention import chunked_local_attention as chunked
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    plugin.register()
+    config = VllmConfig()
+    attention, select = config.attention_config, chunked.get_attn_backend
+
+    def ask(*args):
+        chosen = attention.backend, attention.backend_per_kind
+        # The rest of the constructor needs a model.
+        raise LookupError(select(*args).get_name(), *chosen)
+
+    monkeypatch.setattr(chunked, "get_attn_backend", ask)
+    given = backend and AttentionBackendEnum[backend]
+    kinds = {kind: AttentionBackendEnum[name] for kind, name in per_kind.items()}
+    attention.backend, attention.backend_per_kind = given, kinds
+    with set_current_vllm_config(config), pytest.raises(LookupError) as stopped:
+        chunked.ChunkedLocalAttention(2, 32, 1.0, 64)
+    if isinstance(wanted, dict):
+        assert stopped.value.args == ("CPU_ATTN", given, kinds)
+    else:
+        chosen = wanted and AttentionBackendEnum[wanted]
+        assert stopped.value.args == ("CPU_ATTN", chosen, {})
+    assert (attention.backend, attention.backend_per_kind) == (given, kinds)
+
+
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A folder on sys.path, and a way to put a distribution into it."""

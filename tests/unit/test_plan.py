@@ -134,11 +134,34 @@ def test_windows_are_counted_as_vllm_groups_them(model):
     assert "5 sliding-window layers" in plan.as_text()
 
 
+def test_chunks_are_counted_as_vllm_groups_them(model):
+    changes = {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "num_hidden_layers": 8,
+        "num_local_experts": 4,
+        "attention_chunk_size": 512,
+    }
+    plan = make_plan(
+        model(**changes),
+        {"cache_tokens": 512, "num_sub_caches": 4, "stride": 128},
+        max_model_len=2048,
+        block_size=32,
+    )
+    assert (plan.num_layers, plan.num_window_layers) == (2, 6)
+    # A step may compute the whole prompt before any of it leaves its chunk.
+    assert plan.window_bytes == 2048 // 32 * 6 * plan.page_size_bytes
+    assert plan.request_bytes == 2 * plan.layer_bytes + plan.window_bytes
+    assert "6 chunked-attention layers" in plan.as_text()
+
+
 def test_layers_of_other_kinds_are_not_counted():
     from vllm_cascade.commands.plan import _num_layers
 
     text = SimpleNamespace(layer_types=["full_attention", "linear_attention"] * 2)
-    config = SimpleNamespace(hf_text_config=text, get_total_num_hidden_layers=lambda: 4)
+    config = SimpleNamespace(
+        hf_text_config=text, attention_chunk_size=None, get_total_num_hidden_layers=lambda: 4
+    )
     assert _num_layers(config, None) == 2
 
 

@@ -312,6 +312,7 @@ NOPE_SCALED = {"rotary_emb": None, "qk_norm": None, "attn_temperature_tuning": T
         ("qwen3_next", "Qwen3NextAttention", {**GATED, FUSED: False}, True),
         ("qwen3_next", "Qwen3NextAttention", {**GATED, FUSED: True}, False),
         ("llama4", "Llama4Attention", NOPE_SCALED, False),
+        ("llama4", "Llama4Attention", NOPE_SCALED | {"attn_temperature_tuning": False}, None),
         ("deepseek_v2", "DeepseekV2Attention", {"q_lora_rank": None}, False),
     ],
 )

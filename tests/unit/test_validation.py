@@ -12,9 +12,8 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_cascade.structure.config import ConfigError
 from vllm_cascade.support import resolved
-from vllm_cascade.support import validate as validation
 from vllm_cascade.support.drafts import bound_drafter, is_drafters
-from vllm_cascade.support.hybrid import delegate_windows
+from vllm_cascade.support.hybrid import delegate_windows, kinds_of
 from vllm_cascade.support.selection import check_selection, selects_cascade
 from vllm_cascade.support.unsupported import UnsupportedError
 from vllm_cascade.support.validate import validate
@@ -30,6 +29,8 @@ MIXED = {
     "sliding_window": 512,
     "hf_text_config.layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+
+CHUNKED = {"attention_chunk_size": 256, "hf_text_config.no_rope_layers": [1, 0, 1]}
 
 # What is spoilt (a path in the configuration, or in the model's) -> words of the message.
 SPOILT = [
@@ -68,7 +69,11 @@ SPOILT = [
         },
         "RoPE of type 'ntk'",
     ),
-    ({"attention_chunk_size": 8192}, "chunked local attention .attention_chunk_size 8192"),
+    ({"attention_chunk_size": 8192}, "attention .attention_chunk_size 8192.*by no_rope_layers"),
+    (CHUNKED | {"hf_text_config.no_rope_layers": [1, 1]}, "256. in all layers.*bounded already"),
+    (CHUNKED | {"attention_chunk_size": 320}, "320. in blocks of 128 .*--block-size that divides"),
+    (CHUNKED | {"max_model_len": 4097}, "4097 of a model with chunked-attention layers.*4096 or"),
+    (CHUNKED | {"cache_config.block_size": 16}, "with chunked-attention layers on a CPU.*of 32"),
     ({"uses_alibi": True}, "ALiBi"),
     ({"hf_text_config.rope_parameters": None}, "without RoPE parameters"),
     ({"hf_text_config.position_embedding_type": "learned"}, "type 'learned'"),
@@ -113,6 +118,10 @@ SPOILT = [
     (
         MIXED | {"speculative_config": SimpleNamespace(method="mtp")},
         "method 'mtp' for a model with sliding-window layers.*method \"ngram\"",
+    ),
+    (
+        CHUNKED | {"speculative_config": SimpleNamespace(method="mtp")},
+        "method 'mtp' for a model with chunked-attention layers",
     ),
     ({"speculative_config": SimpleNamespace(method="medusa")}, "'medusa': nobody has tried"),
     (
@@ -215,8 +224,7 @@ def test_refused_on_a_gpu(served, monkeypatch, spoilt, capability, words):
         "get_device_capability",
         classmethod(lambda cls, device_id=0: capability),
     )
-    for module in (validation, resolved):
-        monkeypatch.setattr(module, "position_limit", lambda model_config: 1 << 16)
+    monkeypatch.setattr(resolved, "position_limit", lambda model_config: 1 << 16)
     served.model_config.max_model_len = 1 << 16
     served.device_config.device_type = "cuda"
     served.cache_config.block_size = 16
@@ -354,6 +362,24 @@ def test_sliding_windows_beside_full_attention_are_left_to_vllm(served, sliding)
         assert served.attention_config.backend is None
         assert served.attention_config.backend_per_kind == {"full_attention": cascade}
     assert selects_cascade(served.attention_config)
+
+
+@pytest.mark.parametrize("chunk", [256, None])
+@pytest.mark.parametrize("rotates", [[1, 0, 1], [0, 0, 0]])
+def test_chunks_beside_full_attention_are_left_to_vllm(served, chunk, rotates):
+    cascade, text = served.attention_config.backend, served.model_config.hf_text_config
+    served.model_config.attention_chunk_size, text.no_rope_layers = chunk, rotates
+    # Its factor on queries is not without bound.
+    text.attn_temperature_tuning, text.floor_scale = True, 8192
+    text.num_hidden_layers = 2
+    validate(served)
+    delegate_windows(served)
+    if chunk and any(rotates):
+        assert served.attention_config.backend is None
+        assert served.attention_config.backend_per_kind == {"full_attention": cascade}
+        assert kinds_of(served.model_config) == ["chunked_attention", "full_attention"]
+    else:
+        assert served.attention_config.backend is cascade
 
 
 @pytest.mark.parametrize("given", ["CASCADE", "CPU_ATTN", None])

@@ -241,11 +241,16 @@ def _rotary_of(site: _Site) -> nn.Module | None:
 def _switch_off_temperature(parent: nn.Module, attention: Any) -> None:
     """Leave out a factor on queries that is exactly 1 at every place that the cache has.
 
-    Ministral 3 scales queries by their place in the text, 1 + beta * log(1 + floor(place / n)).
+    Ministral 3 scales queries by their place in the text, 1 + beta * log(1 + floor(place / n)), and
+    Llama 4 those of layers without rotation, 1 + beta * log(1 + floor((place + 1) / n)).
     """
+    num_positions = attention.impl.num_positions
     original = getattr(parent, "llama_4_scaling_original_max_position_embeddings", 0)
-    if getattr(parent, "do_llama_4_scaling", False) and attention.impl.num_positions <= original:
+    if getattr(parent, "do_llama_4_scaling", False) and num_positions <= original:
         parent.do_llama_4_scaling = False
+    floor_scale = getattr(parent, "floor_scale", 0)
+    if getattr(parent, "attn_temperature_tuning", False) and num_positions < floor_scale:
+        parent.attn_temperature_tuning = False
 
 
 def _switch_off_fusion(parent: nn.Module) -> None:

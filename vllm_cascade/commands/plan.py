@@ -33,7 +33,7 @@ class Plan:
         config: The resolved configuration.
         dtype: Dtype of the model.
         kv_cache_dtype: Dtype of the KV cache: that of the model, or "fp8_e4m3".
-        position_limit: Positions the model itself was made for.
+        position_limit: Positions that CASCADE may give to the model's keys.
         tensor_parallel_size: Ranks that share each layer's KV heads.
         num_layers: Number of CASCADE layers.
         block_size: Tokens in a block of vLLM's: a multiple of the configuration's where the model
@@ -42,9 +42,11 @@ class Plan:
         page_size_bytes: Bytes of a block in a layer; scores and token indices count.
         layer_bytes: Bytes that the longest request holds in a CASCADE layer.
         full_attention_layer_bytes: Bytes that it would hold there with full attention.
-        num_window_layers: Number of sliding-window layers, which vLLM's own backend serves.
-        window_bytes: Bytes that the longest request holds in all sliding-window layers, and the
-            padding where vLLM groups unequal numbers of layers.
+        num_window_layers: Number of layers with a sliding window or with chunks, which vLLM's own
+            backend serves.
+        window_layers: What these are called: "sliding-window" or "chunked-attention".
+        window_bytes: Bytes that the longest request holds in all of them, and the padding where
+            vLLM groups unequal numbers of layers.
         full_attention_window_bytes: The same number where vLLM's full attention serves the
             CASCADE layers.
         num_state_layers: Number of layers that keep a state, which vLLM serves.
@@ -65,6 +67,7 @@ class Plan:
     layer_bytes: int
     full_attention_layer_bytes: int
     num_window_layers: int
+    window_layers: str
     window_bytes: int
     full_attention_window_bytes: int
     num_state_layers: int
@@ -124,7 +127,7 @@ class Plan:
         windows = ""
         if self.num_window_layers:
             windows = (
-                f" and {self.num_window_layers} sliding-window layers, "
+                f" and {self.num_window_layers} {self.window_layers} layers, "
                 f"{self.window_bytes:,} bytes of it theirs"
             )
         if self.num_state_layers:
@@ -132,7 +135,7 @@ class Plan:
                 f" and {self.num_state_layers} layers with states, {self.state_bytes:,} bytes of "
                 "it theirs"
             )
-        limit = f"the model's own limit is {self.position_limit:,} tokens"
+        limit = f"a budget may take {self.position_limit:,} positions"
         kept = ""
         if self.kv_cache_dtype != self.dtype:
             kept = f", keys and values in {self.kv_cache_dtype}"
@@ -265,6 +268,7 @@ def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
     import torch
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
     from vllm.v1.kv_cache_interface import (
+        ChunkedLocalAttentionSpec,
         FullAttentionSpec,
         KVCacheSpec,
         MambaSpec,
@@ -273,7 +277,7 @@ def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
     )
 
     from vllm_cascade.kv_cache.spec import CascadeSpec
-    from vllm_cascade.support.hybrid import SLIDING, is_hybrid
+    from vllm_cascade.support.hybrid import CHUNKED, NAMES, kinds_of, other_kind
     from vllm_cascade.support.resolved import position_limit, resolve_options
     from vllm_cascade.support.states import has_states
 
@@ -294,14 +298,20 @@ def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
     spec = CascadeSpec.of(full, config, tail_in_heads=with_states)
     num_layers, num_windows, num_states = _num_layers(model_config, parallel), 0, 0
     others: list[KVCacheSpec] = []
+    other = other_kind(model_config)
     if with_states:
         num_layers, num_states = _num_with_states(model_config, parallel)
         # vLLM pads a state to the size of a page.
         state = {"shapes": ((spec.page_size_bytes,),), "dtypes": (torch.uint8,)}
         others = [MambaSpec(block_size=config.max_model_len, **state)] * num_states
-    elif is_hybrid(model_config):
-        window = SlidingWindowSpec(**shape, sliding_window=model_config.get_sliding_window())
-        num_windows = model_config.hf_text_config.layer_types.count(SLIDING)
+    elif other is not None:
+        window: KVCacheSpec
+        if other == CHUNKED:
+            chunk = model_config.attention_chunk_size
+            window = ChunkedLocalAttentionSpec(**shape, attention_chunk_size=chunk)
+        else:
+            window = SlidingWindowSpec(**shape, sliding_window=model_config.get_sliding_window())
+        num_windows = kinds_of(model_config).count(other)
         others = [window] * num_windows
     beside = _beside(vllm_config, [spec] * num_layers, others)
     full_beside = _beside(vllm_config, [full] * num_layers, others)
@@ -319,6 +329,7 @@ def _count(model: str, vllm_config: Any, kv_memory_gib: float | None) -> Plan:
         layer_bytes=spec.max_memory_usage_bytes(vllm_config),
         full_attention_layer_bytes=full.max_memory_usage_bytes(vllm_config),
         num_window_layers=num_windows,
+        window_layers=NAMES.get(other or "", ""),
         window_bytes=beside if num_windows else 0,
         full_attention_window_bytes=full_beside if num_windows else 0,
         num_state_layers=num_states,
@@ -372,9 +383,11 @@ def _beside(vllm_config: Any, own: list[Any], others: list[Any]) -> int:
 
 def _num_layers(model_config: Any, parallel_config: Any) -> int:
     """Number of full-attention layers, which are those that CASCADE serves."""
-    kinds = getattr(model_config.hf_text_config, "layer_types", None)
+    from vllm_cascade.support.hybrid import FULL, kinds_of
+
+    kinds = kinds_of(model_config)
     if kinds and len(kinds) == model_config.get_total_num_hidden_layers():
-        return int(kinds.count("full_attention"))
+        return kinds.count(FULL)
     return int(model_config.get_num_layers(parallel_config))
 
 

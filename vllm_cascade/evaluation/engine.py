@@ -270,7 +270,8 @@ def resolve(model: str, options: dict[str, Any]) -> tuple[int, Any]:
         options: Keyword arguments for `vllm.LLM`.
 
     Returns:
-        The model's own position limit, and the `CascadeConfig` (None for another backend).
+        The positions that the backend may give to the model's keys, and the `CascadeConfig` (None
+        for another backend).
 
     Raises:
         CommandError: vLLM or the plugin refuses; the message has their own words.
@@ -278,13 +279,12 @@ def resolve(model: str, options: dict[str, Any]) -> tuple[int, Any]:
     # Standard output stays free: vLLM warns here of much that the engine's process says again.
     with contextlib.redirect_stdout(sys.stderr):
         from vllm_cascade.commands.offline import engine_config
-        from vllm_cascade.support.resolved import position_limit, resolve_options
+        from vllm_cascade.support.resolved import position_limit, resolve_options, rotary_limit
 
         try:
             vllm_config = engine_config(model=model, **FIXED, **options)
         except OSError as error:
             raise CommandError(str(error)) from error
-        config = None
-        if options.get("attention_backend") == BACKEND_NAME:
-            config = resolve_options(vllm_config)
-        return position_limit(vllm_config.model_config), config
+        if options.get("attention_backend") != BACKEND_NAME:
+            return rotary_limit(vllm_config.model_config), None
+        return position_limit(vllm_config.model_config), resolve_options(vllm_config)

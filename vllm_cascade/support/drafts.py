@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_cascade.structure.config import CascadeConfig
-from vllm_cascade.support.hybrid import is_hybrid
+from vllm_cascade.support.hybrid import NAMES, other_kind
 from vllm_cascade.support.names import is_cascade
 from vllm_cascade.support.states import has_states
 from vllm_cascade.support.unsupported import UnsupportedError
@@ -52,9 +52,9 @@ def check_drafts(vllm_config: Any, config: CascadeConfig) -> None:
         return
     if speculative.method not in WITH_CACHE:
         raise UnsupportedError(asked, "nobody has tried this drafter with it", INSTEAD)
-    if is_hybrid(vllm_config.model_config):
+    if other := other_kind(vllm_config.model_config):
         raise UnsupportedError(
-            f"{asked} for a model with sliding-window layers",
+            f"{asked} for a model with {NAMES[other]} layers",
             "nobody has tried a drafter with a KV cache beside these",
             INSTEAD,
         )

@@ -15,7 +15,7 @@ from vllm_cascade.support.unsupported import UnsupportedError
 UNSCALED_ROPE_TYPES = ("dynamic",)
 
 
-def position_limit(model_config: Any) -> int:
+def rotary_limit(model_config: Any) -> int:
     """Count the positions that a model was made for, as vLLM derives them from config.json.
 
     Args:
@@ -38,15 +38,31 @@ def position_limit(model_config: Any) -> int:
     ropes = hybrid.full_attention_ropes(text)
     if any(rope.get("rope_type") in UNSCALED_ROPE_TYPES for rope in ropes):
         limit = min(limit, text.max_position_embeddings)
-    scalings = [*ropes, getattr(text, "llama_4_scaling", None) or {}]
-    for each in scalings:
-        # Up to there the factor that such models put on queries is 1; `take_over` leaves it out.
-        if each.get("llama_4_scaling_beta") or each.get("beta"):
-            limit = min(limit, each.get("original_max_position_embeddings", limit))
     if model_config.disable_sliding_window:
         # vLLM has dropped the window by now. The window bounded max_model_len, and the patch
         # `long_max_model_len` leaves this bound in place.
         limit = min(limit, model_config.max_model_len)
+    return limit
+
+
+def position_limit(model_config: Any) -> int:
+    """Count the positions that CASCADE may give to a model's queries and keys.
+
+    Args:
+        model_config: vLLM's `ModelConfig`; its `max_model_len` may be larger.
+
+    Returns:
+        As `rotary_limit`, or less.
+    """
+    text, limit = model_config.hf_text_config, rotary_limit(model_config)
+    # Two models put a factor on queries that is 1 up to some place. `take_over` leaves it out.
+    scalings = [*hybrid.full_attention_ropes(text), getattr(text, "llama_4_scaling", None) or {}]
+    for each in scalings:
+        if each.get("llama_4_scaling_beta") or each.get("beta"):
+            limit = min(limit, each.get("original_max_position_embeddings", limit))
+    if floor_scale := getattr(text, "floor_scale", None):
+        # Llama 4. vLLM itself decides whether there is a factor, whatever config.json says.
+        limit = min(limit, int(floor_scale) - 1)
     return limit
 
 

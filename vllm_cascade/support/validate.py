@@ -9,7 +9,7 @@ from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.support import hybrid, states, unsupported
 from vllm_cascade.support.drafts import check_drafts
 from vllm_cascade.support.names import BACKEND_NAME, log_of
-from vllm_cascade.support.resolved import position_limit, resolve_options
+from vllm_cascade.support.resolved import resolve_options, rotary_limit
 from vllm_cascade.support.selection import check_kinds, check_selection, layer_of, selects_cascade
 from vllm_cascade.support.unsupported import GPU_HEAD_SIZES, UnsupportedError
 
@@ -156,7 +156,7 @@ def _windows(vllm_config: Any) -> None:
 
 def _table_limit(model_config: Any) -> int:
     """Positions in the rotary tables of layers that CASCADE does not serve."""
-    text, limit = model_config.hf_text_config, position_limit(model_config)
+    text, limit = model_config.hf_text_config, rotary_limit(model_config)
     ropes = getattr(text, "rope_parameters", None) or {}
     # Sliding-window layers with RoPE parameters of their own have no scaling, even where the
     # full-attention layers have.
@@ -208,7 +208,8 @@ def _attention(vllm_config: Any) -> None:
     if soft_cap:
         raise unsupported.soft_cap(soft_cap)
     for name in ATTENTION_SCALES:
-        if getattr(text, name, None):
+        # The factor of Llama 4 is 1 up to the place `floor_scale`, at which the budget ends.
+        if getattr(text, name, None) and not getattr(text, "floor_scale", None):
             raise unsupported.attention_scale(name)
     for name in SHARED_KV:
         if getattr(text, name, None):
