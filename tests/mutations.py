@@ -241,8 +241,8 @@ MUTATIONS = [
     Mutation(
         "a token that sees the drafts behind it",
         "kernels/decode/split.py",
-        "            seen = valid[None, :] & (key_place[None, :] <= own_place[:, None])\n",
-        "            seen = valid[None, :] & (own_place[:, None] >= 0)\n",
+        "            seen = valid[:, None] & (key_place[:, None] <= own_place[None, :])\n",
+        "            seen = valid[:, None] & (own_place[None, :] >= 0)\n",
         "tests/kernels/test_paged_decode.py::test_tokens_with_drafts_load_keys_together",
     ),
     Mutation(
