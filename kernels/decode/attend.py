@@ -59,6 +59,7 @@ def decode(
     counter: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     config: Config | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Attend the token of each row to all keys that the row holds, and score the keys.
 
@@ -82,6 +83,7 @@ def decode(
         counter: [1] int64, or None. Gains the number of keys of each row and KV head.
         sinks: [num_heads] natural logits that only take part in the softmax's denominator, or None.
         config: How to launch; None for `launch_config`'s choice.
+        soft_cap: Keys' logits become ``soft_cap * tanh(logit / soft_cap)``; 0 for no cap.
 
     Raises:
         ValueError: If a shape, stride or dtype does not fit.
@@ -201,6 +203,7 @@ def decode(
             TOKENS=tokens,
             IS_NEOX=is_neox,
             BY_PLACE=chosen.by_place,
+            SOFT_CAP=soft_cap,
             SCORED=scored,
             DIRECT=is_direct(scored, sinks),
             WORDS=words,
