@@ -365,9 +365,9 @@ def score_keys(
     power: float,
     reduction: str,
     counter: torch.Tensor | None,
+    soft_cap: float = 0.0,
     shifts: torch.Tensor | None = None,
     config: ScoreConfig | str | None = None,
-    soft_cap: float = 0.0,
 ) -> None:
     """Add to every key's score what the queries of the key's segment give the key.
 
@@ -389,9 +389,9 @@ def score_keys(
         power: Exponent on the probability, positive.
         reduction: "max" or "mean" over the query heads of a KV head.
         counter: [1] int64 or None; gains the pairs of a query and a key it sees, once per KV head.
+        soft_cap: Logits become ``soft_cap * tanh(logit / soft_cap)``; 0 for no cap.
         shifts: [>= shifts_elements(...)] float32 scratch, dense; None allocates it.
         config: How to launch, or a name in `SCORE_CONFIGS`; None for `launch_config`'s choice.
-        soft_cap: Logits become ``soft_cap * tanh(logit / soft_cap)``; 0 for no cap.
 
     Raises:
         ValueError: If `reduction` is unknown, pages have no scores, or a shape, stride or dtype

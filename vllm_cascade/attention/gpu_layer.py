@@ -191,8 +191,8 @@ class GpuLayer:
                 config.score_power,
                 config.score_reduction,
                 space.counters[:1],
+                self.soft_cap,
                 shifts=space.shifts,
-                soft_cap=self.soft_cap,
             )
         if launch.merges is not None:
             self._merge(pages, launch.merges, has_sums=True)

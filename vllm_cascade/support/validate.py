@@ -204,9 +204,7 @@ def _takes_text_alone(model: Any) -> bool:
 
 def _attention(vllm_config: Any) -> None:
     text = vllm_config.model_config.hf_text_config
-    soft_cap = getattr(text, "attn_logit_softcapping", None)
-    if soft_cap:
-        raise unsupported.soft_cap(soft_cap)
+    unsupported.check_soft_cap(getattr(text, "attn_logit_softcapping", None))
     for name in ATTENTION_SCALES:
         if getattr(text, name, None):
             raise unsupported.attention_scale(name)
