@@ -321,7 +321,7 @@ TEAM_CASES = [
         False,
     ),
     (
-        Shape(places=(*TEAMS[:3], 34, 35), num_heads=16, num_kv_heads=1, dtype=torch.float16),
+        Shape(places=(*TEAMS[:3], 34, 35), num_heads=16, num_kv_heads=1, soft_cap=1.0),
         5,
         False,
         False,
