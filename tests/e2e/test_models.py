@@ -81,7 +81,7 @@ def like_llama(architecture: str, model_type: str, **changes: Any) -> dict[str, 
 # What rotates -> config.json, the tables of its layers, engine arguments.
 KINDS: dict[str, tuple[dict[str, Any], list[Any], dict[str, Any]]] = {
     "transformers": (WIDER, [plain] * 3, TRANSFORMERS),
-    # Not a rotation, but a Llama may have one through this backend.
+    # Plain rotation: this backend gives a cap on logits to any model whose config.json has one.
     "soft-cap": (CAPPED, [plain] * 3, TRANSFORMERS),
     "some-layers": (
         like_llama("SmolLM3ForCausalLM", "smollm3", no_rope_layers=[1, 0, 1], pad_token_id=0),

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 and gpt-oss on a GPU: CASCADE beside FlashAttention, whose pages overlay its own."""
+"""Gemma 2, Gemma 3 and gpt-oss on a GPU: CASCADE beside FlashAttention, in overlaid pages."""
 
 from __future__ import annotations
 
