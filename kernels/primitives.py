@@ -25,6 +25,22 @@ def load_sink(sinks_ptr, head):
 
 
 @triton.jit
+def cap_logits(logits, SOFT_CAP: tl.constexpr):
+    """Cap logits softly: ``SOFT_CAP * tanh(logits / SOFT_CAP)``.
+
+    Args:
+        logits: float32 logits in units of log 2.
+        SOFT_CAP: The cap on natural logits, positive.
+
+    Returns:
+        As `logits`, in the same units.
+    """
+    # tanh(x) = 1 - 2 / (exp(2x) + 1). The units of `logits` make exp(2x) a power of two.
+    CAP: tl.constexpr = SOFT_CAP * _LOG2_E
+    return CAP - (2 * CAP) / (tl.exp2(logits * (2 / SOFT_CAP)) + 1)
+
+
+@triton.jit
 def load_angles(cos_line, sin_line, valid, ROTARY_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Load cosines and sines [rows, BLOCK_D] as float32; zero past the table's width.
 

@@ -43,6 +43,7 @@ def oracle(
     k: torch.Tensor,
     v: torch.Tensor,
     sinks: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ):
     """Outputs [tokens, heads, head] and kept tokens at every boundary, in float64."""
     parameters = CascadeParameters.like(config)
@@ -69,6 +70,7 @@ def oracle(
             config.score_power,
             config.score_reduction,
             None if sinks is None else sinks.double().view(KV_HEADS, SHARED, 1),
+            soft_cap,
         )
         outputs.append(out.permute(2, 0, 1, 3).reshape(end - start, -1, HEAD))
         score.scatter_add_(1, held, gain)
@@ -128,10 +130,11 @@ class CpuEngine(Pool):
         dtype: torch.dtype,
         sinks: torch.Tensor | None = None,
         scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        soft_cap: float = 0.0,
     ) -> None:
         super().__init__(config, num_requests, dtype, scales=scales)
         cos, sin = rope_table(config.max_places, HEAD, THETA, torch.float32)
-        self.layer = CpuLayer(config, HEAD**-0.5, cos, sin, is_neox=True, sinks=sinks)
+        self.layer = CpuLayer(config, HEAD**-0.5, cos, sin, True, sinks, soft_cap)
 
     def step(self, spans, q, k, v) -> torch.Tensor:
         """Run tokens start .. end - 1 of several requests; spans: (request, start, end)."""
@@ -167,6 +170,7 @@ class GpuEngine(Pool):
         follows: bool = False,
         scales: tuple[torch.Tensor, torch.Tensor] | None = None,
         most_tokens: int = 1,
+        soft_cap: float = 0.0,
     ) -> None:
         from vllm_cascade.attention.gpu_layer import GpuLayer
         from vllm_cascade.attention.gpu_step import Planner
@@ -182,12 +186,12 @@ class GpuEngine(Pool):
         self.counters = workspace.counters.zero_()
         cos, sin = (x.to(DEVICE) for x in rope_table(config.max_places, HEAD, THETA, torch.float32))
         table = (cos, sin, True)
-        self.layer = GpuLayer(config, shape, HEAD**-0.5, *table, workspace, sinks)
+        self.layer = GpuLayer(config, shape, HEAD**-0.5, *table, workspace, sinks, soft_cap)
         self.planner = Planner(self.layout, DEVICE, num_requests, 700, most_tokens)
         self.first = None
         if follows:
             others = (cos.clone(), sin.clone(), True, workspace, None if sinks is None else -sinks)
-            self.first = GpuLayer(config, shape, HEAD**-0.5, *others)
+            self.first = GpuLayer(config, shape, HEAD**-0.5, *others, soft_cap)
             others = None if scales is None else tuple(2 * scale for scale in scales)
             self.first_pages = Pool(config, num_requests, dtype, DEVICE, others).pages
 

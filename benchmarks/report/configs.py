@@ -139,6 +139,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "ExaoneForCausalLM": {"activation_function": "silu", "layer_norm_epsilon": 1e-5},
     "ExaoneMoEForCausalLM": {"model_type": "exaone_moe"},
     "FalconForCausalLM": {"head_dim": ABSENT},
+    "Gemma2ForCausalLM": MIXED,
     "Gemma3ForCausalLM": MIXED,
     "Gemma3nForCausalLM": MIXED,
     "Gemma4ForCausalLM": MIXED,
@@ -308,6 +309,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "layer_norm_epsilon": 1e-5,
     },
     "TeleFLMForCausalLM": {"use_mup": False, "output_mult": 1.0, "mup_scale_factor": 1.0},
+    "VaultGemmaForCausalLM": MIXED,
     "Zamba2ForCausalLM": {
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "hybrid"] * 2,

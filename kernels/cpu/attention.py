@@ -140,6 +140,7 @@ def prefill(
     scale: float,
     scoring: Scoring | None,
     sinks: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Attend one segment's queries to themselves and all keys before them, and score the keys.
 
@@ -154,6 +155,7 @@ def prefill(
         scoring: How to score; None to keep no scores.
         sinks: [num_heads] float32 natural logits that only take part in the softmax's denominator,
             or None.
+        soft_cap: Keys' logits become ``soft_cap * tanh(logit / soft_cap)``; 0 for no cap.
 
     Raises:
         ValueError: If scores are to be kept in pages without room for them.
@@ -172,7 +174,7 @@ def prefill(
     own = slice(segment.first_place, num_keys)
     # [num_heads, num_queries, head_size]
     rotated = rotary.rotate(query[segment.start : segment.end].transpose(0, 1), own).mul_(scale)
-    if scoring is None and sinks is None:
+    if scoring is None and sinks is None and not soft_cap:
         attended = _attend(rotated, key, value)
         output[segment.start : segment.end] = attended.transpose(0, 1)
         return
@@ -189,6 +191,7 @@ def prefill(
         for head in range(num_kv_heads):
             rows = rotated[head, :, first:last].reshape(shared * count, head_size)
             probs = _product(rows, key[head, :seen]).view(shared, count, seen)
+            _cap_(probs, soft_cap)
             probs[..., seen - count :].masked_fill_(future, float("-inf"))
             _softmax_(probs, None if sinks is None else sinks.view(num_kv_heads, shared, 1)[head])
             attended = _product(probs.view(-1, seen), value[head, :seen].t())
@@ -233,6 +236,12 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
 def _seen(num_queries: int, num_keys: int) -> torch.Tensor:
     """[num_queries, num_keys] bool: which keys each query sees."""
     return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+
+
+def _cap_(logits: torch.Tensor, soft_cap: float) -> None:
+    """Cap logits softly, in place, if `soft_cap` is not 0."""
+    if soft_cap:
+        logits.div_(soft_cap).tanh_().mul_(soft_cap)
 
 
 def _softmax_(logits: torch.Tensor, sinks: torch.Tensor | None) -> None:
@@ -291,6 +300,7 @@ def decode(
     scale: float,
     scoring: Scoring | None,
     sinks: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Attend one query of each row to all keys that the row holds, and score the keys.
 
@@ -308,6 +318,7 @@ def decode(
         scoring: How to score; None to keep no scores.
         sinks: [num_heads] float32 natural logits that only take part in the softmax's denominator,
             or None.
+        soft_cap: Keys' logits become ``soft_cap * tanh(logit / soft_cap)``; 0 for no cap.
 
     Raises:
         ValueError: If scores are to be kept in pages without room for them.
@@ -334,6 +345,7 @@ def decode(
 
     # [num_blocks, num_kv_heads, shared, block_size]
     logits = torch.matmul(rotated[batch.block_row], key.transpose(2, 3))
+    _cap_(logits, soft_cap)
     logits.masked_fill_(past_end[:, None, None], float("-inf"))
     longest = int(batch.block_place.max()) + 1
     padded = torch.full((num_rows, longest, num_kv_heads, shared, block_size), float("-inf"))

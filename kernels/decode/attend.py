@@ -58,6 +58,7 @@ def decode(
     scored: bool = True,
     counter: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
     config: Config | None = None,
 ) -> None:
     """Attend the token of each row to all keys that the row holds, and score the keys.
@@ -81,6 +82,7 @@ def decode(
         scored: Whether to update the scores.
         counter: [1] int64, or None. Gains the number of keys of each row and KV head.
         sinks: [num_heads] natural logits that only take part in the softmax's denominator, or None.
+        soft_cap: Keys' logits become ``soft_cap * tanh(logit / soft_cap)``; 0 for no cap.
         config: How to launch; None for `launch_config`'s choice.
 
     Raises:
@@ -201,6 +203,7 @@ def decode(
             TOKENS=tokens,
             IS_NEOX=is_neox,
             BY_PLACE=chosen.by_place,
+            SOFT_CAP=soft_cap,
             SCORED=scored,
             DIRECT=is_direct(scored, sinks),
             WORDS=words,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from vllm_cascade.kernels.decode.launch_config import first_of_team, keys_per_split, last_of_team
-from vllm_cascade.kernels.primitives import load_scale, split_words
+from vllm_cascade.kernels.primitives import cap_logits, load_scale, split_words
 
 # The smallest dimension over which tl.dot sums, and the fewest columns that tensor cores take.
 MIN_DOT = 16
@@ -112,6 +112,7 @@ def split_kernel(
     TOKENS: tl.constexpr,
     IS_NEOX: tl.constexpr,
     BY_PLACE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     SCORED: tl.constexpr,
     DIRECT: tl.constexpr,
     WORDS: tl.constexpr,
@@ -150,6 +151,7 @@ def split_kernel(
         TOKENS: `tokens_together`.
         IS_NEOX: Whether channel i pairs with i + HALF (else 2i with 2i + 1).
         BY_PLACE: Whether each key is turned by the angles of its own place.
+        SOFT_CAP: Soft cap on logits (`cap_logits`), or 0 for none.
         SCORED: Whether scores are kept.
         DIRECT: Whether to write the output of a row that has a single split.
         WORDS: Whether FP8 values are loaded as 16-bit words (`split_words`).
@@ -349,6 +351,8 @@ def split_kernel(
             key_rest = tl.trans(key_rest.to(dtype))
             logits = tl.dot(key_rest, query_rest, logits, input_precision=PRECISION)
         logits *= scale_log2
+        if SOFT_CAP > 0:
+            logits = cap_logits(logits, SOFT_CAP)
         if SCORED:
             # Not masked by keys, so that words are wide: rows of logits have room for whole tiles.
             tl.store(logits_at + key_place[:, None], logits, mask=tl.trans(in_group))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vllm_cascade.kernels.launch import cdiv, launch, next_power_of_2
-from vllm_cascade.kernels.primitives import LOG2_E, load_sink
+from vllm_cascade.kernels.primitives import LOG2_E, cap_logits, load_sink
 from vllm_cascade.kernels.segments import Segments
 
 
@@ -40,6 +40,7 @@ def _attend_kernel(
     value_stride_head,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -57,6 +58,7 @@ def _attend_kernel(
         factor: Factor on a dot product that gives a logit in units of log 2.
         lse_stride: Elements between two heads of `lse_ptr`.
         GROUP: Query heads that share a KV head.
+        SOFT_CAP: Soft cap on logits (`cap_logits`), or 0 for none.
         BLOCK_Q: Queries of a program.
         BLOCK_K: Keys looked at together.
         BLOCK_D: HEAD_SIZE rounded up to a power of two, at least 16.
@@ -103,6 +105,8 @@ def _attend_kernel(
         )
         # [BLOCK_Q, BLOCK_K] in units of log 2
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
+        if SOFT_CAP > 0:
+            logit = cap_logits(logit, SOFT_CAP)
         seen = place[None, :] <= (prefix + index)[:, None]
         logit = tl.where(seen & (place < key_len)[None, :], logit, float("-inf"))
         # Every query sees key 0, which is in the first tile: `higher` is finite from there on.
@@ -141,6 +145,7 @@ def attend(
     segments: Segments,
     scale: float,
     sinks: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Attend causally in every segment; the last query of a segment sees the segment's last key.
 
@@ -158,6 +163,7 @@ def attend(
         segments: Where each segment's queries and keys start.
         scale: Factor on the logits.
         sinks: [num_heads] natural logits that only take part in the softmax's denominator, or None.
+        soft_cap: Keys' logits become ``soft_cap * tanh(logit / soft_cap)``; 0 for no cap.
 
     Raises:
         ValueError: If a shape, stride or dtype does not fit.
@@ -206,6 +212,7 @@ def attend(
         value.stride(1),
         GROUP=num_heads // key.shape[1],
         HEAD_SIZE=head_size,
+        SOFT_CAP=soft_cap,
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
         BLOCK_D=block_d,

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from vllm_cascade.kernels.launch import cdiv, launch, next_power_of_2
 from vllm_cascade.kernels.pages import Pages
-from vllm_cascade.kernels.primitives import LOG2_E
+from vllm_cascade.kernels.primitives import LOG2_E, cap_logits
 from vllm_cascade.kernels.segments import Segments
 
 
@@ -159,6 +159,7 @@ def _gain(
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MEAN: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add what the queries of the steps from `begin` up to `end` give the keys.
@@ -173,6 +174,7 @@ def _gain(
         prefix: Logical place of the segment's first query.
         factor: Factor on a dot product that gives the base-2 logarithm of a raised exponential.
         MEAN: Whether the gain is the mean over query heads, else the maximum.
+        SOFT_CAP: As of `_score_keys_kernel`.
         MASKED: Whether some query does not see some key, or a step has too few queries.
 
     Returns:
@@ -196,8 +198,10 @@ def _gain(
             query = tl.load(lines[:, None] + channel[None, :], mask=inside, other=0.0)
         shift = tl.load(shift_ptr + step * (HEADS * BLOCK_Q) + column)
         # [BLOCK_K, HEADS * BLOCK_Q]
-        logit = tl.dot(key, tl.trans(query), input_precision="ieee") * factor - shift[None, :]
-        logit = tl.reshape(logit, (BLOCK_K, HEADS, BLOCK_Q))
+        logit = tl.dot(key, tl.trans(query), input_precision="ieee") * factor
+        if SOFT_CAP > 0:
+            logit = cap_logits(logit, SOFT_CAP)
+        logit = tl.reshape(logit - shift[None, :], (BLOCK_K, HEADS, BLOCK_Q))
         # [BLOCK_K, BLOCK_Q]
         given = tl.sum(tl.exp2(logit), axis=1) if MEAN else tl.exp2(tl.max(logit, axis=1))
         if MASKED:
@@ -245,6 +249,7 @@ def _score_keys_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MEAN: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     KEY_IN_REGISTERS: tl.constexpr,
 ):
     """Add to the scores of a tile of keys what the queries of their segment give them.
@@ -266,6 +271,7 @@ def _score_keys_kernel(
         BLOCK_Q: Queries of a step.
         BLOCK_D: HEAD_SIZE rounded up to a power of two, at least 16.
         MEAN: Whether the gain is the mean over query heads, else the maximum.
+        SOFT_CAP: Soft cap on logits, times the score's power; or 0 for none.
         KEY_IN_REGISTERS: `ScoreConfig.key_in_registers`.
     """
     kv_head = tl.program_id(0) % NUM_KV_HEADS
@@ -311,12 +317,12 @@ def _score_keys_kernel(
     acc = _gain(
         acc, key, query_ptr, shift_ptr, begin, clear, query_start, last_query, kv_head, place,
         prefix, factor, query_stride_token, query_stride_head,
-        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, True,
+        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, SOFT_CAP, True,
     )  # fmt: skip
     acc = _gain(
         acc, key, query_ptr, shift_ptr, clear, steps, query_start, last_query, kv_head, place,
         prefix, factor, query_stride_token, query_stride_head,
-        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, False,
+        GROUP, HEADS, HEAD_SIZE, BLOCK_K, BLOCK_Q, BLOCK_D, MEAN, SOFT_CAP, False,
     )  # fmt: skip
     # [BLOCK_K]
     gained = tl.sum(acc, axis=1)
@@ -359,6 +365,7 @@ def score_keys(
     power: float,
     reduction: str,
     counter: torch.Tensor | None,
+    soft_cap: float = 0.0,
     shifts: torch.Tensor | None = None,
     config: ScoreConfig | str | None = None,
 ) -> None:
@@ -382,6 +389,7 @@ def score_keys(
         power: Exponent on the probability, positive.
         reduction: "max" or "mean" over the query heads of a KV head.
         counter: [1] int64 or None; gains the pairs of a query and a key it sees, once per KV head.
+        soft_cap: Logits become ``soft_cap * tanh(logit / soft_cap)``; 0 for no cap.
         shifts: [>= shifts_elements(...)] float32 scratch, dense; None allocates it.
         config: How to launch, or a name in `SCORE_CONFIGS`; None for `launch_config`'s choice.
 
@@ -479,6 +487,8 @@ def score_keys(
         BLOCK_Q=block_q,
         BLOCK_D=block_d,
         MEAN=reduction == "mean",
+        # The kernel's logits are multiplied by the power, and so is their cap.
+        SOFT_CAP=soft_cap * power,
         KEY_IN_REGISTERS=config.key_in_registers,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

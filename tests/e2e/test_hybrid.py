@@ -13,7 +13,7 @@ import torch
 from vllm import SamplingParams
 
 from e2e.support import KeptLog, core_of, engine, impls_of
-from e2e.tiny import random_prompt, save_gemma3, save_gpt_oss, save_random
+from e2e.tiny import random_prompt, save_gemma2, save_gemma3, save_gpt_oss, save_random
 
 CASCADE = {
     "cache_tokens": 256,
@@ -36,6 +36,8 @@ ANSWER = 40
 
 def save(folder: Path, model_type: str) -> str:
     """A random model of one of the architectures."""
+    if model_type == "gemma2":
+        return save_gemma2(folder)
     if model_type == "gemma3_text":
         return save_gemma3(folder)
     if model_type == "gpt_oss":
@@ -116,7 +118,7 @@ class HybridLog(KeptLog):
         self.kept = {}
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gpt_oss", "qwen3_moe"])
 def test_under_the_budget_as_vllm(tmp_path: Path, model_type: str) -> None:
     model = save(tmp_path, model_type)
     prompts = [random_prompt(n, seed=n) for n in (5, 63, 130, 240)]
@@ -127,15 +129,15 @@ def test_under_the_budget_as_vllm(tmp_path: Path, model_type: str) -> None:
         ) as llm:
             kinds = [type(impl).__name__ for impl in impls_of(llm)]
             sides.append(generate(llm, prompts))
-    windows = model_type in ("gemma3_text", "gpt_oss")
+    windows = model_type != "qwen3_moe"
     assert "CascadeImpl" in kinds
     assert ("CPUAttentionBackendImpl" in kinds) == windows
     assert_same(sides[1], sides[0])
 
 
-@pytest.fixture(scope="module")
-def gemma3(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_gemma3(tmp_path_factory.mktemp("gemma3"))
+@pytest.fixture(scope="module", params=["gemma2", "gemma3_text"])
+def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(tmp_path_factory.mktemp(request.param), request.param)
 
 
 class Played(NamedTuple):
@@ -152,9 +154,9 @@ def policy(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(gemma3: str, policy: str) -> Played:
+def alone(hybrid: str, policy: str) -> Played:
     """Prompts one after the other, each in one chunk."""
-    return play(gemma3, policy, max_num_batched_tokens=4096, max_num_seqs=1)
+    return play(hybrid, policy, max_num_batched_tokens=4096, max_num_seqs=1)
 
 
 def play(model: str, policy: str, preempt_at: tuple[int, ...] = (), **options: Any) -> Played:
@@ -210,9 +212,9 @@ def test_past_the_budget(alone: Played) -> None:
     ids=["chunks", "preempted"],
 )
 def test_together_as_alone(
-    gemma3: str, policy: str, alone: Played, options: dict[str, Any]
+    hybrid: str, policy: str, alone: Played, options: dict[str, Any]
 ) -> None:
-    played = play(gemma3, policy, **options)
+    played = play(hybrid, policy, **options)
     assert_same(played.answers, alone.answers)
     for mine, other in zip(played.kept, alone.kept, strict=True):
         assert mine.keys() == other.keys()

@@ -49,6 +49,7 @@ MROPE = {
     "mrope_interleaved": True,
 }
 TEMPERATURE = {"original_max_position_embeddings": ORIGINAL, "beta": 0.5}
+CAPPED = {**WIDER, "attn_logit_softcapping": 2.0}
 TRANSFORMERS = {"model_impl": "transformers"}
 
 
@@ -80,6 +81,8 @@ def like_llama(architecture: str, model_type: str, **changes: Any) -> dict[str, 
 # What rotates -> config.json, the tables of its layers, engine arguments.
 KINDS: dict[str, tuple[dict[str, Any], list[Any], dict[str, Any]]] = {
     "transformers": (WIDER, [plain] * 3, TRANSFORMERS),
+    # Plain rotation: this backend gives a cap on logits to any model whose config.json has one.
+    "soft-cap": (CAPPED, [plain] * 3, TRANSFORMERS),
     "some-layers": (
         like_llama("SmolLM3ForCausalLM", "smollm3", no_rope_layers=[1, 0, 1], pad_token_id=0),
         [plain, nothing, plain],
@@ -131,7 +134,8 @@ def save(folder: Path, config: dict[str, Any]) -> Llama:
                 saved[f"{layer}.{into}.weight"] = torch.cat(weights)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(saved, folder / "model.safetensors", metadata={"format": "pt"})
-    return Llama(WIDER, tensors)
+    cap = config.get("attn_logit_softcapping")
+    return Llama({**WIDER, "attn_logit_softcapping": cap}, tensors)
 
 
 FUSED = {
@@ -190,6 +194,7 @@ def test_as_vllm_and_past_the_reach_as_the_oracle(tmp_path: Path, kind: str) -> 
     [
         ("cohere2", MIXED),
         ("olmo3", MIXED),
+        ("vaultgemma", MIXED | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4}),
         # Interleaved pairs of half of the channels.
         ("glm", {}),
     ],

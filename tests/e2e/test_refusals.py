@@ -243,8 +243,13 @@ def test_the_models_own_limit_is_no_longer_than_a_window_switched_off(limit_of):
             "window 512 tokens",
         ),
         (
-            like_llama("Gemma2ForCausalLM", "gemma2", layer_types=["full_attention"] * 2),
-            "logit soft-capping",
+            like_llama(
+                "Gemma2ForCausalLM",
+                "gemma2",
+                layer_types=["full_attention"] * 2,
+                attn_logit_softcapping=-50.0,
+            ),
+            r"logit soft-capping \(-50\)",
         ),
         (like_llama("LlamaForCausalLM", "llama", v_head_dim=32), "v_head_dim = 32"),
     ],

@@ -229,6 +229,27 @@ def save_gemma3(folder: Path, **changes: Any) -> str:
     return save_random(folder, "gemma3_text", **{**fields, **changes})
 
 
+def save_gemma2(folder: Path, **changes: Any) -> str:
+    """Write a random Gemma 2, every other layer with a window, all with a soft cap on logits.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    fields = {
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+        "sliding_window": 64,
+        # Logits as sharp as a trained model's, of which the cap leaves little.
+        "query_pre_attn_scalar": 4,
+        "attn_logit_softcapping": 2.0,
+    }
+    return save_random(folder, "gemma2", **{**fields, **changes})
+
+
 def save_llama4(folder: Path, **changes: Any) -> str:
     """Write a random Llama 4: chunked attention before each of two layers that rotate nothing.
 

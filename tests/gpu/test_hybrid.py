@@ -1,4 +1,4 @@
-"""Gemma 3 and gpt-oss on a GPU: CASCADE beside FlashAttention, whose pages overlay its own."""
+"""Gemma 2, Gemma 3 and gpt-oss on a GPU: CASCADE beside FlashAttention, in overlaid pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
 from e2e.support import engine, impls_of
-from e2e.tiny import random_prompt, save_gemma3, save_gpt_oss
+from e2e.tiny import random_prompt, save_gemma2, save_gemma3, save_gpt_oss
 from gpu.probe import watched
 
 pytestmark = pytest.mark.gpu
@@ -27,6 +27,7 @@ CASCADE = {
 }
 # A random model of five layers, and which of them attend in full.
 MODELS = {
+    "gemma2": (save_gemma2, ["model.layers.1.self_attn.attn", "model.layers.3.self_attn.attn"]),
     "gemma3": (save_gemma3, ["model.layers.1.self_attn.attn", "model.layers.4.self_attn.attn"]),
     # All experts: rounding a router's logits would choose others of less than all.
     "gpt_oss": (

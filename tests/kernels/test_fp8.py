@@ -211,7 +211,11 @@ on_gpu = [
 ]
 
 
-@pytest.mark.parametrize("by_place", [False, True], ids=["composed", "by_place"])
+@pytest.mark.parametrize(
+    ("by_place", "soft_cap"),
+    [(False, 0.0), (True, 0.0), (False, 0.5)],
+    ids=["composed", "by_place", "capped"],
+)
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_size", "rotary_dim", "is_neox", "dtype"),
     [
@@ -235,6 +239,7 @@ def test_decode_is_as_exact_as_eager_pytorch(
     is_neox: bool,
     dtype: torch.dtype,
     by_place: bool,
+    soft_cap: float,
     device: torch.device,
 ) -> None:
     torch.manual_seed(1)
@@ -266,7 +271,7 @@ def test_decode_is_as_exact_as_eager_pytorch(
     def run(module: Any, pages: Pages, query: Tensor, **options: Any) -> Tensor:
         output = torch.full_like(query, float("nan"))
         given = (output, query, pages, batch, cos, sin, is_neox, head_size**-0.5, 1.0, "max")
-        module.decode(*given, scored=False, **options)
+        module.decode(*given, scored=False, **{"soft_cap": soft_cap, **options})
         return output.double()
 
     used = raw.double()
@@ -274,6 +279,9 @@ def test_decode_is_as_exact_as_eager_pytorch(
     used[..., head_size:] *= scales[1].double()[:, None, None]
     used = used.to(device)
     exact = run(paged_decode, Pages(used, None, None), query.double(), scratch=None)
+    if soft_cap:
+        plain = run(paged_decode, Pages(used, None, None), query.double(), soft_cap=0.0)
+        assert (plain - exact).nan_to_num(0).abs().max() > 0.02
     rounded = Pages(used.to(dtype), None, None)
     eager = run(paged_decode, rounded, query, scratch=None, dtype=dtype)
     scratch = attend.make_scratch(

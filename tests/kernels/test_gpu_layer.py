@@ -52,7 +52,8 @@ def test_layer_equals_oracle(options: dict, longest_cut: int) -> None:
                 assert torch.equal(kept[r][end].long(), boundaries[end]), (r, end)
 
 
-def test_a_layer_that_repeats_what_another_launched() -> None:
+@pytest.mark.parametrize("soft_cap", [0.0, 1.0])
+def test_a_layer_that_repeats_what_another_launched(soft_cap: float) -> None:
     """Chunks whose rows lie apart, single tokens and boundaries, and sinks of its own.
 
     Sinks are in outputs and in scores: what they take of the softmax changes what is kept.
@@ -61,11 +62,14 @@ def test_a_layer_that_repeats_what_another_launched() -> None:
     # Two of them end with a boundary.
     lengths = [config.num_sink_tokens + n * config.stride for n in (3, 0, 2)]
     lengths[1] -= 1
-    engine_of = partial(GpuEngine, sinks=SINKS, follows=True)
+    engine_of = partial(GpuEngine, sinks=SINKS, follows=True, soft_cap=soft_cap)
     outputs, kept, (q, k, v) = play(engine_of, config, lengths, 90, seed=4)
     for r, last in enumerate(lengths):
-        expected, boundaries = oracle(config, q[r], k[r], v[r], SINKS)
+        expected, boundaries = oracle(config, q[r], k[r], v[r], SINKS, soft_cap)
         torch.testing.assert_close(outputs[r], expected.float(), rtol=2e-4, atol=2e-5)
+        if soft_cap:
+            plain, _ = oracle(config, q[r], k[r], v[r], SINKS)
+            assert (plain - expected).abs().max() > 0.1
         if r != 1:
             assert torch.equal(kept[r][last].long(), boundaries[last])
             assert not torch.equal(oracle(config, q[r], k[r], v[r])[1][last], boundaries[last])
@@ -178,20 +182,27 @@ def test_a_draft_model_keeps_what_the_model_keeps() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("policy", "seed", "sinks"),
-    [("distinct", 0, None), ("blend", 1, None), ("distinct", 2, SINKS), ("blend", 3, SINKS)],
+    ("policy", "seed", "sinks", "soft_cap"),
+    [
+        ("distinct", 0, None, 0.0),
+        ("blend", 1, None, 0.0),
+        ("distinct", 2, SINKS, 0.0),
+        ("blend", 3, SINKS, 0.0),
+        ("distinct", 4, None, 2.0),
+        ("blend", 5, None, 2.0),
+    ],
 )
 def test_long_mixed_batches(
-    dtype: torch.dtype, policy: str, seed: int, sinks: torch.Tensor | None
+    dtype: torch.dtype, policy: str, seed: int, sinks: torch.Tensor | None, soft_cap: float
 ) -> None:
     """Some 200 steps of prefill and decode in any mixture, many boundaries in one step."""
     config = config_of(1500, policy=policy, selection_window=64)
     lengths = [1500, 900, 31, 320, 433, 1300]
-    engine_of = partial(GpuEngine, sinks=sinks, follows=seed > 0)
+    engine_of = partial(GpuEngine, sinks=sinks, follows=seed > 0, soft_cap=soft_cap)
     outputs, kept, (q, k, v) = play(engine_of, config, lengths, 60, seed=seed, dtype=dtype)
     unit = torch.finfo(dtype).eps
     for r in range(len(lengths)):
-        expected, boundaries = oracle(config, q[r], k[r], v[r], sinks)
+        expected, boundaries = oracle(config, q[r], k[r], v[r], sinks, soft_cap)
         assert outputs[r].isfinite().all()
         last = lengths[r]
         if dtype == torch.float32:

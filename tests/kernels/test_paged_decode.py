@@ -38,6 +38,7 @@ class Shape:
     reduction: str = "max"
     places: tuple[int, ...] = (0, 15, -1, 16, 130, 257)
     sharpness: float = 1.0
+    soft_cap: float = 0.0
 
 
 class Case:
@@ -120,7 +121,7 @@ class Case:
             part.fill_(float("nan"))
         return scratch
 
-    def run(self, module: object, pages: Pages, query: torch.Tensor, **options: object):
+    def run(self, module: object, pages: object, query: torch.Tensor, **options: object):
         """Decode with a module; its output and counter."""
         output = torch.full_like(query, float("nan"))
         counter = torch.tensor([7], device=self.device)
@@ -129,7 +130,8 @@ class Case:
         arguments += [self.shape.is_neox, self.scale, self.shape.power, self.shape.reduction]
         if module is attend:
             options.setdefault("scratch", self.scratch())
-        module.decode(*arguments, counter=counter, sinks=self.sinks, **options)
+        options = {"sinks": self.sinks, "soft_cap": self.shape.soft_cap, **options}
+        module.decode(*arguments, counter=counter, **options)
         return output, counter
 
     def copied(self) -> Pages:
@@ -154,6 +156,10 @@ def check(case: Case, **options: object) -> None:
     """The kernel is about as exact as eager PyTorch in the same dtype."""
     exact_pages = case.in_dtype(torch.float64)
     exact, expected_count = case.run(reference, exact_pages, case.query.double())
+    if case.shape.soft_cap:
+        pages = case.in_dtype(torch.float64)
+        plain, _ = case.run(reference, pages, case.query.double(), soft_cap=0.0)
+        assert worst(plain, exact) > 0.05, "the cap changes nothing"
     eager_pages = case.copied()
     eager, _ = case.run(reference, eager_pages, case.query, dtype=case.shape.dtype)
     pages = case.copied()
@@ -181,11 +187,16 @@ SHAPES = [
     Shape(is_neox=False, dtype=torch.float16),
     Shape(head_size=128, rotary_dim=128, dtype=torch.float16, num_heads=8, sharpness=3.0),
     Shape(head_size=256, rotary_dim=64, dtype=torch.float16, num_heads=5, num_kv_heads=1),
+    Shape(soft_cap=5.0, sharpness=5.0),
+    Shape(soft_cap=1.0, dtype=torch.float16, num_heads=6, power=1.0, reduction="mean"),
     *(
         pytest.param(Shape(head_size=size, rotary_dim=size, dtype=torch.bfloat16), marks=on_gpu)
         for size in (64, 80, 96, 128, 256)
     ),
     pytest.param(Shape(is_neox=False, dtype=torch.bfloat16), marks=on_gpu),
+    pytest.param(
+        Shape(head_size=256, rotary_dim=256, dtype=torch.bfloat16, soft_cap=2.0), marks=on_gpu
+    ),
 ]
 
 
@@ -235,6 +246,8 @@ def test_launches_agree(changes: dict[str, object], device: torch.device) -> Non
     [
         Shape(),
         Shape(dtype=torch.float16, num_heads=5, num_kv_heads=1, reduction="mean"),
+        # A sink's logit is not capped.
+        Shape(soft_cap=1.0),
         pytest.param(Shape(dtype=torch.bfloat16, num_heads=64, num_kv_heads=8), marks=on_gpu),
     ],
     ids=str,
@@ -308,7 +321,7 @@ TEAM_CASES = [
         False,
     ),
     (
-        Shape(places=(*TEAMS[:3], 34, 35), num_heads=16, num_kv_heads=1, dtype=torch.float16),
+        Shape(places=(*TEAMS[:3], 34, 35), num_heads=16, num_kv_heads=1, soft_cap=1.0),
         5,
         False,
         False,

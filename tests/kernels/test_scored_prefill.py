@@ -29,22 +29,40 @@ SHAPES = [
 ]
 
 
-def check_attention(case: Case, out: Tensor, lse: Tensor, sinks: Tensor | None = None) -> None:
-    """Compare packed outputs and log-sum-exps [num_heads, num_queries] with the reference's."""
+# Relative error of the hyperbolic tangent with which FlashAttention-3 caps logits, tanh.approx.f32,
+# as the PTX ISA bounds it.
+FLASH_TANH = 2.0**-11
+
+
+def check_attention(
+    case: Case,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None = None,
+    soft_cap: float = 0.0,
+    logit_error: float = 0.0,
+) -> None:
+    """Compare packed outputs and log-sum-exps [num_heads, num_queries] with the reference's.
+
+    Logits may be off by `logit_error`: so may a log-sum-exp. A probability may be off by twice
+    that, as a share of itself, and an output by that share of the largest value.
+    """
     num_queries = case.segments.num_queries
 
     def expected(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         out_at = torch.empty_like(out, dtype=dtype)
         lse_at = torch.empty_like(lse, dtype=dtype)
         query, key, value = (x.to(dtype) for x in (case.query, case.key, case.value))
-        reference.attend(out_at, lse_at, query, key, value, case.segments, case.scale, sinks)
+        given = (query, key, value, case.segments, case.scale, sinks, soft_cap)
+        reference.attend(out_at, lse_at, *given)
         return out_at, lse_at
 
     assert out.shape[0] == lse.shape[1] == num_queries
     exact, exact_lse = expected(torch.float64)
-    assert_close(out, exact, expected(out.dtype)[0])
+    most = 2 * logit_error * float(case.value.nan_to_num(0).abs().max())
+    assert_close(out, exact, expected(out.dtype)[0], error=most)
     # Another order of summing a row's products, in which errors of one sign may meet.
-    assert_close(lse, exact_lse, expected(torch.float32)[1], slack=4)
+    assert_close(lse, exact_lse, expected(torch.float32)[1], slack=4, error=logit_error)
 
 
 def sinks_of(num_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -65,7 +83,24 @@ def test_attention(shape, has_sinks, device):
     assert out[num_queries:].isnan().all() and lse[:, num_queries:].isnan().all()
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[6]])
+def test_capped_attention(shape, has_sinks, device):
+    """A sink's logit is not capped."""
+    case = make_case(shape, device)
+    num_queries = case.segments.num_queries
+    out, plain = torch.full((2, *case.query.shape), NAN, dtype=shape.dtype, device=device)
+    lse = torch.full((shape.num_heads, num_queries), NAN, device=device)
+    sinks = sinks_of(shape.num_heads, shape.dtype, device) if has_sinks else None
+    given = (lse, case.query, case.key, case.value, case.segments, case.scale, sinks)
+    attention.attend(plain, *given)
+    attention.attend(out, *given, soft_cap=2.0)
+    assert (plain - out)[:num_queries].abs().max() > 0.05
+    check_attention(case, out[:num_queries], lse, sinks, soft_cap=2.0)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize(
     "shape",
@@ -74,10 +109,11 @@ def test_attention(shape, has_sinks, device):
         # So few queries that keys are split.
         Shape(8, 1, 64, dtype=torch.bfloat16, lengths=((20, 4000),)),
         Shape(8, 2, 128, dtype=torch.bfloat16),
+        Shape(4, 2, 256, dtype=torch.bfloat16),
     ],
-    ids=["head-64", "split", "head-128"],
+    ids=["head-64", "split", "head-128", "head-256"],
 )
-def test_flash_attention(shape, has_sinks):
+def test_flash_attention(shape, has_sinks, soft_cap):
     """Its log-sum-exps count the sinks, as the scores of keys need them."""
     from vllm_cascade.attention.gpu_layer import GpuLayer
     from vllm_cascade.attention.gpu_step import Rows
@@ -95,7 +131,7 @@ def test_flash_attention(shape, has_sinks):
         None if sinks is None else sinks.dtype,
     )
     config = resolve(CascadeOptions(), block_size=16, max_model_len=4096, position_limit=4096)
-    layer = GpuLayer(config, heads, case.scale, None, None, True, None, sinks)
+    layer = GpuLayer(config, heads, case.scale, None, None, True, None, sinks, soft_cap)
     if layer.flash is None:
         pytest.skip("needs FlashAttention-3")
     out = torch.full_like(case.query[:num_queries], NAN)
@@ -108,15 +144,16 @@ def test_flash_attention(shape, has_sinks):
         case.segments.key_spans.view(-1),
     )
     lse = layer._attend(out, rows, case.segments)
-    check_attention(case, out, lse, sinks)
+    check_attention(case, out, lse, sinks, soft_cap, FLASH_TANH * soft_cap)
 
 
-def normalizers(case: Case, dtype: torch.dtype) -> Tensor:
+def normalizers(case: Case, dtype: torch.dtype, soft_cap: float = 0.0) -> Tensor:
     """[num_heads, num_queries] exact log-sum-exps, rounded to `dtype`."""
     query, key = case.query.double(), case.key.double()
     lse = torch.zeros(query.shape[1], case.segments.num_queries, dtype=torch.float64)
     lse = lse.to(query.device)
-    reference.attend(torch.empty_like(query), lse, query, key, key, case.segments, case.scale)
+    given = (query, key, key, case.segments, case.scale, None, soft_cap)
+    reference.attend(torch.empty_like(query), lse, *given)
     return lse.to(dtype)
 
 
@@ -134,7 +171,7 @@ def scored(case: Case, dtype: torch.dtype, lse: Tensor, **how: Any) -> Tensor:
 def check_scores(case: Case, config: scores.ScoreConfig | str | None, **how: Any) -> None:
     score = case.pages.score
     assert score is not None
-    lse = normalizers(case, torch.float32)
+    lse = normalizers(case, torch.float32, how.get("soft_cap", 0.0))
     exact = scored(case, torch.float64, lse, **how)
     eager = scored(case, torch.float32, lse, **how)
     counter = torch.tensor([7], device=score.device)
@@ -178,6 +215,18 @@ def test_scores(shape, device):
 def test_powers_and_reductions(power, reduction, device):
     shape = Shape(9, 3, 64, dtype=HALF)
     check_scores(make_case(shape, device), None, decay=0.99, power=power, reduction=reduction)
+
+
+@pytest.mark.parametrize(("power", "reduction"), [(2.0, "max"), (0.5, "mean")])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4], SHAPES[6]])
+def test_scores_of_capped_attention(shape, power, reduction, device):
+    how = {"decay": 0.97, "power": power, "reduction": reduction, "soft_cap": 2.0}
+    case = make_case(shape, device)
+    lse = normalizers(case, torch.float64, 2.0)
+    exact = scored(case, torch.float64, lse, **how)
+    plain = scored(case, torch.float64, lse, **{**how, "soft_cap": 0.0})
+    assert (exact - plain).nan_to_num(0).abs().max() > 0.05
+    check_scores(case, None, **how)
 
 
 @pytest.mark.parametrize("name", sorted(scores.SCORE_CONFIGS))

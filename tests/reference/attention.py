@@ -63,6 +63,7 @@ def scored_attention(
     score_power: float,
     score_reduction: str,
     sinks: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attend causally from the newest n of m places, and sum what the queries give each key.
 
@@ -74,16 +75,19 @@ def scored_attention(
         score_power: Exponent on the attention probability.
         score_reduction: "max" or "mean" over `group`.
         sinks: [num_kv_heads, group, 1] logits that only take part in the denominator, or None.
+        soft_cap: Soft cap on the keys' logits, or 0 for none.
 
     Returns:
         The output [num_kv_heads, group, n, head_size] and the gain in score [num_kv_heads, m].
     """
-    probability = _probabilities(query, key, sinks)
+    probability = _probabilities(query, key, sinks, soft_cap)
     gain = reduce_heads(probability**score_power, score_reduction)
     return probability @ value[:, None], torch.einsum("hnm,n->hm", gain, query_weight)
 
 
-def full_attention(query: Tensor, key: Tensor, value: Tensor, chunk: int = 256) -> Tensor:
+def full_attention(
+    query: Tensor, key: Tensor, value: Tensor, chunk: int = 256, soft_cap: float = 0.0
+) -> Tensor:
     """Attend causally over everything, in chunks of queries to bound the memory.
 
     Args:
@@ -91,6 +95,7 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, chunk: int = 256) 
         key: [num_kv_heads, n, head_size], rotated.
         value: [num_kv_heads, n, head_size].
         chunk: Queries at a time.
+        soft_cap: Soft cap on the logits, or 0 for none.
 
     Returns:
         [num_kv_heads, group, n, head_size].
@@ -99,8 +104,14 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, chunk: int = 256) 
     for start in range(0, query.shape[2], chunk):
         rows = query[:, :, start : start + chunk]
         end = start + rows.shape[2]
-        parts.append(_probabilities(rows, key[:, :end]) @ value[:, None, :end])
+        probability = _probabilities(rows, key[:, :end], None, soft_cap)
+        parts.append(probability @ value[:, None, :end])
     return torch.cat(parts, dim=2)
+
+
+def capped(logits: Tensor, soft_cap: float) -> Tensor:
+    """Cap logits softly, as Gemma 2 does (arXiv 2408.00118, section 2), unless the cap is 0."""
+    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
 
 
 def with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
@@ -119,8 +130,9 @@ def with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.cat((logits, column[..., None]), dim=-1)
 
 
-def _probabilities(query: Tensor, key: Tensor, sinks: Tensor | None = None) -> Tensor:
+def _probabilities(query: Tensor, key: Tensor, sinks: Tensor | None, soft_cap: float) -> Tensor:
     queries, keys = query.shape[2], key.shape[1]
     logits = query @ key[:, None].transpose(-1, -2) * query.shape[-1] ** -0.5
+    logits = capped(logits, soft_cap)
     future = torch.ones(queries, keys, dtype=torch.bool).triu(diagonal=keys - queries + 1)
     return with_sinks(logits.masked_fill_(future, -torch.inf), sinks).softmax(-1)[..., :keys]

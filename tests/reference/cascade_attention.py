@@ -24,6 +24,7 @@ class CascadeRun:
         forced: Decisions to replay: boundary k -> int64 [num_layers, num_kv_heads, places].
         rtol: Distance under which a replayed decision may differ; see `replay.explained`.
         num_layers: Layers of the model.
+        soft_cap: Soft cap on attention logits, or 0 for none.
 
     Attributes:
         kept: Boundary k >= 1 -> per layer int64 [num_kv_heads, places], the tokens held after it.
@@ -36,11 +37,13 @@ class CascadeRun:
         forced: Mapping[int, Tensor],
         rtol: float,
         num_layers: int,
+        soft_cap: float = 0.0,
     ) -> None:
         self.parameters = parameters
         self.forced = forced
         self.rtol = rtol
         self.num_layers = num_layers
+        self.soft_cap = soft_cap
         self.kept: dict[int, list[Tensor]] = {}
         self.comparison = Comparison()
 
@@ -84,6 +87,7 @@ class CascadeRun:
                 decay**age,
                 parameters.score_power,
                 parameters.score_reduction,
+                soft_cap=self.soft_cap,
             )
             outputs.append(output)
             score = (score * decay ** (end - start)).scatter_add(1, held, gain)

@@ -38,6 +38,7 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
+    attn_logit_softcapping: float
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> LlamaConfig:
@@ -67,6 +68,7 @@ class LlamaConfig:
             rms_norm_eps=config["rms_norm_eps"],
             rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10_000.0),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
+            attn_logit_softcapping=config.get("attn_logit_softcapping") or 0.0,
         )
 
 
@@ -153,7 +155,14 @@ class Llama:
         ids = torch.as_tensor(tokens, dtype=torch.int64)
         cascade = None
         if parameters is not None:
-            cascade = CascadeRun(parameters, forced or {}, rtol, self.config.num_hidden_layers)
+            shape = self.config
+            cascade = CascadeRun(
+                parameters,
+                forced or {},
+                rtol,
+                shape.num_hidden_layers,
+                shape.attn_logit_softcapping,
+            )
         hidden = self._weight("model.embed_tokens")[ids]
         places = len(ids)
         if parameters is not None:
@@ -179,7 +188,8 @@ class Llama:
         key = self._project(normed, f"{name}.self_attn.k_proj")
         value = self._project(normed, f"{name}.self_attn.v_proj")
         if cascade is None:
-            attended = full_attention(rotate(query, rope), rotate(key, rope), value)
+            cap = self.config.attn_logit_softcapping
+            attended = full_attention(rotate(query, rope), rotate(key, rope), value, soft_cap=cap)
         else:
             attended = cascade.attend(layer, query, key, value, rope)
         attended = attended.flatten(0, 1).transpose(0, 1).flatten(1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference.attention import with_sinks
+from reference.attention import capped, with_sinks
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, is_neox: bool) -> Tensor:
@@ -38,6 +38,7 @@ def decode(
     scored: bool = True,
     counter: Tensor | None = None,
     sinks: Tensor | None = None,
+    soft_cap: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """Attend one query of each row to all it holds, and score the keys.
@@ -57,6 +58,7 @@ def decode(
         scored: Whether to update the scores.
         counter: Gains the number of keys of each row and KV head.
         sinks: [num_heads] logits that only take part in the denominator, or None.
+        soft_cap: Soft cap on the keys' logits, or 0 for none.
         dtype: Of the computation.
     """
     _, num_kv_heads, block_size, _ = pages.kv.shape
@@ -75,7 +77,8 @@ def decode(
             heads = slice(head * group, (head + 1) * group)
             own = (angle[0][place:], angle[1][place:])
             asked = _turn(query[row, heads].to(dtype), *own, is_neox)
-            logits = with_sinks((asked @ key.T) * scale, None if sinks is None else sinks[heads])
+            logits = capped((asked @ key.T) * scale, soft_cap)
+            logits = with_sinks(logits, None if sinks is None else sinks[heads])
             probs = logits.softmax(-1)[:, : place + 1]
             output[row, heads] = (probs @ held[:, head_size:]).to(output.dtype)
             if counter is not None:

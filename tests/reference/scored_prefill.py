@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reference.attention import reduce_heads, with_sinks
+from reference.attention import capped, reduce_heads, with_sinks
 
 # Zeros after each segment's values: as many as the widest tile of FlashAttention-3 has keys.
 KEY_PADDING = 192
@@ -92,11 +92,11 @@ def prepare(
                 sums[index, :, part] += (weight > 0) * units[places % 128 < 32].sum(0)
 
 
-def _logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def _logits(query: Tensor, key: Tensor, scale: float, soft_cap: float) -> Tensor:
     """[num_kv_heads, group, queries, keys] in the dtype of `query`, -inf where not seen."""
     (num_queries, num_heads, _), (num_keys, num_kv_heads, _) = query.shape, key.shape
     split = query.transpose(0, 1).unflatten(0, (num_kv_heads, num_heads // num_kv_heads))
-    logits = split @ key.permute(1, 2, 0)[:, None] * scale
+    logits = capped(split @ key.permute(1, 2, 0)[:, None] * scale, soft_cap)
     seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
     return logits.masked_fill(~seen.tril(num_keys - num_queries), float("-inf"))
 
@@ -110,10 +110,11 @@ def attend(
     segments: Any,
     scale: float,
     sinks: Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """As the kernel's wrapper of this name; computes in the dtype of `query`."""
     for first, last, start, end in _segments(segments):
-        logits = _logits(query[first:last], key[start:end], scale)
+        logits = _logits(query[first:last], key[start:end], scale, soft_cap)
         logits = with_sinks(logits, None if sinks is None else sinks.view(*logits.shape[:2], 1))
         probability = logits.softmax(-1)[..., : end - start]
         attended = probability @ value[start:end].transpose(0, 1)[:, None]
@@ -132,12 +133,14 @@ def score_keys(
     power: float,
     reduction: str,
     counter: Tensor | None,
+    soft_cap: float = 0.0,
 ) -> None:
     """As the kernel's wrapper of this name; computes in the dtype of `lse`, its inputs' too."""
     num_kv_heads, block_size = pages.score.shape[1:]
     for index, (first, last, start, end) in enumerate(_segments(segments)):
         num_queries, prefix = last - first, end - start - (last - first)
-        logits = _logits(query[first:last].to(lse.dtype), key[start:end].to(lse.dtype), scale)
+        asked, held = query[first:last].to(lse.dtype), key[start:end].to(lse.dtype)
+        logits = _logits(asked, held, scale, soft_cap)
         normal = lse[:, first:last].unflatten(0, (num_kv_heads, -1))
         probability = (logits - normal[..., None]).exp()
         age = segments.exponents[index].double() - torch.arange(num_queries, device=lse.device)

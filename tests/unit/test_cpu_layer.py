@@ -25,22 +25,35 @@ def test_sink_logits_join_every_softmax() -> None:
     check(config_of(900, policy="paper"), [900, 300], 200, seed=5, sinks=sinks)
 
 
+@pytest.mark.parametrize("options", POLICIES[:3], ids=lambda o: o["policy"])
+def test_a_soft_cap_bounds_every_logit(options: dict) -> None:
+    """It changes what is attended to and, where scores are kept, what survives."""
+    check(config_of(900, **options), [900, 300], 200, seed=6, soft_cap=1.0)
+
+
 def check(
     config: CascadeConfig,
     lengths: list[int],
     longest_cut: int,
     seed: int,
     sinks: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> None:
     """Hold outputs, and what is kept after each step, against the oracle."""
-    engine_of = partial(CpuEngine, sinks=sinks)
+    engine_of = partial(CpuEngine, sinks=sinks, soft_cap=soft_cap)
     outputs, kept, (q, k, v) = play(engine_of, config, lengths, longest_cut, seed)
     for r in range(len(lengths)):
-        expected, boundaries = oracle(config, q[r], k[r], v[r], sinks)
+        expected, boundaries = oracle(config, q[r], k[r], v[r], sinks, soft_cap)
         torch.testing.assert_close(outputs[r], expected.float(), rtol=2e-4, atol=2e-5)
         for end in kept[r].keys() & boundaries.keys():
             if end < config.max_model_len:
                 assert torch.equal(kept[r][end].long(), boundaries[end]), (r, end)
+        if soft_cap:
+            plain, others = oracle(config, q[r], k[r], v[r], sinks)
+            assert (plain - expected).abs().max() > 0.1
+            last = max(boundaries)
+            same = torch.equal(others[last], boundaries[last])
+            assert same != (config.needs_scores and r == 0)
 
 
 def test_bfloat16_rounds_only_weights_and_output() -> None:

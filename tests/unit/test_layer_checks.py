@@ -25,7 +25,7 @@ KV_DTYPES = ["auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"]
 
 
 @pytest.mark.parametrize("kv_cache_dtype", KV_DTYPES)
-@pytest.mark.parametrize("soft_cap", [None, 0, 0.0])
+@pytest.mark.parametrize("soft_cap", [None, 0, 0.0, 30.0])
 def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
     plain = {"kv_cache_dtype": kv_cache_dtype, "logits_soft_cap": soft_cap, "chunk_lookback": -1}
     check_layer(**LAYER | plain)
@@ -39,7 +39,8 @@ def test_a_plain_layer_is_served(kv_cache_dtype, soft_cap):
         ({"kv_cache_dtype": "fp8_e5m2"}, "dtype 'fp8_e5m2'"),
         ({"kv_cache_dtype": "fp8_per_token_head"}, "dtype 'fp8_per_token_head'"),
         ({"kv_cache_dtype": "int8"}, "dtype 'int8'"),
-        ({"logits_soft_cap": 30.0}, "soft-capping .30"),
+        ({"logits_soft_cap": -30.0}, "soft-capping .-30.: a cap is a positive number"),
+        ({"logits_soft_cap": float("inf")}, "soft-capping .inf"),
         ({"attn_type": "encoder"}, "encoder attention"),
         ({"attn_type": "encoder_decoder"}, "encoder_decoder attention"),
         ({"attn_type": "encoder_only"}, "encoder_only attention"),

@@ -94,7 +94,7 @@ SPOILT = [
     (rope(use_fope=True), "Fourier"),
     ({"hf_text_config.attn_temperature_tuning": True}, "attn_temperature_tuning"),
     ({"hf_text_config.use_logn_attn": True}, "use_logn_attn"),
-    ({"hf_text_config.attn_logit_softcapping": 50.0}, "logit soft-capping .50"),
+    ({"hf_text_config.attn_logit_softcapping": -50.0}, "logit soft-capping .-50"),
     ({"hf_text_config.num_kv_shared_layers": 4}, "num_kv_shared_layers = 4"),
     ({"hf_text_config.use_cla": True}, "use_cla"),
     ({"cache_config.kv_sharing_fast_prefill": True}, "kv-sharing-fast-prefill.*Leave the flag out"),
@@ -234,7 +234,9 @@ def test_refused_on_a_gpu(served, monkeypatch, spoilt, capability, words):
         validate(served)
 
 
-def test_what_the_fixture_describes_is_served(served):
+@pytest.mark.parametrize("soft_cap", [None, 50.0])
+def test_what_the_fixture_describes_is_served(served, soft_cap):
+    served.model_config.hf_text_config.attn_logit_softcapping = soft_cap
     validate(served)
 
 

@@ -22,6 +22,7 @@ class CpuLayer:
         sin: [num_positions, rotary_dim / 2] float32 sines.
         is_neox: Whether channel i is paired with i + rotary_dim / 2, or 2i with 2i + 1.
         sinks: [num_heads] sink logits, which join the softmax's denominator, or None.
+        soft_cap: Soft cap on the attention logits, or 0 for none.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class CpuLayer:
         sin: torch.Tensor,
         is_neox: bool,
         sinks: torch.Tensor | None = None,
+        soft_cap: float = 0.0,
     ) -> None:
         self.config = config
         self.scale = scale
         self.sinks = sinks
+        self.soft_cap = soft_cap
         self.rotary = cpu_attention.Rotary(cos, sin, is_neox)
         self.weights = Weights(config.score_weight, config.key_weight, config.value_weight)
         self.scoring = None
@@ -61,16 +64,16 @@ class CpuLayer:
             metadata: The step.
             output: [num_tokens, num_heads, head_size_v], written where the batch has tokens.
         """
-        config, rotary, scale, scoring = self.config, self.rotary, self.scale, self.scoring
         # In every step, because the model's weights may be loaded again.
         sinks = None if self.sinks is None else self.sinks.float()
+        how = (self.rotary, self.scale, self.scoring, sinks, self.soft_cap)
         for wave in metadata.waves:
             pages.write(key[wave.rows], value[wave.rows], wave.block_ids, wave.offsets, wave.tokens)
             for segment in wave.prefills:
-                cpu_attention.prefill(output, query, pages, segment, rotary, scale, scoring, sinks)
+                cpu_attention.prefill(output, query, pages, segment, *how)
             for batch in wave.decodes:
-                cpu_attention.decode(output, query, pages, batch, rotary, scale, scoring, sinks)
+                cpu_attention.decode(output, query, pages, batch, *how)
             if wave.merge is not None:
                 cpu_compaction.merge_groups(
-                    pages, wave.merge, key.shape[2], config.selection_window, self.weights
+                    pages, wave.merge, key.shape[2], self.config.selection_window, self.weights
                 )

@@ -34,6 +34,7 @@ class GpuLayer:
         is_neox: Whether channel i is paired with i + rotary_dim / 2, or 2i with 2i + 1.
         workspace: Scratch that all layers of this shape share.
         sinks: [num_heads] sink logits, which join the softmax's denominator, or None.
+        soft_cap: Soft cap on the attention logits, or 0 for none.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class GpuLayer:
         is_neox: bool,
         workspace: Workspace,
         sinks: torch.Tensor | None = None,
+        soft_cap: float = 0.0,
     ) -> None:
         self.config = config
         self.shape = shape
@@ -53,10 +55,11 @@ class GpuLayer:
         self.cos, self.sin, self.is_neox = cos, sin, is_neox
         self.workspace = workspace
         self.sinks = sinks
+        self.soft_cap = soft_cap
         self.weights = Weights(config.score_weight, config.key_weight, config.value_weight)
         self.flash = flash_attention(shape)
         # Layers of one kind launch the same kernels; only their tensors differ.
-        self.kind = (config, shape, scale, is_neox, id(workspace))
+        self.kind = (config, shape, scale, soft_cap, is_neox, id(workspace))
 
     def forward(
         self,
@@ -128,6 +131,7 @@ class GpuLayer:
             scored=config.needs_scores,
             counter=space.counters[:1] if config.needs_scores else None,
             sinks=self.sinks,
+            soft_cap=self.soft_cap,
         )
         if step.merges is not None:
             self._merge(pages, step.merges, has_sums=False)
@@ -187,6 +191,7 @@ class GpuLayer:
                 config.score_power,
                 config.score_reduction,
                 space.counters[:1],
+                self.soft_cap,
                 shifts=space.shifts,
             )
         if launch.merges is not None:
@@ -205,7 +210,15 @@ class GpuLayer:
         if self.flash is None:
             lse = self.workspace.lse[:, : segments.num_queries]
             prefill_attention.attend(
-                output, lse, rows.query, rows.key, rows.value, segments, self.scale, self.sinks
+                output,
+                lse,
+                rows.query,
+                rows.key,
+                rows.value,
+                segments,
+                self.scale,
+                self.sinks,
+                self.soft_cap,
             )
             return lse
         _, lse = self.flash(
@@ -218,6 +231,7 @@ class GpuLayer:
             cu_seqlens_k=rows.key_starts,
             softmax_scale=self.scale,
             causal=True,
+            softcap=self.soft_cap,
             return_softmax_lse=True,
             out=output,
             fa_version=3,

@@ -81,6 +81,7 @@ class CascadeImpl(AttentionImpl[Any]):
         self.kv_cache_dtype = kv_cache_dtype
         self.is_fp8 = unsupported.is_fp8(kv_cache_dtype)
         self.sinks = sinks
+        self.soft_cap = float(logits_soft_cap or 0)
         # `bind_rope` makes the worker.
         self.worker: CpuLayer | GpuLayer | None = None
         self.pages: Pages | None = None
@@ -107,7 +108,7 @@ class CascadeImpl(AttentionImpl[Any]):
         cos, sin = rope.tables
         if cos.device.type == "cpu":
             self.worker = CpuLayer(
-                self.config, self.scale, cos, sin, rope.is_neox_style, self.sinks
+                self.config, self.scale, cos, sin, rope.is_neox_style, self.sinks, self.soft_cap
             )
             return
         from vllm_cascade.attention.gpu_layer import GpuLayer
@@ -132,7 +133,15 @@ class CascadeImpl(AttentionImpl[Any]):
             1 + vllm_config.num_speculative_tokens,
         )
         self.worker = GpuLayer(
-            self.config, shape, self.scale, cos, sin, rope.is_neox_style, workspace, self.sinks
+            self.config,
+            shape,
+            self.scale,
+            cos,
+            sin,
+            rope.is_neox_style,
+            workspace,
+            self.sinks,
+            self.soft_cap,
         )
 
     def forward(
@@ -220,7 +229,7 @@ def check_layer(
         sliding_window: The layer's window in tokens; has to be None.
         kv_cache_dtype: As --kv-cache-dtype; has to be "auto", a floating-point type of 16 or 32
             bits, or FP8 (e4m3).
-        logits_soft_cap: As of vLLM's `AttentionImpl`; has to be None or 0.
+        logits_soft_cap: As of vLLM's `AttentionImpl`; has to be None, 0 or a positive number.
         attn_type: vLLM's `AttentionType`; has to be "decoder".
         kv_sharing_target_layer_name: The layer whose KV cache this one reads; has to be None.
         extra: What the model gives vLLM's layer beside; has to be None, False or -1 each.
@@ -236,8 +245,7 @@ def check_layer(
         raise unsupported.alibi()
     if sliding_window is not None:
         raise unsupported.sliding_window(sliding_window)
-    if logits_soft_cap:
-        raise unsupported.soft_cap(logits_soft_cap)
+    unsupported.check_soft_cap(logits_soft_cap)
     if kv_sharing_target_layer_name is not None:
         raise unsupported.shared_kv(
             f"a layer that shares the KV cache of {kv_sharing_target_layer_name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 # What --kv-cache-dtype calls FP8 with four bits of exponent and three of mantissa.
 FP8_DTYPES = ("fp8", "fp8_e4m3")
 GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -37,9 +39,17 @@ def sliding_window(window: int) -> UnsupportedError:
     )
 
 
-def soft_cap(cap: float) -> UnsupportedError:
-    """The error for a model that caps attention logits at `cap`."""
-    return UnsupportedError(f"logit soft-capping ({cap:g})", "it attends by a plain softmax")
+def check_soft_cap(cap: float | None) -> None:
+    """Refuse a soft cap on attention logits that bounds nothing.
+
+    Args:
+        cap: The cap; None and 0 stand for none.
+
+    Raises:
+        UnsupportedError: The cap is negative or not finite.
+    """
+    if cap and not 0 < cap < math.inf:
+        raise UnsupportedError(f"logit soft-capping ({cap:g})", "a cap is a positive number")
 
 
 def attention_scale(name: str) -> UnsupportedError:

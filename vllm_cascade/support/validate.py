@@ -204,9 +204,7 @@ def _takes_text_alone(model: Any) -> bool:
 
 def _attention(vllm_config: Any) -> None:
     text = vllm_config.model_config.hf_text_config
-    soft_cap = getattr(text, "attn_logit_softcapping", None)
-    if soft_cap:
-        raise unsupported.soft_cap(soft_cap)
+    unsupported.check_soft_cap(getattr(text, "attn_logit_softcapping", None))
     for name in ATTENTION_SCALES:
         # The factor of Llama 4 is 1 up to the place `floor_scale`, at which the budget ends.
         if getattr(text, name, None) and not getattr(text, "floor_scale", None):
