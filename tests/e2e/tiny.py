@@ -268,7 +268,7 @@ def save_gemma4(folder: Path, **changes: Any) -> str:
     tensors = load_file(weights)
     for name, tensor in tensors.items():
         if name.endswith("q_norm.weight"):
-            # Logits are not scaled by anything else: a random model's would be too sharp to compare.
+            # Logits are not scaled by anything else: a random one would be too sharp to compare.
             tensor *= 0.2
     save_file(tensors, weights, metadata={"format": "pt"})
     return str(folder)

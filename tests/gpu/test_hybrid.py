@@ -1,4 +1,4 @@
-"""Gemma 3, Gemma 4 and gpt-oss on a GPU: CASCADE beside FlashAttention, whose pages overlay its own."""
+"""Gemma and gpt-oss on a GPU: CASCADE beside FlashAttention, whose pages overlay its own."""
 
 from __future__ import annotations
 
