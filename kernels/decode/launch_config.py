@@ -345,10 +345,12 @@ def launch_config(
     if head_size > 256:
         # A tile takes twice the registers and twice the shared memory.
         num_warps = 8
-        if num_queries > 16:
-            keys, num_stages = 16, min(num_stages, 2) if element_size <= 2 else 1
-        elif element_size > 2:
+        if element_size > 2 or num_queries > MAX_WIDE_QUERIES:
             keys = 16
+        if num_queries > MAX_WIDE_QUERIES:
+            num_stages = 1 if element_size > 2 else 2
+        elif num_queries > 8:
+            num_stages = min(num_stages, 3 if element_size == 1 else 2)
     num_slots = num_sms * (12 if max_registers else 8) // num_warps
     # With many rows a short row is not split at all; with few rows even a short split pays.
     programs = num_rows * num_kv_heads
