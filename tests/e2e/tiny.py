@@ -208,27 +208,6 @@ def save_gpt_oss(folder: Path, **changes: Any) -> str:
     return save_random(folder, "gpt_oss", **{**fields, **changes})
 
 
-def save_gemma3(folder: Path, **changes: Any) -> str:
-    """Write a random Gemma 3 of two full-attention layers among three with a window.
-
-    Args:
-        folder: Where to; made if missing.
-        changes: Fields of its configuration that differ.
-
-    Returns:
-        The folder, for vLLM's `model`.
-    """
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"] * 2
-    fields = {
-        "num_hidden_layers": 5,
-        "layer_types": kinds[:5],
-        "sliding_window": 64,
-        # Sharper attention than a random model's own, so that a wrong rotation shows.
-        "query_pre_attn_scalar": 4,
-    }
-    return save_random(folder, "gemma3_text", **{**fields, **changes})
-
-
 def save_gemma4(folder: Path, **changes: Any) -> str:
     """Write a random Gemma 4 of two full-attention layers among three with a window.
 
@@ -272,6 +251,27 @@ def save_gemma4(folder: Path, **changes: Any) -> str:
             tensor *= 0.2
     save_file(tensors, weights, metadata={"format": "pt"})
     return str(folder)
+
+
+def save_gemma3(folder: Path, **changes: Any) -> str:
+    """Write a random Gemma 3 of two full-attention layers among three with a window.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"] * 2
+    fields = {
+        "num_hidden_layers": 5,
+        "layer_types": kinds[:5],
+        "sliding_window": 64,
+        # Sharper attention than a random model's own, so that a wrong rotation shows.
+        "query_pre_attn_scalar": 4,
+    }
+    return save_random(folder, "gemma3_text", **{**fields, **changes})
 
 
 def save_lfm2(folder: Path, **changes: Any) -> str:
