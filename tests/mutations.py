@@ -295,6 +295,20 @@ MUTATIONS = [
         "tests/kernels/test_paged_decode.py::test_tokens_with_drafts_load_keys_together",
     ),
     Mutation(
+        "FlashAttention-3 asked for heads that it does not take",
+        "vllm_cascade/attention/gpu_workspace.py",
+        " or shape.head_size > FLASH_MAX_HEAD_SIZE:",
+        ":",
+        "tests/unit/test_flash_attention.py::test_what_it_takes",
+    ),
+    Mutation(
+        "as many queries of wide heads as of others",
+        "kernels/decode/launch_config.py",
+        "(MAX_QUERIES if head_size <= 256 else MAX_WIDE_QUERIES)",
+        "MAX_QUERIES",
+        "tests/kernels/test_wide_heads.py::test_few_queries_load_keys_together",
+    ),
+    Mutation(
         "padding rows that keep another request's values",
         "kernels/prefill/workspace.py",
         "written = valid | ((place >= num_keys) & (place < num_keys + PADDING))",

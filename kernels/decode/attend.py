@@ -134,19 +134,20 @@ def decode(
         raise ValueError(f"a tile has at most {MAX_BLOCK_SIZE} keys, got {config.keys}")
 
     group = num_heads // num_kv_heads
-    tokens = tokens_together(batch.per_request, group)
+    tokens = tokens_together(batch.per_request, group, head_size)
     dtype = query.dtype if pages.is_fp8 else pages.kv.dtype
     words = pages.is_fp8 and dtype != torch.float32
     max_rows = scratch.max_rows - scratch.max_rows % batch.per_request
     for begin in range(0, len(batch.rows), max_rows):
         some = batch.part(begin, begin + max_rows)
-        num_teams = count_teams(len(some.rows), batch.per_request, group)
+        num_teams = count_teams(len(some.rows), batch.per_request, group, head_size)
         chosen = config or launch_config(
             num_teams,
             num_kv_heads,
             head_size,
             scratch.max_places,
-            pages.kv.element_size(),
+            # FP8 that is multiplied as float32 takes the room of float32.
+            4 if dtype == torch.float32 else pages.kv.element_size(),
             exact_table,
             num_queries=group * tokens,
         )

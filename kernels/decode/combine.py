@@ -228,7 +228,8 @@ def combine(
     _, num_kv_heads, block_size, _ = pages.kv.shape
     num_heads, _, head_size = scratch.partial.shape
     group = num_heads // num_kv_heads
-    max_splits = splits.most[count_teams(len(batch.rows), batch.per_request, group)]
+    num_teams = count_teams(len(batch.rows), batch.per_request, group, head_size)
+    max_splits = splits.most[num_teams]
     score = pages.score if scored else None
     pieces = max(group, config.score_pieces) if scored else group
     launch(
@@ -263,7 +264,7 @@ def combine(
         CHANNELS=next_power_of_2(head_size),
         ROWS=next_power_of_2(splits.max_rows),
         PER_REQUEST=batch.per_request,
-        TOKENS=tokens_together(batch.per_request, group),
+        TOKENS=tokens_together(batch.per_request, group, head_size),
         BLOCKS=max(1, config.score_tile // block_size),
         DIRECT=is_direct(scored, sinks),
         MEAN=reduction == "mean",

@@ -21,24 +21,28 @@ _MIN_BUSY_QUARTERS = tl.constexpr(MIN_BUSY_QUARTERS)
 # Queries that a program attends at most: query heads of a KV head, of one token or of several. With
 # more of them, sums and rotated queries would no longer fit registers.
 MAX_QUERIES = 64
+# With heads of more than 256 channels.
+MAX_WIDE_QUERIES = 16
 # Registers of a thread with which a multiprocessor runs twelve warps, instead of eight.
 FP8_REGISTERS = 168
 
 
-def tokens_together(per_request: int, group: int) -> int:
+def tokens_together(per_request: int, group: int, head_size: int) -> int:
     """Return how many of a request's tokens a program attends, so that they load keys once.
 
     Args:
         per_request: `DecodeRows.per_request`.
         group: Query heads that share a KV head.
+        head_size: Channels of a head.
     """
-    most = max(1, MAX_QUERIES // group)
+    most = max(1, (MAX_QUERIES if head_size <= 256 else MAX_WIDE_QUERIES) // group)
     return cdiv(per_request, cdiv(per_request, most))
 
 
-def count_teams(num_rows: int, per_request: int, group: int) -> int:
+def count_teams(num_rows: int, per_request: int, group: int, head_size: int) -> int:
     """Return how many teams, runs of rows that a program attends together, are in `num_rows`."""
-    return num_rows // per_request * cdiv(per_request, tokens_together(per_request, group))
+    tokens = tokens_together(per_request, group, head_size)
+    return num_rows // per_request * cdiv(per_request, tokens)
 
 
 @triton.jit
@@ -216,8 +220,8 @@ def make_scratch(
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     choices = []
     group = num_heads // num_kv_heads
-    num_queries = group * tokens_together(per_request, group)
-    for teams in range(count_teams(max_rows, per_request, group) + 1):
+    num_queries = group * tokens_together(per_request, group, head_size)
+    for teams in range(count_teams(max_rows, per_request, group, head_size) + 1):
         config = launch_config(
             max(teams, 1),
             num_kv_heads,
@@ -315,7 +319,8 @@ def launch_config(
         num_kv_heads: KV heads.
         head_size: Channels of a head.
         max_places: Most keys of a row.
-        element_size: Bytes of an element of the pages.
+        element_size: Bytes of an element of the pages, or of float32 where keys are multiplied as
+            such.
         exact_table: Whether the rotary table is float32, so that rotations compose.
         num_sms: Multiprocessors of the device.
         num_queries: Queries that a program attends.
@@ -333,6 +338,19 @@ def launch_config(
         keys = 64 if small else 32
     elif element_size == 1 and small and exact_table:
         max_registers = FP8_REGISTERS
+    num_stages = {1: 4, 2: 3}.get(element_size, 2)
+    if element_size == 1 and head_size > 128 and num_queries > 32:
+        # Queries take shared memory too, of which a multiprocessor has 227 KiB.
+        num_stages = 3
+    if head_size > 256:
+        # A tile takes twice the registers and twice the shared memory.
+        num_warps = 8
+        if element_size > 2 or num_queries > MAX_WIDE_QUERIES:
+            keys = 16
+        if num_queries > MAX_WIDE_QUERIES:
+            num_stages = 1 if element_size > 2 else 2
+        elif num_queries > 8:
+            num_stages = min(num_stages, 3 if element_size == 1 else 2)
     num_slots = num_sms * (12 if max_registers else 8) // num_warps
     # With many rows a short row is not split at all; with few rows even a short split pays.
     programs = num_rows * num_kv_heads
@@ -343,7 +361,7 @@ def launch_config(
         min_keys=min_keys,
         by_place=not exact_table,
         num_warps=num_warps,
-        num_stages={1: 4, 2: 3}.get(element_size, 2),
+        num_stages=num_stages,
         max_registers=max_registers,
         score_tile=512,
         score_pieces=max(1, min(64, cdiv(max_places, 2048))),

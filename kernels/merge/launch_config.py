@@ -48,11 +48,11 @@ def launch_config(head_size: int, element_size: int, group: int) -> LaunchConfig
     keys = max(8192 // channels, 16)
     row_bytes = next_power_of_2(2 * head_size) * element_size
     return LaunchConfig(
-        sum_keys=max(4096 // channels, 16),
+        sum_keys=max(4096 // channels, 16 if channels <= 256 else 8),
         sum_warps=4,
         group_keys=min(keys, 32, group),
         tokens=min(32, group),
-        move=min(max(16384 // row_bytes, 8), group // 2),
+        move=min(max(16384 // row_bytes, 8 if channels <= 256 else 4), group // 2),
         merge_warps=4,
         max_registers=65536 // (4 * 32 * PROGRAMS_PER_SM),
     )

@@ -136,6 +136,15 @@ def _attend_kernel(
     tl.store(lse_ptr + head * lse_stride + query_start + index, lse, mask=index < query_len)
 
 
+def _tiles(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
+    """Choose BLOCK_Q, BLOCK_K, warps and stages, so that tiles fit a Hopper GPU's shared memory."""
+    if block_d > 256:
+        return (32, 16, 8, 1) if dtype == torch.float32 else (64, 32, 8, 2)
+    if dtype == torch.float32:
+        return 32, 32, 4, 1
+    return 128, 64 if block_d <= 128 else 32, 8, 3
+
+
 def attend(
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -186,8 +195,7 @@ def attend(
     if not out.stride(2) == query.stride(2) == key.stride(2) == value.stride(2) == 1:
         raise ValueError("the channels of out, query, key and value must be dense")
     block_d = max(16, next_power_of_2(head_size))
-    is_single = query.dtype == torch.float32
-    block_q, block_k = (32, 32) if is_single else (128, 64 if block_d <= 128 else 32)
+    block_q, block_k, num_warps, num_stages = _tiles(query.dtype, block_d)
     grid = (num_heads, cdiv(segments.max_query_len, block_q), num_segments)
     launch(
         _attend_kernel,
@@ -216,6 +224,6 @@ def attend(
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
         BLOCK_D=block_d,
-        num_warps=4 if is_single else 8,
-        num_stages=1 if is_single else 3,
+        num_warps=num_warps,
+        num_stages=num_stages,
     )

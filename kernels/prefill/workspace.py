@@ -27,6 +27,8 @@ from vllm_cascade.kernels.weights import Weights
 OWN_TOKENS = 16
 PAGE_TOKENS = 16
 NUM_WARPS = 2
+# With heads of more than 256 channels.
+WIDE_WARPS = 4
 # Heads of a program; all of them use the angles that it loads for its tokens.
 QUERY_HEADS = 8
 KV_HEADS = 4
@@ -338,5 +340,5 @@ def prepare(
         PADDING=KEY_PADDING,
         SUM_KEYS=weights.key > 0,
         SUM_VALUES=weights.value > 0,
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS if head_size <= 256 else WIDE_WARPS,
     )

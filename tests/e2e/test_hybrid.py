@@ -13,7 +13,14 @@ import torch
 from vllm import SamplingParams
 
 from e2e.support import KeptLog, core_of, engine, impls_of
-from e2e.tiny import random_prompt, save_gemma2, save_gemma3, save_gpt_oss, save_random
+from e2e.tiny import (
+    random_prompt,
+    save_gemma2,
+    save_gemma3,
+    save_gemma4,
+    save_gpt_oss,
+    save_random,
+)
 
 CASCADE = {
     "cache_tokens": 256,
@@ -40,6 +47,9 @@ def save(folder: Path, model_type: str) -> str:
         return save_gemma2(folder)
     if model_type == "gemma3_text":
         return save_gemma3(folder)
+    if model_type == "gemma4_text":
+        # Pages of the layers with a window are as large as two of CASCADE's.
+        return save_gemma4(folder, num_attention_heads=8, num_key_value_heads=4)
     if model_type == "gpt_oss":
         return save_gpt_oss(folder)
     return save_random(folder, model_type, **EXPERTS)
@@ -118,7 +128,9 @@ class HybridLog(KeptLog):
         self.kept = {}
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "qwen3_moe"]
+)
 def test_under_the_budget_as_vllm(tmp_path: Path, model_type: str) -> None:
     model = save(tmp_path, model_type)
     prompts = [random_prompt(n, seed=n) for n in (5, 63, 130, 240)]

@@ -208,6 +208,51 @@ def save_gpt_oss(folder: Path, **changes: Any) -> str:
     return save_random(folder, "gpt_oss", **{**fields, **changes})
 
 
+def save_gemma4(folder: Path, **changes: Any) -> str:
+    """Write a random Gemma 4 of two full-attention layers among three with a window.
+
+    As in the real model, heads have 256 channels in a layer with a window and 512 in one without.
+    There are twice as many query heads of a KV head there, and values are keys before their norm.
+
+    Args:
+        folder: Where to; made if missing.
+        changes: Fields of its configuration that differ.
+
+    Returns:
+        The folder, for vLLM's `model`.
+    """
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"] * 2
+    fields = {
+        "num_hidden_layers": 5,
+        "layer_types": kinds[:5],
+        "sliding_window": 64,
+        "num_global_key_value_heads": 1,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "attention_k_eq_v": True,
+        # Neither a second embedding for each layer, nor layers that share keys and values.
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1_000_000.0,
+                "partial_rotary_factor": 0.25,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    }
+    save_random(folder, "gemma4_text", **{**fields, **changes})
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    for name, tensor in tensors.items():
+        if name.endswith("q_norm.weight"):
+            # Logits are not scaled by anything else: a random one would be too sharp to compare.
+            tensor *= 0.2
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return str(folder)
+
+
 def save_gemma3(folder: Path, **changes: Any) -> str:
     """Write a random Gemma 3 of two full-attention layers among three with a window.
 

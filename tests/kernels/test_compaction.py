@@ -37,6 +37,7 @@ STRUCTURED = [
     (64, 16, {"dtype": torch.bfloat16, "head_size": 80}),
     (128, 16, {"num_kv_heads": 1, "head_size": 96}),
     (4, 128, {"num_kv_heads": 1}),
+    (32, 16, {"num_kv_heads": 1, "head_size": 512}),
 ]
 
 
@@ -97,6 +98,7 @@ def test_merges_as_on_a_cpu(device: torch.device, weights: Weights) -> None:
         (torch.bfloat16, 128, 64),
         (torch.float16, 80, 32),
         (torch.bfloat16, 256, 128),
+        (torch.bfloat16, 512, 64),
     ],
 )
 def test_random_keys_survive_up_to_near_ties(
@@ -282,8 +284,8 @@ def test_as_many_rows_as_scratch_has_sums(device: torch.device) -> None:
     assert_same(case.run(ALL, max_rows=40), case.expected(ALL))
 
 
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256, 512])
+@pytest.mark.parametrize("element_size", [1, 2, 4])
 @pytest.mark.parametrize("group", [32, 64, 256, 1024])
 def test_launch_config_fits(head_size: int, element_size: int, group: int) -> None:
     config = launch_config(head_size, element_size, group)

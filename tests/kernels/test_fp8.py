@@ -225,9 +225,10 @@ on_gpu = [
         (4, 2, 64, 64, False, torch.float16),
         (6, 3, 128, 128, True, torch.float16),
         (5, 1, 256, 64, True, torch.float16),
+        (8, 1, 512, 512, True, torch.float16),
         *(
             pytest.param(8, 2, size, size, True, torch.bfloat16, marks=on_gpu)
-            for size in (64, 80, 96, 128, 256)
+            for size in (64, 80, 96, 128, 256, 512)
         ),
     ],
 )

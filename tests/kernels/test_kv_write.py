@@ -41,6 +41,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
         (torch.float16, 3, 64, 32),
         (torch.float32, 1, 80, 16),
         (torch.bfloat16, 2, 256, 128),
+        (torch.bfloat16, 1, 512, 32),
     ],
 )
 def test_writes_named_rows_into_their_slots_and_nothing_else(

@@ -21,6 +21,8 @@ ROTATIONS = [
     pytest.param(96, 20, False, torch.float32, id="partial-interleaved"),
     pytest.param(128, 128, True, torch.bfloat16, id="neox-128"),
     pytest.param(256, 64, True, torch.float32, id="partial-256"),
+    pytest.param(512, 512, True, torch.bfloat16, id="neox-512"),
+    pytest.param(512, 128, True, torch.float32, id="partial-512"),
 ]
 
 

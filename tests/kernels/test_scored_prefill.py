@@ -26,6 +26,8 @@ SHAPES = [
     pytest.param(Shape(8, 2, 128, dtype=HALF), id="head-128"),
     pytest.param(Shape(16, 1, 64, dtype=HALF, block_size=128), id="group-16"),
     pytest.param(Shape(2, 1, 256, dtype=HALF), id="head-256"),
+    pytest.param(Shape(8, 1, 512, dtype=HALF), id="head-512"),
+    pytest.param(Shape(2, 2, 512, lengths=((37, 83), (1, 50))), id="head-512-float32"),
 ]
 
 
@@ -289,7 +291,7 @@ def test_scratch_suffices(device):
     case = make_case(shape, device)
     num_queries = case.segments.num_queries
     lse = normalizers(case, torch.float32)
-    for dtype, head_size, heads in product((torch.float32, HALF), (64, 256), (1, 4, 16, 64)):
+    for dtype, head_size, heads in product((torch.float32, HALF), (64, 256, 512), (1, 4, 16, 64)):
         config = scores.launch_config(dtype, head_size, heads)
         needed = num_queries // (config.columns // heads) + len(LENGTHS)
         size = scores.shifts_elements(num_queries, len(LENGTHS), 3 * heads, 3)

@@ -138,7 +138,7 @@ def test_a_layer_that_attends_in_full_by_itself_is_refused():
     [
         (OwnAttention("CASCADE"), {}, "layer 0: it is a OwnAttention, which keeps more"),
         (plain_layer(head_size_v=8), {}, "layer 0: its values have 8 channels and its keys 16"),
-        (plain_layer(head_size=512, head_size_v=512), {"device": "cuda"}, "head size 512 on a GPU"),
+        (plain_layer(head_size=192, head_size_v=192), {"device": "cuda"}, "head size 192 on a GPU"),
     ],
     ids=["cache", "values", "head"],
 )

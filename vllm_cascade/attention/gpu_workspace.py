@@ -20,6 +20,8 @@ from vllm_cascade.structure.config import CascadeConfig
 MAX_DECODE_REQUESTS = 64
 # Dtypes that FlashAttention-3, as vLLM ships it, takes.
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
+# The most channels of a head that FlashAttention-3 takes.
+FLASH_MAX_HEAD_SIZE = 256
 # FlashAttention-3 takes up to 64 sink logits, in bfloat16; a cast would disagree with decode.
 FLASH_MAX_SINKS = 64
 
@@ -200,7 +202,9 @@ def make_workspace(
 
 def flash_attention(shape: Shape) -> Callable[..., Any] | None:
     """Give vLLM's FlashAttention-3 if it is there and takes layers of `shape`; otherwise None."""
-    if shape.dtype not in FLASH_DTYPES or not torch.cuda.is_available():
+    if shape.dtype not in FLASH_DTYPES or shape.head_size > FLASH_MAX_HEAD_SIZE:
+        return None
+    if not torch.cuda.is_available():
         return None
     if torch.cuda.get_device_capability()[0] != 9:
         return None

@@ -6,7 +6,7 @@ import math
 
 # What --kv-cache-dtype calls FP8 with four bits of exponent and three of mantissa.
 FP8_DTYPES = ("fp8", "fp8_e4m3")
-GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
+GPU_HEAD_SIZES = (64, 80, 96, 128, 256, 512)
 ELSEWHERE = "Serve it without --attention-backend CASCADE"
 
 
