@@ -191,7 +191,7 @@ def test_gemma4_with_larger_pages_of_windows(tmp_path: Path) -> None:
 
 
 def test_llama4_beside_chunks(tmp_path: Path) -> None:
-    """In float32 and eagerly: a rounded router chooses another expert, and chunks have no graphs."""
+    """In float32 and eagerly: rounding chooses other experts, and chunks have no graphs."""
     model = save_llama4(tmp_path, head_dim=64)
     options = {"dtype": "float32", "enforce_eager": True}
     with open_engine(model, None, **options) as llm:
