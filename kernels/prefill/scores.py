@@ -179,7 +179,6 @@ def _gain(
         prefix: Logical place of the segment's first query.
         factor: Factor on a dot product that gives the base-2 logarithm of a raised exponential.
         MEAN: Whether the gain is the mean over query heads, else the maximum.
-        SOFT_CAP: As of `_score_keys_kernel`.
         MASKED: Whether some query does not see some key, or a step has too few queries.
 
     Returns:
