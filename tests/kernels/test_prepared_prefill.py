@@ -105,4 +105,4 @@ def check_prepared(shape, rotary_dim, is_neox, weights, device):
 
 def test_as_many_warps_share_a_wide_vector_in_both_launches():
     """Else they would sum its squares in another order, which the interpreter does not show."""
-    assert workspace.WIDE_WARPS == launch_config(512, 2, 64).sum_warps
+    assert launch_config(512, 2, 64).sum_warps == workspace.WIDE_WARPS
