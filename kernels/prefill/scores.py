@@ -64,9 +64,8 @@ def launch_config(dtype: torch.dtype, head_size: int, group: int) -> ScoreConfig
     heads = next_power_of_2(group)
     if head_size > 256:
         # Keys would not fit registers, and a longer pipeline not shared memory.
-        if dtype == torch.float32:
-            return ScoreConfig(32, max(32, heads), 8, 1, key_in_registers=False)
-        return ScoreConfig(64, 64, 4, 2, key_in_registers=False)
+        tiles = (32, max(32, heads), 8, 1) if dtype == torch.float32 else (64, 64, 4, 2)
+        return ScoreConfig(*tiles, key_in_registers=False)
     if dtype == torch.float32:
         return ScoreConfig(32, max(32, heads), 4, 1, key_in_registers=False)
     if head_size > 128:

@@ -27,7 +27,8 @@ from vllm_cascade.kernels.weights import Weights
 OWN_TOKENS = 16
 PAGE_TOKENS = 16
 NUM_WARPS = 2
-# With heads of more than 256 channels.
+# With heads of more than 256 channels. Several warps share such a vector: as many as in `add_units`
+# of `kernels.merge.means`, for the same order of sums.
 WIDE_WARPS = 4
 # Heads of a program; all of them use the angles that it loads for its tokens.
 QUERY_HEADS = 8

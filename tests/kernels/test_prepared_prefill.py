@@ -101,3 +101,8 @@ def check_prepared(shape, rotary_dim, is_neox, weights, device):
         max_registers=config.max_registers,
     )
     assert torch.equal(again, sums)
+
+
+def test_as_many_warps_share_a_wide_vector_in_both_launches():
+    """Else they would sum its squares in another order, which the interpreter does not show."""
+    assert launch_config(512, 2, 64).sum_warps == workspace.WIDE_WARPS

@@ -147,6 +147,20 @@ def test_what_a_layer_has_of_its_own_is_checked(layer, where, words):
         check_served(nn.Sequential(layer), served_by(**where))
 
 
+@pytest.mark.parametrize("capability", [(8, 6), (9, 0)])
+def test_wide_heads_need_a_gpu_with_room_for_their_tiles(monkeypatch, capability):
+    from vllm.platforms import current_platform
+
+    given = classmethod(lambda cls, device_id=0: capability)
+    monkeypatch.setattr(type(current_platform), "get_device_capability", given)
+    model = nn.Sequential(plain_layer(head_size=512, head_size_v=512))
+    if capability == (9, 0):
+        check_served(model, served_by(device="cuda"))
+        return
+    with pytest.raises(UnsupportedError, match=r"head size 512 on a GPU of .* 8\.6"):
+        check_served(model, served_by(device="cuda"))
+
+
 def test_each_layers_own_number_of_kv_heads_is_checked():
     def model(**layer):
         parent = nn.Sequential(plain_layer(**layer))

@@ -195,6 +195,7 @@ def spoil(vllm_config, path, value):
             (9, 0),
             "several MTP modules on a GPU: .*num_speculative_tokens 1",
         ),
+        ({"head_size": 512}, (8, 0), r"head size 512 on a GPU of compute capability 8\.0: .*9\.x"),
         ({"head_size": 72}, (9, 0), "head size 72 on a GPU.*64, 80, 96, 128, 256, 512"),
         ({"cache_config.block_size": 256}, (9, 0), "block size 256 .*--block-size"),
         (

@@ -6,10 +6,9 @@ from typing import Any
 
 from vllm_cascade.support.names import is_cascade
 from vllm_cascade.support.unsupported import (
-    GPU_HEAD_SIZES,
     UnsupportedError,
     check_copies,
-    gpu_head_size,
+    check_gpu_head_size,
 )
 
 
@@ -106,6 +105,7 @@ def check_served(model: Any, vllm_config: Any) -> None:
 
 def _check_layer(name: str, layer: Any, parent: Any, vllm_config: Any) -> None:
     from vllm.model_executor.layers.attention import Attention
+    from vllm.platforms import current_platform
 
     if type(layer).get_kv_cache_spec is not Attention.get_kv_cache_spec:
         raise UnsupportedError(
@@ -117,8 +117,9 @@ def _check_layer(name: str, layer: Any, parent: Any, vllm_config: Any) -> None:
             f"this model's layer {name}",
             f"its values have {layer.head_size_v} channels and its keys {layer.head_size}",
         )
-    if vllm_config.device_config.device_type == "cuda" and layer.head_size not in GPU_HEAD_SIZES:
-        raise gpu_head_size(layer.head_size)
+    if vllm_config.device_config.device_type == "cuda":
+        # A model's layers may have heads of several sizes, of which its configuration names one.
+        check_gpu_head_size(layer.head_size, current_platform.get_device_capability())
     config = layer.impl.config
     total = getattr(parent, "total_num_kv_heads", None)
     if config.needs_scores and total is not None:

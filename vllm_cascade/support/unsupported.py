@@ -7,6 +7,8 @@ import math
 # What --kv-cache-dtype calls FP8 with four bits of exponent and three of mantissa.
 FP8_DTYPES = ("fp8", "fp8_e4m3")
 GPU_HEAD_SIZES = (64, 80, 96, 128, 256, 512)
+# Major compute capabilities of GPUs with 227 KiB of shared memory a block, which the largest takes.
+WIDE_HEAD_CAPABILITIES = (9, 10)
 ELSEWHERE = "Serve it without --attention-backend CASCADE"
 
 
@@ -76,12 +78,28 @@ def shared_kv(asked: str, instead: str = ELSEWHERE) -> UnsupportedError:
     )
 
 
-def gpu_head_size(head_size: int) -> UnsupportedError:
-    """The error for a `head_size` that the GPU's kernels have not been tested with."""
-    return UnsupportedError(
-        f"head size {head_size} on a GPU",
-        f"its kernels are tested with head sizes {', '.join(map(str, GPU_HEAD_SIZES))}",
-    )
+def check_gpu_head_size(head_size: int, capability: tuple[int, int] | None) -> None:
+    """Refuse a `head_size` that the GPU's kernels do not take, or not on this GPU.
+
+    Args:
+        head_size: Channels of a layer's keys.
+        capability: Compute capability, None if unknown.
+
+    Raises:
+        UnsupportedError: The message names the head size.
+    """
+    if head_size not in GPU_HEAD_SIZES:
+        raise UnsupportedError(
+            f"head size {head_size} on a GPU",
+            f"its kernels are tested with head sizes {', '.join(map(str, GPU_HEAD_SIZES))}",
+        )
+    if head_size > 256 and (capability is None or capability[0] not in WIDE_HEAD_CAPABILITIES):
+        version = "unknown" if capability is None else ".".join(map(str, capability))
+        raise UnsupportedError(
+            f"head size {head_size} on a GPU of compute capability {version}",
+            "its tiles take as much shared memory as GPUs of compute capability "
+            f"{' and '.join(f'{major}.x' for major in WIDE_HEAD_CAPABILITIES)} have, and no others",
+        )
 
 
 def check_copies(ranks: int, num_kv_heads: int, policy: str) -> None:

@@ -11,7 +11,7 @@ from vllm_cascade.support.drafts import check_drafts
 from vllm_cascade.support.names import BACKEND_NAME, log_of
 from vllm_cascade.support.resolved import resolve_options, rotary_limit
 from vllm_cascade.support.selection import check_kinds, check_selection, layer_of, selects_cascade
-from vllm_cascade.support.unsupported import GPU_HEAD_SIZES, UnsupportedError
+from vllm_cascade.support.unsupported import UnsupportedError
 
 # Lists of what works, not of what fails: a new kind is refused until somebody has looked at it.
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
@@ -91,9 +91,7 @@ def _gpu(vllm_config: Any) -> None:
             f"a GPU of compute capability {version}",
             "its kernels are written for compute capability 8.0 (Ampere) and up",
         )
-    head_size = vllm_config.model_config.get_head_size()
-    if head_size not in GPU_HEAD_SIZES:
-        raise unsupported.gpu_head_size(head_size)
+    unsupported.check_gpu_head_size(vllm_config.model_config.get_head_size(), capability)
     block_size = states.own_block_size(vllm_config)
     if block_size not in GPU_BLOCK_SIZES:
         raise UnsupportedError(
