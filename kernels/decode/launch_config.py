@@ -351,6 +351,9 @@ def launch_config(
             num_stages = 1 if element_size > 2 else 2
         elif num_queries > 8:
             num_stages = min(num_stages, 3 if element_size == 1 else 2)
+        if not exact_table:
+            # The angles of each key are loaded too.
+            num_stages = min(num_stages, 2)
     num_slots = num_sms * (12 if max_registers else 8) // num_warps
     # With many rows a short row is not split at all; with few rows even a short split pays.
     programs = num_rows * num_kv_heads

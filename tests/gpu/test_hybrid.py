@@ -34,7 +34,7 @@ CASCADE = {
 }
 OF_GEMMA = ["model.layers.1.self_attn.attn", "model.layers.4.self_attn.attn"]
 # A random model of five layers, which of them attend in full, and what serves it without CASCADE:
-# FlashAttention-3 takes no heads of 512 channels, so vLLM chooses for Gemma 4.
+# FlashAttention-3 takes no heads of 512 channels.
 MODELS = {
     "gemma2": (
         partial(save_gemma2, head_dim=64),
@@ -43,7 +43,7 @@ MODELS = {
     ),
     "gemma3": (partial(save_gemma3, head_dim=64), OF_GEMMA, "FLASH_ATTN"),
     # Heads of 512 channels in the layers that attend in full, of 256 in the others.
-    "gemma4": (save_gemma4, OF_GEMMA, None),
+    "gemma4": (save_gemma4, OF_GEMMA, "TRITON_ATTN"),
     # All experts: rounding a router's logits would choose others of less than all.
     "gpt_oss": (
         partial(save_gpt_oss, num_hidden_layers=5, num_experts_per_tok=4, head_dim=64),
@@ -175,7 +175,7 @@ def test_cascade_beside_flash_attention(tmp_path: Path, model_type: str) -> None
 def test_gemma4_with_larger_pages_of_windows(tmp_path: Path) -> None:
     """As in the real model: two of CASCADE's blocks take the memory of one with a window."""
     model = save_gemma4(tmp_path, num_attention_heads=8, num_key_value_heads=4)
-    with open_engine(model, None, **OPTIONS) as llm:
+    with open_engine(model, None, attention_backend="TRITON_ATTN", **OPTIONS) as llm:
         theirs = mean_error(model, generate(llm, WITHIN))
     with open_engine(model, CASCADE, **OPTIONS) as llm:
         impls = [type(impl).__name__ for impl in impls_of(llm)]

@@ -290,10 +290,9 @@ def test_decode_is_as_exact_as_eager_pytorch(
     )
     scratch.partial.fill_(float("nan"))
     config = replace(
-        attend.launch_config(6, num_kv_heads, head_size, 300, 1, True),
+        attend.launch_config(6, num_kv_heads, head_size, 300, 1, not by_place),
         splits=4,
         min_keys=64,
-        by_place=by_place,
     )
     pages = Pages(raw.to(device), None, None, *(scale.to(device) for scale in scales))
     found = run(attend, pages, query, scratch=scratch, config=config)

@@ -197,7 +197,9 @@ def check_scores(case: Case, config: scores.ScoreConfig | str | None, **how: Any
     assert held.sum() == case.segments.key_spans.diff().sum() * score.shape[1]
     # The kernel scales logits and log-sum-exps by rounded constants before it subtracts them.
     condition = float(how["power"] * lse.abs().max())
-    assert_close(score[held], exact[held], eager[held], 1.5, condition)
+    # Tensor cores cut off what they add up: the more channels, the more.
+    slack = 1.5 if case.query.shape[2] <= 256 else 2.0
+    assert_close(score[held], exact[held], eager[held], slack, condition)
     for first, last, start, end in reference._segments(case.segments):
         queries, prefix = last - first, end - start - (last - first)
         counted += score.shape[1] * sum(prefix + 1 + i for i in range(queries))
