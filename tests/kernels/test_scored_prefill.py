@@ -198,7 +198,7 @@ def check_scores(case: Case, config: scores.ScoreConfig | str | None, **how: Any
     # The kernel scales logits and log-sum-exps by rounded constants before it subtracts them.
     condition = float(how["power"] * lse.abs().max())
     # Tensor cores cut off what they add up: the more channels, the more.
-    slack = 1.5 if case.query.shape[2] <= 256 else 2.0
+    slack = 1.5 if case.query.shape[2] <= 256 else 3.0
     assert_close(score[held], exact[held], eager[held], slack, condition)
     for first, last, start, end in reference._segments(case.segments):
         queries, prefix = last - first, end - start - (last - first)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_paged_decode import MAX_PLACES, Case, Shape, check, on_gpu, worst
+from test_paged_decode import MAX_PLACES, Case, Shape, check, on_gpu, slack, worst
 
 from reference import paged_decode as reference
 from vllm_cascade.kernels.decode import attend
@@ -134,4 +134,4 @@ def test_tokens_with_drafts(
     pages = replace(case.copied(), score=None)
     found, _ = case.run(attend, pages, case.query, scratch=scratch, config=config, scored=False)
     rounding = torch.finfo(shape.dtype).eps / 2 * float(exact.nan_to_num(0).abs().max())
-    assert worst(found, exact) <= 2 * worst(eager, exact) + rounding
+    assert worst(found, exact) <= slack(shape) * worst(eager, exact) + rounding
