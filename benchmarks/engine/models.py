@@ -1,4 +1,4 @@
-"""The models that engines run: Llama-3.1-8B's shape, and a tiny one for a CPU."""
+"""The models that engines run: shapes of Llama-3.1, and a tiny one for a CPU."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ LLAMA = {
     "torch_dtype": "bfloat16",
     "bos_token_id": 0,
     "eos_token_id": 1,
+}
+# Llama-3.1-70B's, of which one GPU of 141 GB does not hold the weights.
+LLAMA_70B = LLAMA | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
 }
 TINY_LLAMA = LLAMA | {
     "hidden_size": 64,

@@ -1,10 +1,11 @@
 """Prefill and decode with the cascade on several GPUs of one host, against a single one.
 
 A model of Llama-3.1-8B's shape with dummy weights, CUDA graphs for decode, no torch.compile, behind
-`AsyncLLM`, as in a server. One engine after the other: a single GPU; tensor parallel over 2 and 4,
-through vLLM's own processes and through Ray; 2 pipeline stages; 2 replicas. For each: time to the
-first token of one prompt of 65,536 tokens, prefill of two such prompts at once in tokens per
-second, and tokens per second of 64 requests that decode together with full caches, all prefilled.
+`AsyncLLM`, as in a server. One engine after the other: a single GPU; tensor parallel over 2, 4 and
+8, through vLLM's own processes and through Ray; 2 pipeline stages; 2 and 8 replicas; and some of
+these together. For each: time to the first token of one prompt of 65,536 tokens, and of a longer
+one if asked; prefill of two such prompts for each replica, in tokens per second; and tokens per
+second of 64 requests of each replica that decode together with full caches, all prefilled.
 
 A row is not reported unless every request generated what was asked, all decoded together for 32
 tokens or more, and the device counters of all ranks together (pairs scored, groups merged, tokens
@@ -12,6 +13,9 @@ dropped) are what the layout predicts. A row is written as soon as it is measure
 
     python benchmarks engine.scaling            writes benchmarks/results/gpu_scaling.csv
     python benchmarks engine.scaling --rows tp1,tp2_ray --plan
+    python benchmarks engine.scaling --rows tp1,tp8_mp --budget 16384 --requests 32 --long 500000
+    python benchmarks engine.scaling --rows tp1,tp8_mp --requests 32 --backend FLASH_ATTN
+    python benchmarks engine.scaling --rows tp4_mp,tp8_mp --shape 70b
     python benchmarks engine.scaling --tiny     proves the program on a CPU, nothing written
 """
 
@@ -24,13 +28,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine import models, processes
-from engine.models import LLAMA, TINY_LLAMA
+from engine.models import LLAMA, LLAMA_70B, TINY_LLAMA
 from engine.scaling_engine import FEWEST, Engine, Grid, Sizes
 from records import RESULTS, RefusalError, conditions, read_rows, replace_rows
+from vllm_cascade.commands.arguments import positive_int, tokens
 from vllm_cascade.commands.plan import Plan
 
 OUTPUT = RESULTS / "gpu_scaling.csv"
@@ -47,7 +53,20 @@ GRIDS = {
     "dp2": Grid(replicas=2),
     "tp4_mp": Grid(tensor=4, executor="mp"),
     "tp4_ray": Grid(tensor=4, executor="ray"),
+    "tp8_mp": Grid(tensor=8, executor="mp"),
+    "tp8_ray": Grid(tensor=8, executor="ray"),
+    "tp4_dp2": Grid(tensor=4, replicas=2),
+    "tp4_pp2": Grid(tensor=4, pipeline=2, executor="mp"),
+    "dp8": Grid(replicas=8),
+    "dp8_ray": Grid(replicas=8, executor="ray"),
 }
+# Shape of a model, and the fewest GPUs that hold its weights.
+SHAPES = {
+    "8b": (LLAMA, 1),
+    "8b-4kv": (LLAMA | {"num_key_value_heads": 4}, 1),
+    "70b": (LLAMA_70B, 2),
+}
+BACKENDS = ("CASCADE", "FLASH_ATTN")
 
 
 FULL = Sizes(
@@ -109,14 +128,14 @@ async def run_row(arguments: argparse.Namespace, sizes: Sizes) -> dict[str, Any]
     grid, begin = GRIDS[arguments.row], time.perf_counter()
     llm = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
-            str(arguments.model),
+            str(arguments.folder),
             load_format="dummy",
             skip_tokenizer_init=True,
             seed=0,
-            attention_backend="CASCADE",
+            attention_backend=sizes.backend,
             enable_prefix_caching=False,
             worker_extension_cls="engine.serving.Probe",
-            additional_config={"cascade": sizes.cascade},
+            additional_config={"cascade": sizes.cascade} if sizes.backend == "CASCADE" else {},
             **grid.options(),
             **sizes.engine,
         )
@@ -124,13 +143,14 @@ async def run_row(arguments: argparse.Namespace, sizes: Sizes) -> dict[str, Any]
     try:
         started = time.perf_counter() - begin
         print(f"{arguments.row}: started in {started:.0f} s")
-        plan = plan_of(arguments.model, sizes)
+        plan = plan_of(arguments.folder, sizes)
         row = await Engine(llm, sizes, grid, plan).measure()
     finally:
         llm.shutdown()
     names = ("tensor", "pipeline", "replicas", "executor")
     spread = {name: getattr(grid, name) for name in names}
-    return {"row": arguments.row, "gpus": grid.gpus, **spread, "start_s": round(started, 1), **row}
+    spread |= {"start_s": round(started, 1)}
+    return {"row": arguments.row, "gpus": grid.gpus, **spread, **row, "shape": arguments.shape}
 
 
 def plan_of(folder: Path, sizes: Sizes) -> Plan:
@@ -139,16 +159,26 @@ def plan_of(folder: Path, sizes: Sizes) -> Plan:
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
-    """Put a row into a file, in the place of the one of its name."""
-    there = {each["row"]: each for each in read_rows(path)} | {row["row"]: row}
-    replace_rows(path, [there[name] for name in GRIDS if name in there], row)
+    """Put a row into a file, in the place of the one of its name, shape, backend and budget."""
+    alike = ("row", "shape", "backend", "cache_tokens")
+
+    def key(each: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(each.get(name, "")) for name in alike)
+
+    there = {key(each): each for each in read_rows(path)} | {key(row): row}
+    order = list(GRIDS)
+    kept = sorted(there.values(), key=lambda each: (key(each)[1:], order.index(each["row"])))
+    replace_rows(path, kept, row)
 
 
 def start(name: str, arguments: argparse.Namespace, folder: Path, timeout: float) -> bool:
     """Run one row in a process of its own; whether it ended well."""
     log = arguments.logs / f"gpu_scaling_{name}.log"
-    command = processes.command("engine.scaling", "--row", name, "--model", str(folder))
+    command = processes.command("engine.scaling", "--row", name, "--folder", str(folder))
     command += ["--output", str(arguments.output)] + ["--tiny"] * arguments.tiny
+    for option in ("shape", "backend", "budget", "requests", "long"):
+        value = getattr(arguments, option)
+        command += [] if value is None else [f"--{option}", str(value)]
     environment = processes.environment(
         VLLM_LOGGING_STREAM="ext://sys.stderr",
         VLLM_NO_USAGE_STATS="1",
@@ -197,15 +227,43 @@ def parse() -> tuple[argparse.Namespace, Sizes]:
     parser.add_argument("--seconds", type=float, default=530, help="that all rows may take")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--output", type=Path, help=f"default: {OUTPUT.name}; none with --tiny")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="8b", help="of the model; not with --tiny"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, help="default: CASCADE")
+    parser.add_argument("--budget", type=tokens, help="cache_tokens; default: 4096")
+    parser.add_argument(
+        "--requests", type=positive_int, help="of each replica that decode at once; default: 64"
+    )
+    parser.add_argument("--long", type=tokens, help="tokens of a longer prompt; default: none")
     # Of a row's own process.
     parser.add_argument("--row", help=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.logs.mkdir(parents=True, exist_ok=True)
     arguments.rows = arguments.rows.split(",") if arguments.rows else list(GRIDS)
     if not set(arguments.rows) <= set(GRIDS):
         parser.error(f"rows are {', '.join(GRIDS)}")
-    return arguments, TINY if arguments.tiny else FULL
+    return arguments, sizes_of(arguments)
+
+
+def sizes_of(arguments: argparse.Namespace) -> Sizes:
+    """What runs, as the command line has it."""
+    sizes = TINY if arguments.tiny else replace(FULL, model=SHAPES[arguments.shape][0])
+    backend = arguments.backend or sizes.backend
+    if arguments.tiny and backend != sizes.backend:
+        backend = "CPU_ATTN"
+    budget = {"cache_tokens": arguments.budget} if arguments.budget else {}
+    long = arguments.long or 0
+    longest = max(long + 64, sizes.engine["max_model_len"])
+    return replace(
+        sizes,
+        requests=arguments.requests or sizes.requests,
+        cascade=sizes.cascade | budget,
+        engine=sizes.engine | {"max_model_len": longest},
+        long=long,
+        backend=backend,
+    )
 
 
 def main() -> int:
@@ -230,7 +288,13 @@ def main() -> int:
         )
         plan = plan_of(Path(folder), sizes)
         needed = {name: seconds_of(GRIDS[name], sizes, plan) for name in arguments.rows}
-        fits = [name for name in arguments.rows if runs_here(GRIDS[name], here, arguments.tiny)]
+        fewest = 1 if arguments.tiny else SHAPES[arguments.shape][1]
+        fits = [
+            name
+            for name in arguments.rows
+            if GRIDS[name].gpus >= fewest * GRIDS[name].replicas
+            and runs_here(GRIDS[name], here, arguments.tiny)
+        ]
         print(f"{here} GPUs; {plan.config.summary()}")
         for name in arguments.rows:
             runs = f"about {needed[name]:.0f} s" if name in fits else "not on this host"

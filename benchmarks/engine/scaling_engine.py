@@ -23,7 +23,7 @@ class Grid:
         tensor: Ranks that share a layer's heads.
         pipeline: Stages that share the layers.
         replicas: Engines that share the requests.
-        executor: Of vLLM, or None for its choice.
+        executor: Of vLLM, or None for its choice. Replicas are started by Ray if it is Ray's.
     """
 
     tensor: int = 1
@@ -38,7 +38,9 @@ class Grid:
 
     def options(self) -> dict[str, Any]:
         """For vLLM's engine arguments."""
+        ray = {"data_parallel_backend": "ray"} if self.executor == "ray" else {}
         return {
+            **(ray if self.replicas > 1 else {}),
             "tensor_parallel_size": self.tensor,
             "pipeline_parallel_size": self.pipeline,
             "data_parallel_size": self.replicas,
@@ -53,10 +55,12 @@ class Sizes:
     Args:
         model: The model's configuration.
         prompt: Tokens of a long prompt, past the budget.
-        requests: Requests that decode together.
+        requests: Requests that decode together in each replica.
         margin: Steps that all of them decode for, if no step is lost.
         cascade: Options of the cascade.
         engine: Options of the engine.
+        long: Tokens of a longer prompt whose first token is waited for too; 0 for none.
+        backend: Attention backend of the engine.
     """
 
     model: dict[str, Any]
@@ -65,6 +69,8 @@ class Sizes:
     margin: int
     cascade: dict[str, Any]
     engine: dict[str, Any]
+    long: int = 0
+    backend: str = "CASCADE"
 
     def full_cache(self, plan: Plan) -> int:
         """Tokens of a prompt that fills sinks and sub-caches and one stride more."""
@@ -77,8 +83,8 @@ class Sizes:
         return -(-prefilled // self.engine["max_num_batched_tokens"]) + self.requests + self.margin
 
     def total(self, plan: Plan) -> int:
-        """Tokens that are prefilled in all."""
-        return self.requests * self.full_cache(plan) + 4 * self.prompt
+        """Tokens that are prefilled in all by a replica."""
+        return self.requests * self.full_cache(plan) + 4 * self.prompt + self.long
 
 
 class Engine:
@@ -156,9 +162,14 @@ class Engine:
         layers, heads = (
             self.sizes.model[name] for name in ("num_hidden_layers", "num_key_value_heads")
         )
+        # Ranks beyond the KV heads hold copies.
+        heads = max(heads, self.grid.tensor)
         held = sum(rank["layers"] * rank["num_kv_heads"] for rank in ranks)
-        if len(ranks) != self.grid.gpus or held != layers * heads * self.grid.replicas:
+        expected = layers * heads * self.grid.replicas if self.sizes.backend == "CASCADE" else 0
+        if len(ranks) != self.grid.gpus or held != expected:
             raise RefusalError(f"{len(ranks)} ranks hold {held} KV heads of all layers")
+        if not expected:
+            return
         for rank in ranks:
             if CascadeConfig(**rank["config"]) != self.plan.config:
                 raise RefusalError(f"a rank has {rank['config']}, planned {self.plan.config}")
@@ -180,26 +191,38 @@ class Engine:
         await self.run(sizes.prompt, 4, self.grid.replicas)
         begin, ((first, *_),) = await self.run(sizes.prompt, 1, 1)
         alone = first - begin
-        begin, times = await self.run(sizes.prompt, 1, 2)
-        prefill = 2 * sizes.prompt / (max(each[0] for each in times) - begin)
-        print(f"  one prompt {alone:.2f} s, two {prefill:,.0f} tokens/s")
+        number = 2 * self.grid.replicas
+        begin, times = await self.run(sizes.prompt, 1, number)
+        prefill = number * sizes.prompt / (max(each[0] for each in times) - begin)
+        print(f"  one prompt {alone:.2f} s, {number} {prefill:,.0f} tokens/s")
+        long = {}
+        if sizes.long:
+            begin, ((first, *_),) = await self.run(sizes.long, 1, 1)
+            long = {"long_tokens": sizes.long, "long_ttft_s": round(first - begin, 3)}
+            print(f"  a prompt of {sizes.long:,} tokens {first - begin:.2f} s")
         prompt, output = sizes.full_cache(self.plan), sizes.output(self.plan)
-        _, times = await self.run(prompt, output, sizes.requests)
+        requests = sizes.requests * self.grid.replicas
+        _, times = await self.run(prompt, output, requests)
         since, until = max(each[0] for each in times), min(each[-1] for each in times)
         decoded = [sum(since < moment <= until for moment in each) for each in times]
         if min(decoded) < FEWEST:
             raise RefusalError(f"all decoded together for {min(decoded)} tokens, not {FEWEST}")
         decode = sum(decoded) / (until - since)
-        print(f"  {sizes.requests} requests at once, {decode:,.0f} tokens/s")
+        print(f"  {requests} requests at once, {decode:,.0f} tokens/s")
         (mode,) = {rank["cudagraph_mode"] for rank in await self.rpc("cascade_probe_read")}
         return {
             "prompt_tokens": sizes.prompt,
             "ttft_s": round(alone, 3),
             "prefill_tokens_per_s": round(prefill, 1),
-            "decode_requests": sizes.requests,
+            "decode_requests": requests,
             "decode_context": prompt,
             "decode_tokens_each": min(decoded),
             "decode_tokens_per_s": round(decode, 1),
             "cudagraph_mode": mode,
             "cascade": self.plan.config.summary(),
+            "backend": sizes.backend,
+            "cache_tokens": self.plan.config.cache_tokens,
+            "long_tokens": 0,
+            "long_ttft_s": "",
+            **long,
         }

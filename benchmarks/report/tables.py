@@ -198,6 +198,10 @@ def long_answers(rows: list[Row]) -> list[str]:
     )
 
 
+# What rows of several engines have in common, and what is not said of them.
+OF_A_ROW = {"shape": "8b", "backend": "CASCADE"}
+
+
 def gpu_scaling(rows: list[Row]) -> list[str]:
     """Times of each way to spread an engine, and rates over those of the single GPU above it."""
     first = single = rows[0]
@@ -205,7 +209,10 @@ def gpu_scaling(rows: list[Row]) -> list[str]:
     heading += ["prefill, tokens/s", f"decode of {first['decode_requests']} requests, tokens/s"]
     lines = []
     for row in rows:
-        single = row if row["gpus"] == "1" else single
+        kind = [row.get(name) or default for name, default in OF_A_ROW.items()]
+        if row["gpus"] == "1" or kind != [single.get(n) or d for n, d in OF_A_ROW.items()]:
+            # Where a model does not fit one GPU, the first row of its kind is the measure.
+            single = row
         spread = [
             f"{name} parallel {row[column]}"
             for name, column in (("tensor", "tensor"), ("pipeline", "pipeline"))
@@ -214,11 +221,14 @@ def gpu_scaling(rows: list[Row]) -> list[str]:
         if row["replicas"] != "1":
             spread.append(f"{row['replicas']} replicas")
         spread += ["through Ray"] if row["executor"] == "ray" else []
+        spread += [each for each in kind if each not in OF_A_ROW.values()]
         rates = [
             f"{_number(row[column], 0)} ({float(row[column]) / float(single[column]):.2f}x)"
             for column in ("prefill_tokens_per_s", "decode_tokens_per_s")
         ]
-        cells = [", ".join(spread) or "one GPU", row["gpus"], _number(row["ttft_s"], 2)]
+        if row["gpus"] == "1":
+            spread.insert(0, "one GPU")
+        cells = [", ".join(spread), row["gpus"], _number(row["ttft_s"], 2)]
         lines.append([*cells, *rates])
     return _table([heading, *lines])
 

@@ -388,11 +388,14 @@ def test_scaling_table(tmp_path: Path) -> None:
     common |= {"gpu": "GPU", "vllm": 0, "torch": 2, "commit": "abc"}
     spreads = [(1, 1, 1, "", 100.0, 50.0), (4, 2, 1, "ray", 190.0, 75.0), (2, 1, 2, "", 50, 50)]
     spreads += [(1, 1, 1, "", 200, 25), (2, 2, 1, "", 100, 50)]
+    # Of a model that one GPU does not hold.
+    spreads += [(4, 4, 1, "", 100, 50), (8, 8, 1, "", 150, 90)]
     rows = [
         common
         | {"gpus": gpus, "tensor": tensor, "replicas": replicas, "executor": executor}
         | {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}
-        for gpus, tensor, replicas, executor, prefill, decode in spreads
+        | {"shape": "70b" if number > 4 else "", "backend": "CASCADE"}
+        for number, (gpus, tensor, replicas, executor, prefill, decode) in enumerate(spreads)
     ]
     text = written(tmp_path, "gpu_scaling", [{k: str(v) for k, v in r.items()} for r in rows])
     heading, _, *lines = cells(text)
@@ -403,6 +406,8 @@ def test_scaling_table(tmp_path: Path) -> None:
         ["2 replicas", "2", "2.00", "50 (0.50x)", "50 (1.00x)"],
         ["one GPU", "1", "2.00", "200 (1.00x)", "25 (1.00x)"],
         ["tensor parallel 2", "2", "2.00", "100 (0.50x)", "50 (2.00x)"],
+        ["tensor parallel 4, 70b", "4", "2.00", "100 (1.00x)", "50 (1.00x)"],
+        ["tensor parallel 8, 70b", "8", "2.00", "150 (1.50x)", "90 (1.80x)"],
     ]
 
 
