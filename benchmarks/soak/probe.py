@@ -14,6 +14,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 LOAD_FORMAT = "soak"
 # The engine's scheduler; the worker, in the same process, reads it.
@@ -79,8 +80,28 @@ class CountingAsyncScheduler(Counting, AsyncScheduler):
     """vLLM's scheduler where scheduling is asynchronous, counting."""
 
 
+def scheduler_state() -> dict[str, Any]:
+    """What the scheduler holds and has counted; in the engine core's own process."""
+    (scheduler,) = watched
+    manager = scheduler.kv_cache_manager
+    pool = manager.block_pool
+    (cascade,) = manager.coordinator.single_type_managers
+    return {
+        "pool_blocks": pool.num_gpu_blocks - 1,  # one is vLLM's null block
+        "free_blocks": pool.get_num_free_blocks(),
+        "held": {
+            "requests": len(scheduler.requests),
+            "rows of blocks": len(cascade.req_to_blocks),
+            "records of requests": len(cascade._progress),
+        },
+        "in_prefill": [r.request_id for r in scheduler.running if phase(r) == "prefill"],
+        "counts": dict(scheduler.counts),
+        "preempted": sorted(scheduler.preempted),
+    }
+
+
 class Probe:
-    """What is asked of vLLM's worker; it must run in the engine core's own process."""
+    """What is asked of vLLM's worker."""
 
     def soak_prepare(self) -> None:
         """Fill every page with NaN: what was never written must never be read."""
@@ -89,26 +110,26 @@ class Probe:
             flat.set_(cache.untyped_storage())
             flat.fill_(255)
 
-    def soak_state(self) -> dict[str, Any]:
-        """What the scheduler holds and has counted, and the process's memory in bytes."""
-        (scheduler,) = watched
-        manager = scheduler.kv_cache_manager
-        pool = manager.block_pool
-        (cascade,) = manager.coordinator.single_type_managers
+    def soak_memory(self) -> dict[str, int]:
+        """The memory of the worker's process, in bytes."""
         on_gpu = torch.cuda.is_available()
         return {
-            "pool_blocks": pool.num_gpu_blocks - 1,  # one is vLLM's null block
-            "free_blocks": pool.get_num_free_blocks(),
-            "held": {
-                "requests": len(scheduler.requests),
-                "rows of blocks": len(cascade.req_to_blocks),
-                "records of requests": len(cascade._progress),
-            },
-            "in_prefill": [r.request_id for r in scheduler.running if phase(r) == "prefill"],
-            "counts": dict(scheduler.counts),
-            "preempted": sorted(scheduler.preempted),
-            "memory": {
-                "engine": psutil.Process().memory_info().rss,
-                "device": torch.cuda.memory_allocated() if on_gpu else 0,
-            },
+            "engine": psutil.Process().memory_info().rss,
+            "device": torch.cuda.memory_allocated() if on_gpu else 0,
         }
+
+    def soak_state(self) -> dict[str, Any]:
+        """`scheduler_state` and the memory of the process, which is the engine core's too."""
+        return scheduler_state() | {"memory": self.soak_memory()}
+
+
+class RanksExecutor(MultiprocExecutor):
+    """Ranks in processes of their own: of the scheduler the engine core's process knows alone."""
+
+    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        if method != "soak_state":
+            return super().collective_rpc(method, *args, **kwargs)
+        ranks = super().collective_rpc("soak_memory", *args, **kwargs)
+        memory = {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
+        memory["engine"] += psutil.Process().memory_info().rss
+        return [scheduler_state() | {"memory": memory}]

@@ -13,6 +13,7 @@ NaN to begin with. The program fails unless, in the end,
 - requests were in fact aborted, preempted, past the budget and in one step with others' decodes.
 
     python benchmarks soak.run --seconds 420     on a GPU, writes benchmarks/results/soak.csv
+    python benchmarks soak.run --tensor 8 --output soak8.csv     over eight
     python benchmarks soak.run --tiny            the same program on a CPU, nothing written
 """
 
@@ -132,12 +133,12 @@ TINY = Scale(
 )
 
 
-def start(folder: Path, scale: Scale) -> Any:
-    """The engine, with `probe.py` in its own process."""
+def start(folder: Path, scale: Scale, tensor: int) -> Any:
+    """The engine of `tensor` ranks, with `probe.py` in its own process."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from soak.probe import LOAD_FORMAT
+    from soak.probe import LOAD_FORMAT, RanksExecutor
     from vllm_cascade.commands.plan import make_plan
 
     (folder / "config.json").write_text(json.dumps(scale.model))
@@ -153,7 +154,8 @@ def start(folder: Path, scale: Scale) -> Any:
             seed=0,
             max_model_len=max_model_len,
             num_gpu_blocks_override=1 + int(scale.pool * plan.max_blocks),
-            distributed_executor_backend="uni",
+            tensor_parallel_size=tensor,
+            distributed_executor_backend="uni" if tensor == 1 else RanksExecutor,
             attention_backend="CASCADE",
             additional_config={"cascade": scale.cascade},
             worker_extension_cls="soak.probe.Probe",
@@ -163,8 +165,10 @@ def start(folder: Path, scale: Scale) -> Any:
     )
 
 
-async def soak(engine: Any, scale: Scale, seconds: float, seed: int) -> tuple[list[str], dict]:
-    """Play the load and look at what is left.
+async def soak(
+    engine: Any, scale: Scale, seconds: float, seed: int, tensor: int = 1
+) -> tuple[list[str], dict]:
+    """Play the load and look at what is left. Each of `tensor` ranks may grow.
 
     Returns:
         What is wrong, and the row of results.
@@ -178,6 +182,7 @@ async def soak(engine: Any, scale: Scale, seconds: float, seed: int) -> tuple[li
     if clients.faults:
         return clients.faults, {}
     row: dict[str, Any] = {
+        "ranks": tensor,
         "seconds": round(time.monotonic() - begin, 1),
         "async_scheduling": engine.vllm_config.scheduler_config.async_scheduling,
         "requests": clients.asked,
@@ -208,13 +213,14 @@ async def soak(engine: Any, scale: Scale, seconds: float, seed: int) -> tuple[li
     batch = await asyncio.gather(*(clients.repeat(ask, "batch") for ask in asks))
     found = [clients.answers[ask] for ask in asks]
     row |= compare(found, alone, batch, scale.tie, scale.noise)
-    return clients.faults + faults_of(row, await clients.state(), scale.growth), row
+    return clients.faults + faults_of(row, await clients.state(), tensor * scale.growth), row
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, help="of arrivals; default: 420, with --tiny 25")
     parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks; default: 1")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU")
     parser.add_argument("--output", type=Path, help=f"default: {OUTPUT.name}; none with --tiny")
     arguments = parser.parse_args()
@@ -222,6 +228,7 @@ def main() -> int:
     scale, seconds = (TINY, 25.0) if arguments.tiny else (GPU, 420.0)
     if arguments.tiny:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # Else vLLM's CPU platform gives the worker a process of its own, away from the scheduler.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # oneDNN keeps a product compiled for each shape, 0.4 MiB each: a thousand of them would
@@ -231,10 +238,11 @@ def main() -> int:
     begin = time.monotonic()
 
     async def run(folder: Path) -> tuple[list[str], dict]:
-        engine = start(folder, scale)
+        engine = start(folder, scale, arguments.tensor)
         try:
             print(f"started in {time.monotonic() - begin:.0f} s")
-            return await soak(engine, scale, arguments.seconds or seconds, arguments.seed)
+            played = arguments.seconds or seconds
+            return await soak(engine, scale, played, arguments.seed, arguments.tensor)
         finally:
             engine.shutdown()
             # Collected later it would shut down once more, in an interpreter half gone.
