@@ -27,12 +27,14 @@ from e2e.test_speculative import (
     run,
     tokens_of,
 )
-from e2e.tiny import CASCADE, ELASTIC, LLAMA, random_prompt, save_llama
+from e2e.tiny import CASCADE, ELASTIC, LLAMA, random_prompt, save_gpt_oss, save_llama
 from reference.llama import random_tensors
 
 pytestmark = pytest.mark.model
 # Some at a boundary, some just before one, some behind it.
 FEW = PROMPTS[::5]
+# What a head takes over from its model.
+SHAPE = {"hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"}
 
 
 def save_eagle(folder: Path, **changes: Any) -> str:
@@ -180,6 +182,30 @@ def test_as_with_vllms_own_attention_within_the_budget(
             run(llm, prompts, max_tokens=20)
             found.append(proposals.by_text)
     assert found[0] == found[1] and len(found[0]) > 5 * len(prompts)
+
+
+def test_beside_layers_with_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's layer is CASCADE's, as are the model's that attend in full."""
+    model = save_gpt_oss(tmp_path / "model", **MODEL)
+    text = json.loads((tmp_path / "model" / "config.json").read_text())
+    shape = {name: text[name] for name in LLAMA.keys() & text.keys() & SHAPE}
+    drafter = speculative("eagle", save_eagle(tmp_path / "drafter", **shape))
+    options = {**OPTIONS, "block_size": 32, "max_num_batched_tokens": 20000}
+    options |= {"async_scheduling": False, "enable_prefix_caching": False}
+    cascade = ELASTIC | {"num_sink_tokens": 32}
+    with engine(cascade, model, **options) as llm:
+        expected = [tokens_of(each) for each in run(llm, FEW)]
+        num_full = sum(type(impl).__name__ == "CascadeImpl" for impl in impls_of(llm))
+    with engine(cascade, model, speculative_config=drafter, **options) as llm:
+        impls = [type(impl).__name__ for impl in impls_of(llm)]
+        assert impls.count("CascadeImpl") == num_full + 1 < len(impls)
+        proposals = Proposals(llm, monkeypatch)
+        assert [tokens_of(each) for each in run(llm, FEW)] == expected
+        by_token, proposals.by_text = proposals.by_text, {}
+        run(llm, [[*p, *a[:-9]] for p, a in zip(FEW, expected, strict=True)], max_tokens=8)
+    both = by_token.keys() & proposals.by_text.keys()
+    assert len(both) > len(FEW)
+    assert all(by_token[text] == proposals.by_text[text] for text in both)
 
 
 @pytest.mark.parametrize("method", ["eagle3", "mtp"])

@@ -19,6 +19,20 @@ from vllm_cascade.support.unsupported import UnsupportedError
 from vllm_cascade.support.validate import validate
 
 
+def drafting(method, kinds=(), chunk=None, **fields):
+    """Speculative decoding by a drafter with these kinds of layers."""
+    config = SimpleNamespace(
+        max_model_len=512,
+        attention_chunk_size=chunk,
+        hf_text_config=SimpleNamespace(
+            layer_types=list(kinds), no_rope_layers=[1, 0] if chunk else None, num_hidden_layers=2
+        ),
+        get_sliding_window=lambda: 512 if "sliding_attention" in kinds else None,
+    )
+    given = {"attention_backend": None, **fields}
+    return SimpleNamespace(method=method, draft_model_config=config, **given)
+
+
 def rope(**parameters):
     return {
         "hf_text_config.rope_parameters": {"rope_theta": 1e4, "rope_type": "default"} | parameters
@@ -109,19 +123,19 @@ SPOILT = [
     ({"parallel_config.prefill_context_parallel_size": 2}, "Leave out --prefill-context-parallel"),
     (
         {
-            "speculative_config": SimpleNamespace(
-                method="eagle3", attention_backend=SimpleNamespace(name="CPU_ATTN")
+            "speculative_config": drafting(
+                "eagle3", attention_backend=SimpleNamespace(name="CPU_ATTN")
             )
         },
         "a drafter with attention backend CPU_ATTN.*Leave attention_backend out",
     ),
     (
-        MIXED | {"speculative_config": SimpleNamespace(method="mtp")},
-        "method 'mtp' for a model with sliding-window layers.*method \"ngram\"",
+        {"speculative_config": drafting("mtp", ["sliding_attention", "full_attention"])},
+        "'mtp' with a drafter that has sliding-window layers.*full attention alone.*\"ngram\"",
     ),
     (
-        CHUNKED | {"speculative_config": SimpleNamespace(method="mtp")},
-        "method 'mtp' for a model with chunked-attention layers",
+        {"speculative_config": drafting("draft_model", chunk=64)},
+        "'draft_model' with a drafter that has chunked-attention layers",
     ),
     ({"speculative_config": SimpleNamespace(method="medusa")}, "'medusa': nobody has tried"),
     (
@@ -181,16 +195,14 @@ def spoil(vllm_config, path, value):
         (
             {
                 "use_v2_model_runner": False,
-                "speculative_config": SimpleNamespace(method="eagle3", attention_backend=None),
+                "speculative_config": drafting("eagle3"),
             },
             (9, 0),
             "method 'eagle3' on a GPU with vLLM's model runner V1: .*VLLM_USE_V2_MODEL_RUNNER",
         ),
         (
             {
-                "speculative_config": SimpleNamespace(
-                    method="mtp", attention_backend=None, use_multi_module_mtp=lambda: True
-                ),
+                "speculative_config": drafting("mtp", use_multi_module_mtp=lambda: True),
             },
             (9, 0),
             "several MTP modules on a GPU: .*num_speculative_tokens 1",
@@ -252,11 +264,7 @@ def test_drafts_from_the_text_are_served(served, method, policy):
 @pytest.mark.parametrize("backend", [None, SimpleNamespace(name="CASCADE")])
 @pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3", "mtp"])
 def test_drafters_with_a_cache_are_bounded(served, method, backend):
-    served.speculative_config = SimpleNamespace(
-        method=method,
-        attention_backend=backend,
-        draft_model_config=SimpleNamespace(max_model_len=512),
-    )
+    served.speculative_config = drafting(method, attention_backend=backend)
     validate(served)
     bound_drafter(served)
     assert served.speculative_config.attention_backend.name == "CASCADE"

@@ -52,11 +52,11 @@ def check_drafts(vllm_config: Any, config: CascadeConfig) -> None:
         return
     if speculative.method not in WITH_CACHE:
         raise UnsupportedError(asked, "nobody has tried this drafter with it", INSTEAD)
-    if other := other_kind(vllm_config.model_config):
+    if other := other_kind(speculative.draft_model_config):
         raise UnsupportedError(
-            f"{asked} for a model with {NAMES[other]} layers",
-            "nobody has tried a drafter with a KV cache beside these",
-            INSTEAD,
+            f"{asked} with a drafter that has {NAMES[other]} layers",
+            "nobody has tried it",
+            f"Take a drafter with full attention alone. {INSTEAD}",
         )
     if vllm_config.device_config.device_type != "cpu":
         if not vllm_config.use_v2_model_runner:
