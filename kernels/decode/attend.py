@@ -137,7 +137,10 @@ def decode(
     tokens = tokens_together(batch.per_request, group, head_size)
     dtype = query.dtype if pages.is_fp8 else pages.kv.dtype
     words = pages.is_fp8 and dtype != torch.float32
-    max_rows = scratch.max_rows - scratch.max_rows % batch.per_request
+    # Scratch for tokens with drafts knows splits of fewer teams than it has rows.
+    teams = count_teams(batch.per_request, batch.per_request, group, head_size)
+    most = min(scratch.max_rows // batch.per_request, scratch.splits.max_rows // teams)
+    max_rows = most * batch.per_request
     for begin in range(0, len(batch.rows), max_rows):
         some = batch.part(begin, begin + max_rows)
         num_teams = count_teams(len(some.rows), batch.per_request, group, head_size)

@@ -106,7 +106,7 @@ class Case:
         self.scale = shape.head_size**-0.5
         self.sinks: torch.Tensor | None = None
 
-    def scratch(self, max_rows: int = 8, max_splits: int = 8) -> attend.Scratch:
+    def scratch(self, max_rows: int = 8, per_request: int = 1) -> attend.Scratch:
         scratch = attend.make_scratch(
             max_rows,
             self.shape.num_heads,
@@ -114,8 +114,9 @@ class Case:
             self.shape.head_size,
             self.shape.dtype.itemsize,
             max(MAX_PLACES, max(self.shape.places) + 1),
-            max_splits,
+            8,
             self.device,
+            per_request=per_request,
         )
         for part in (scratch.partial, scratch.lse, scratch.logits):
             part.fill_(float("nan"))
@@ -293,6 +294,7 @@ def test_chosen_launch(device: torch.device) -> None:
 def test_more_rows_than_scratch(device: torch.device) -> None:
     case = Case(Shape(), device)
     check(case, scratch=case.scratch(max_rows=4), config=launch(case))
+    check(case, scratch=case.scratch(max_rows=4, per_request=2))  # a drafter's single tokens
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])
