@@ -38,9 +38,9 @@ def install() -> None:
                 # A user of `vllm serve` gets one line; a traceback would tell the user no more.
                 raise SystemExit(f"vllm: {error}") from None
             raise
+        bound_drafter(vllm_config)
         delegate_windows(vllm_config)
         leave_states(vllm_config)
-        bound_drafter(vllm_config)
         return vllm_config
 
     EngineArgs.create_engine_config = create_engine_config

@@ -185,10 +185,11 @@ def test_as_with_vllms_own_attention_within_the_budget(
 
 
 def test_beside_layers_with_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head's layer is CASCADE's, as are the model's that attend in full."""
+    """The head's layer is CASCADE's, as are the model's that attend in full, for texts as long."""
     model = save_gpt_oss(tmp_path / "model", **MODEL)
     text = json.loads((tmp_path / "model" / "config.json").read_text())
     shape = {name: text[name] for name in LLAMA.keys() & text.keys() & SHAPE}
+    shape["max_position_embeddings"] = OPTIONS["max_model_len"] // 2
     drafter = speculative("eagle", save_eagle(tmp_path / "drafter", **shape))
     options = {**OPTIONS, "block_size": 32, "max_num_batched_tokens": 20000}
     options |= {"async_scheduling": False, "enable_prefix_caching": False}
@@ -199,6 +200,8 @@ def test_beside_layers_with_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with engine(cascade, model, speculative_config=drafter, **options) as llm:
         impls = [type(impl).__name__ for impl in impls_of(llm)]
         assert impls.count("CascadeImpl") == num_full + 1 < len(impls)
+        drafting = core_of(llm).vllm_config.speculative_config
+        assert drafting.draft_model_config.max_model_len == OPTIONS["max_model_len"]
         proposals = Proposals(llm, monkeypatch)
         assert [tokens_of(each) for each in run(llm, FEW)] == expected
         by_token, proposals.by_text = proposals.by_text, {}
