@@ -51,7 +51,9 @@ def check_soft_cap(cap: float | None) -> None:
         UnsupportedError: The cap is negative or not finite.
     """
     if cap and not 0 < cap < math.inf:
-        raise UnsupportedError(f"logit soft-capping ({cap:g})", "a cap is a positive number")
+        raise UnsupportedError(
+            f"logit soft-capping ({cap:g})", "a cap is a positive number", "Correct config.json"
+        )
 
 
 def attention_scale(name: str) -> UnsupportedError:
