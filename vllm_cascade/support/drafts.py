@@ -72,6 +72,14 @@ def check_drafts(vllm_config: Any, config: CascadeConfig) -> None:
                 "nobody has tried it",
                 "Give num_speculative_tokens 1, with which one module drafts",
             )
+    kind = other_kind(vllm_config.model_config)
+    if kind and speculative.method == "draft_model" and not vllm_config.use_v2_model_runner:
+        raise UnsupportedError(
+            f"{asked} for a model with {NAMES[kind]} layers, with vLLM's model runner V1",
+            "that hands a draft model the blocks of other layers, whatever the attention backend, "
+            "and the model's answers are wrong",
+            f"Take an EAGLE head. {INSTEAD}",
+        )
     chosen = speculative.attention_backend
     if chosen is not None and not is_cascade(chosen):
         raise UnsupportedError(
