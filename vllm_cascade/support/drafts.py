@@ -73,11 +73,11 @@ def check_drafts(vllm_config: Any, config: CascadeConfig) -> None:
                 "Give num_speculative_tokens 1, with which one module drafts",
             )
     kind = other_kind(vllm_config.model_config)
-    if kind and speculative.method == "draft_model" and not vllm_config.use_v2_model_runner:
+    if kind and speculative.method == "draft_model":
         raise UnsupportedError(
-            f"{asked} for a model with {NAMES[kind]} layers, with vLLM's model runner V1",
-            "that hands a draft model the blocks of other layers, whatever the attention backend, "
-            "and the model's answers are wrong",
+            f"{asked} for a model with {NAMES[kind]} layers",
+            "vLLM's model runner V1 hands a draft model the blocks of other layers, whatever the "
+            "attention backend, and nobody has tried it with runner V2",
             f"Take an EAGLE head. {INSTEAD}",
         )
     chosen = speculative.attention_backend
