@@ -6,7 +6,7 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
-from e2e.tiny import SMALL
+from e2e.tiny import MAMBA2, SMALL
 
 KINDS = ["sliding_attention", "full_attention"] * 2
 EXPERTS = {
@@ -71,15 +71,6 @@ LFM2 = {
     "block_multiple_of": 32,
     "block_auto_adjust_ff_dim": False,
     "head_dim": ABSENT,
-}
-MAMBA2 = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 32,
-    "mamba_n_groups": 1,
-    "mamba_d_state": 64,
-    "mamba_d_conv": 4,
-    "mamba_expand": 2,
-    "mamba_chunk_size": 64,
 }
 NEMOTRON_H = {
     "hybrid_override_pattern": "M*M*",

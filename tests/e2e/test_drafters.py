@@ -77,6 +77,25 @@ def speculative(method: str, model: str) -> dict[str, Any]:
     return {"method": method, "model": model, "num_speculative_tokens": NUM_DRAFTS}
 
 
+def save_configs(folder: Path, method: str, **changes: Any) -> dict[str, Any]:
+    """A model and its drafter for dummy weights: an EAGLE-3 head, or an MTP layer of the model."""
+    shape = {**LLAMA, **MODEL, **changes}
+    if method == "mtp":
+        shape |= {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2"}
+        # Its heads have the hidden size between them.
+        hidden = shape["head_dim"] * shape["num_attention_heads"]
+        shape |= {"num_nextn_predict_layers": 1, "hidden_size": hidden}
+        drafter: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": NUM_DRAFTS}
+    else:
+        head = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 2048}
+        (folder / "drafter").mkdir()
+        config = json.dumps({**shape, **head, "num_hidden_layers": 1})
+        (folder / "drafter" / "config.json").write_text(config)
+        drafter = speculative("eagle3", str(folder / "drafter"))
+    (folder / "config.json").write_text(json.dumps(shape))
+    return drafter
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"), **MODEL)
@@ -216,22 +235,11 @@ def test_other_drafters_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """With vLLM's dummy weights: heads that take several layers' states, and layers of a model."""
-    shape = {**LLAMA, **MODEL, "head_dim": 32}
-    if method == "mtp":
-        shape |= {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2"}
-        shape["num_nextn_predict_layers"] = 1
-        drafter: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": NUM_DRAFTS}
-    else:
-        head = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 2048}
-        config = {**shape, **head, "num_hidden_layers": 1}
-        (tmp_path / "drafter").mkdir()
-        (tmp_path / "drafter" / "config.json").write_text(json.dumps(config))
-        drafter = speculative("eagle3", str(tmp_path / "drafter"))
-    (tmp_path / "config.json").write_text(json.dumps(shape))
+    drafter = save_configs(tmp_path, method, head_dim=32)
     options = {**OPTIONS, "load_format": "dummy", "max_num_batched_tokens": 20000}
     options |= {"async_scheduling": False, "enable_prefix_caching": False}
     with engine(ELASTIC, str(tmp_path), speculative_config=drafter, **options) as llm:
-        assert len(impls_of(llm)) == shape["num_hidden_layers"] + 1
+        assert len(impls_of(llm)) == LLAMA["num_hidden_layers"] + 1
         proposals = Proposals(llm, monkeypatch)
         answers = [[*p, *tokens_of(each)] for p, each in zip(FEW, run(llm, FEW), strict=True)]
         by_token, proposals.by_text = proposals.by_text, {}

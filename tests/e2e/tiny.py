@@ -367,6 +367,15 @@ def save_nemotron_h(folder: Path, **changes: Any) -> str:
     return save_random(folder, "nemotron_h", **{**fields, **changes})
 
 
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 64,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 64,
+}
 GATED_DELTA = {
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "full_attention"] * 2,
@@ -406,13 +415,7 @@ def save_falcon_h1(folder: Path, **changes: Any) -> str:
         "num_hidden_layers": 2,
         "hidden_size": 128,
         "mamba_d_ssm": 256,
-        "mamba_n_heads": 8,
-        "mamba_d_head": 32,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 64,
-        "mamba_d_conv": 4,
-        "mamba_expand": 2,
-        "mamba_chunk_size": 64,
+        **MAMBA2,
     }
     return save_random(folder, "falcon_h1", **{**fields, **changes})
 

@@ -6,18 +6,16 @@ CUDA graph may have several.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from e2e.support import cascade_manager_of, core_of, engine, impls_of, runner_of
-from e2e.test_drafters import save_eagle, speculative
+from e2e.test_drafters import save_configs, save_eagle, speculative
 from e2e.test_speculative import (
     ANSWER,
     MODEL,
-    NUM_DRAFTS,
     OPTIONS,
     PROMPTS,
     Counts,
@@ -155,24 +153,12 @@ def test_other_drafters_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """With vLLM's dummy weights: heads that take several layers' states, and layers of a model."""
-    shape = {**LLAMA, **SHAPE}
-    if method == "mtp":
-        shape |= {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2"}
-        # Its heads have the hidden size between them.
-        shape |= {"num_nextn_predict_layers": 1, "hidden_size": 64 * shape["num_attention_heads"]}
-        drafter: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": NUM_DRAFTS}
-    else:
-        head = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 2048}
-        config = {**shape, **head, "num_hidden_layers": 1}
-        (tmp_path / "drafter").mkdir()
-        (tmp_path / "drafter" / "config.json").write_text(json.dumps(config))
-        drafter = speculative("eagle3", str(tmp_path / "drafter"))
-    (tmp_path / "config.json").write_text(json.dumps(shape))
+    drafter = save_configs(tmp_path, method, head_dim=SHAPE["head_dim"])
     options = {**OPTIONS, "load_format": "dummy", **MODES["graphs"]}
     with engine(ELASTIC, str(tmp_path), **options) as llm:
         expected = [tokens_of(each) for each in run(llm, PROMPTS)]
     with engine(ELASTIC, str(tmp_path), speculative_config=drafter, **options) as llm:
-        assert len(impls_of(llm)) == shape["num_hidden_layers"] + 1
+        assert len(impls_of(llm)) == LLAMA["num_hidden_layers"] + 1
         proposals = Proposals(llm, monkeypatch)
         found = [tokens_of(each) for each in run(llm, PROMPTS)]
         print(f"{sum(a == b for a, b in zip(found, expected, strict=True))} of {len(found)} equal")
