@@ -6,7 +6,8 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
-from e2e.tiny import MAMBA2, SMALL
+from e2e.tiny import SMALL
+from e2e.tiny_states import MAMBA2
 
 KINDS = ["sliding_attention", "full_attention"] * 2
 EXPERTS = {

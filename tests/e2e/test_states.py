@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from e2e.oracle import check_past_reach
 from e2e.support import cascade_manager_of, core_of, engine, impls_of, poisoned
 from e2e.test_hybrid import Answer, assert_same, generate
-from e2e.tiny import prompt_without_ties, random_prompt, save_lfm2, save_nemotron_h
+from e2e.tiny import prompt_without_ties, random_prompt
+from e2e.tiny_states import save_lfm2, save_nemotron_h
 from reference.lfm2 import Lfm2
 from vllm_cascade.commands.plan import make_plan
 from vllm_cascade.structure.config import ConfigError
