@@ -20,7 +20,7 @@ from vllm_cascade.kernels.segments import DecodeRows, Merges
 CHUNK = 1024
 # Which tokens of a request in a step `resolve_decodes` resolves.
 ALL, ALL_BUT_LAST, LAST = range(3)
-_ALL_BUT_LAST, _LAST = tl.constexpr(ALL_BUT_LAST), tl.constexpr(LAST)
+_ALL, _LAST = tl.constexpr(ALL), tl.constexpr(LAST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,22 @@ class Resolved:
         )
 
 
+@triton.jit
+def _epoch_end(token, first_end, stride):
+    """Return the end of the epoch of a token: one past the epoch's last token."""
+    after_first = tl.where(token < first_end, 0, (token - first_end) // stride + 1)
+    return first_end + after_first * stride
+
+
+@triton.jit
+def _num_together(first, first_end, stride):
+    """Return how many tokens may be computed together from `first` on: a boundary's token is alone.
+
+    `Layout.most_together` is the same on the host.
+    """
+    return tl.maximum(_epoch_end(first, first_end, stride) - 1 - first, 1)
+
+
 @triton.jit(
     do_not_specialize=["ahead"],
     do_not_specialize_on_alignment=[
@@ -172,6 +188,7 @@ def _resolve_kernel(
     group_entries,
     ahead,
     MOST: tl.constexpr,
+    DRAFTED: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -197,6 +214,7 @@ def _resolve_kernel(
         group_entries: Row entries of all groups of an epoch together.
         ahead: `num_ahead` of `resolve_decodes`; not read where `requests_ptr` is given.
         MOST: Most tokens of a request that are resolved one by one; a constant of the engine.
+        DRAFTED: `drafted` of `resolve_decodes`.
         PART: `part` of `resolve_decodes`.
         CHUNK: Entries copied at a time.
     """
@@ -207,19 +225,22 @@ def _resolve_kernel(
         end = tl.load(ends_ptr + request)
         row = tl.load(query_start_loc_ptr + request)
         tokens = tl.load(query_start_loc_ptr + request + 1) - row
-        # The next token that the model computes, and the end of its epoch.
-        known = end - ahead
-        known_epoch = tl.where(known < first_end, 0, (known - first_end) // stride + 1)
-        known_end = first_end + known_epoch * stride
-        if PART == _ALL_BUT_LAST:
-            tokens -= 1
-            end -= 1
-        elif PART == _LAST:
-            row += tokens - 1
-            tokens = tl.minimum(tokens, 1)
-        length = tl.where((number < tokens) & (tokens <= MOST) & (end > 0), 1, 0)
-        end = tl.minimum(end + number + 1 - tokens, known_end)
+        first = end - tokens
+        # The model's, and those that are computed now. Those behind come once the boundary has run.
+        asked = tokens if PART == _ALL else tokens - 1
+        num = tl.where(
+            asked <= DRAFTED, tl.minimum(asked, _num_together(first, first_end, stride)), asked
+        )
+        if PART == _LAST:
+            length = tl.where((number < tokens) & (end > 0), 1, 0)
+            number = num
+        else:
+            length = tl.where((number < asked) & (asked <= MOST) & (end > 0), 1, 0)
+            is_late = number >= num
         row += number
+        end = first + (number if PART == _LAST else tl.minimum(number, num - 1)) + 1
+        # The end of the epoch of the next token that the model computes.
+        end = tl.minimum(end, _epoch_end(end - ahead, first_end, stride))
     else:
         end = tl.load(ends_ptr + segment)
         request = tl.load(requests_ptr + segment)
@@ -261,10 +282,14 @@ def _resolve_kernel(
         entry = tl.load(entries_row + at, mask=inside, other=0).to(tl.int32)
         tl.store(out_row + at, tl.load(table_row + entry, mask=inside, other=0), mask=inside)
     block = tl.load(table_row + tl.load(entries_row + last // BLOCK_SIZE).to(tl.int32))
-    tl.store(slots_ptr + segment, block.to(tl.int64) * BLOCK_SIZE + last % BLOCK_SIZE)
+    slot = block.to(tl.int64) * BLOCK_SIZE + last % BLOCK_SIZE
 
     # The boundary runs if the segment ends its epoch and another follows.
     ends_epoch = (end == first_end + epoch * stride) & (epoch + 1 < num_epochs)
+    if requests_ptr is None and PART != _LAST:
+        slot = tl.where(is_late, -1, slot)
+        ends_epoch = ends_epoch & (is_late == 0)
+    tl.store(slots_ptr + segment, slot)
     num_groups = tl.where(ends_epoch, tl.load(epoch_num_groups_ptr + epoch), 0)
     tl.store(num_groups_ptr + segment, num_groups)
     if num_groups > 0:
@@ -287,8 +312,13 @@ def resolve_decodes(
     most: int = 1,
     part: int = ALL,
     num_ahead: int = 0,
+    drafted: int | None = None,
 ) -> None:
     """Resolve each token of the requests that have few of them; mark all others as skipped.
+
+    A token that may be a draft is late if it is at a boundary, or behind one, that the row's first
+    token does not run. It attends to what the row's other tokens attend to, so that its output is
+    finite, and is written nowhere. `find_late` tells which drafts have to be rejected for this.
 
     Args:
         out: Row ``most * r + i`` is written for token i of request r in this step, counted from 0.
@@ -296,11 +326,14 @@ def resolve_decodes(
         query_start_loc: [num_requests + 1] int32 first row of each request in the batch.
         seq_lens: [num_requests] int32 tokens of each request once the step is done.
         block_table: [num_requests or more, width] int32 blocks of each request's row; rows dense.
-        most: Most tokens of a request that are resolved, at least 1. None but a request's single
-            token may end an epoch in which groups merge.
-        part: Which tokens of each request are resolved and counted: `ALL`, `ALL_BUT_LAST`, `LAST`.
+        most: Most tokens of a request that are resolved, at least 1. A row of more is none of
+            drafts.
+        part: Which tokens of each request are resolved and counted: `ALL`; `ALL_BUT_LAST`, which
+            are the model's; `LAST`, which is behind those of them that are not late.
         num_ahead: Last tokens of each request that a drafter computes ahead of the model. One that
             lies behind the epoch in which the model is has the place of the epoch's last token.
+        drafted: Most tokens of a row with drafts, without one that a drafter computes ahead; `most`
+            if not given.
 
     Raises:
         ValueError: If `out` has fewer rows than `most` for each request, or `block_table` does not
@@ -309,7 +342,8 @@ def resolve_decodes(
     num_requests = len(seq_lens)
     if num_requests:
         starts, rows = query_start_loc, most * num_requests
-        _launch(out, table, rows, block_table, seq_lens, starts, None, most, part, num_ahead)
+        modes = most, most if drafted is None else drafted, part, num_ahead
+        _launch(out, table, rows, block_table, seq_lens, starts, None, *modes)
 
 
 def resolve_segments(
@@ -331,7 +365,7 @@ def resolve_segments(
         ValueError: If `out` has fewer rows than there are segments, or `block_table` does not fit.
     """
     if segments.shape[1]:
-        _launch(out, table, segments.shape[1], block_table, segments[1], None, segments, 1)
+        _launch(out, table, segments.shape[1], block_table, segments[1], None, segments)
 
 
 def _launch(
@@ -342,7 +376,8 @@ def _launch(
     ends: torch.Tensor,
     query_start_loc: torch.Tensor | None,
     segments: torch.Tensor | None,
-    most: int,
+    most: int = 1,
+    drafted: int = 1,
     part: int = ALL,
     num_ahead: int = 0,
 ) -> None:
@@ -389,7 +424,50 @@ def _launch(
         table.groups.shape[1] * table.groups.shape[2],
         num_ahead,
         MOST=most,
+        DRAFTED=drafted,
         PART=part,
         BLOCK_SIZE=table.block_size,
         CHUNK=min(CHUNK, next_power_of_2(max(16, table.entries.shape[1]))),
     )
+
+
+@triton.jit
+def _late_kernel(
+    out_ptr, positions_ptr, indices_ptr, numbers_ptr, count, first_end, stride, BLOCK: tl.constexpr
+):
+    """Tell of each of BLOCK logits whether its token is late. Grid: (logits / BLOCK,)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    index = tl.load(indices_ptr + at, mask=inside, other=0)
+    number = tl.load(numbers_ptr + at, mask=inside, other=0)
+    first = tl.load(positions_ptr + index, mask=inside, other=0).to(tl.int32) - number
+    is_late = (number > 0) & (number >= _num_together(first, first_end, stride))
+    tl.store(out_ptr + at, is_late, mask=inside)
+
+
+def find_late(
+    positions: torch.Tensor,
+    indices: torch.Tensor,
+    numbers: torch.Tensor,
+    first_end: int,
+    stride: int,
+) -> torch.Tensor:
+    """Find the drafts that a boundary keeps from being computed; they have to be rejected.
+
+    Args:
+        positions: [num_tokens] integers, index of each token of a step in its request.
+        indices: [num_logits] integers, tokens whose logits are asked for.
+        numbers: [num_logits] integers, number of each such token in its request's row of a token
+            and its drafts; 0 for a token that is none.
+        first_end: `CascadeTable.first_end`.
+        stride: `CascadeTable.stride`.
+
+    Returns:
+        [num_logits] bool, on the device.
+    """
+    late = torch.empty(len(indices), dtype=torch.bool, device=indices.device)
+    if len(late):
+        grid = (triton.cdiv(len(late), CHUNK),)
+        args = late, positions, indices, numbers, len(late), first_end, stride
+        launch(_late_kernel, grid, *args, BLOCK=CHUNK)
+    return late

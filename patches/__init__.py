@@ -16,6 +16,7 @@ from vllm_cascade.patches import (
     evicted_tokens,
     exact_requests,
     front_end_validation,
+    late_drafts,
     long_max_model_len,
     rope_at_logical_place,
     taken_back_tokens,
@@ -37,6 +38,7 @@ PATCHES = (
     continued_requests.PATCH,
     taken_back_tokens.PATCH,
     draft_boundaries.PATCH,
+    late_drafts.PATCH,
     whole_page_copies.PATCH,
     cpu_distribution_name.PATCH,
 )

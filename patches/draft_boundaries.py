@@ -1,10 +1,15 @@
-"""Keeps speculative decoding from computing the token of a boundary together with drafts."""
+"""Keeps the token of a boundary from being computed together with drafts, or with others.
+
+Where a GPU's model runner V2 rejects late drafts (`late_drafts`), rows keep them: vLLM's graphs of
+whole decode steps are for rows of as many tokens each.
+"""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+from vllm_cascade.patches.late_drafts import has_late_drafts
 from vllm_cascade.patches.record import Patch
 
 
@@ -37,6 +42,10 @@ def install() -> None:
             return num_new_tokens
         most = request.num_computed_tokens + num_new_local_computed_tokens
         most += num_external_computed_tokens
+        num_known = request.num_tokens + request.num_output_placeholders - most
+        if num_known <= 1 and has_late_drafts(self.vllm_config):
+            # All others are drafts: those that are late will be rejected.
+            return num_new_tokens
         # Drafts of steps under way count as computed until they are rejected. At least one token
         # of these steps is no draft.
         least = most - max(0, request.num_output_placeholders - 1)

@@ -161,10 +161,28 @@ MEMBERS: dict[str, dict[str, tuple[str, ...]]] = {
             "kv_cache_manager",
             "need_mamba_block_aligned_split",
             "num_spec_tokens",
+            "vllm_config",
         ),
         "vllm.v1.core.kv_cache_manager.KVCacheManager": ("coordinator",),
         "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator": ("single_type_managers",),
-        "vllm.v1.request.Request": ("num_computed_tokens", "num_output_placeholders"),
+        "vllm.v1.request.Request": (
+            "num_computed_tokens",
+            "num_output_placeholders",
+            "num_tokens",
+        ),
+    },
+    "patches/late_drafts.py": {
+        "vllm.config.VllmConfig": (
+            "attention_config",
+            "device_config",
+            "speculative_config",
+            "use_v2_model_runner",
+        ),
+        "vllm.v1.worker.gpu.input_batch.InputBatch": (
+            "expanded_local_pos",
+            "logits_indices",
+            "positions",
+        ),
     },
     "patches/taken_back_tokens.py": {
         "vllm.v1.core.sched.scheduler.Scheduler": ("kv_cache_manager", "_free_request_blocks"),

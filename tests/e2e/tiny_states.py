@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 from e2e.tiny import save_random
 
 MAMBA2 = {
@@ -146,7 +148,9 @@ def save_granite_hybrid(folder: Path, **changes: Any) -> str:
     """
     fields = {
         **MAMBA2,
-        "hidden_size": 128,
+        "mamba_n_heads": 16,
+        "hidden_size": 256,
+        "head_dim": 64,
         "num_hidden_layers": 4,
         "layer_types": ["mamba", "attention"] * 2,
         "position_embedding_type": "nope",
@@ -169,6 +173,8 @@ def save_jamba(folder: Path, **changes: Any) -> str:
         The folder, for vLLM's `model`.
     """
     fields = {
+        "hidden_size": 256,
+        "head_dim": 64,
         "num_hidden_layers": 4,
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -198,4 +204,15 @@ def save_olmo_hybrid(folder: Path, **changes: Any) -> str:
         "linear_key_head_dim": 96,
         "linear_value_head_dim": 192,
     }
-    return save_random(folder, "olmo_hybrid", **{**fields, **changes})
+    save_random(folder, "olmo_hybrid", **{**fields, **changes})
+    weights = folder / "model.safetensors"
+    # transformers writes names of its own, and reads vLLM's as well.
+    names = {
+        "attention_layer_norm": "input_layernorm",
+        "feedforward_layer_norm": "post_attention_layernorm",
+    }
+    tensors = load_file(weights)
+    for theirs, ours in names.items():
+        tensors = {name.replace(theirs, ours): tensor for name, tensor in tensors.items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return str(folder)

@@ -16,6 +16,7 @@ from e2e.test_drafters import save_configs, save_eagle, speculative
 from e2e.test_speculative import (
     ANSWER,
     MODEL,
+    NUM_DRAFTS,
     OPTIONS,
     PROMPTS,
     Counts,
@@ -26,6 +27,7 @@ from e2e.test_speculative import (
 from e2e.tiny import CASCADE, ELASTIC, LLAMA, random_prompt, save_llama
 from gpu.probe import watched
 from gpu.test_speculative import MODES
+from vllm_cascade.structure.layout import Layout
 
 pytestmark = pytest.mark.gpu
 SHAPE = {**MODEL, "head_dim": 64}
@@ -69,6 +71,18 @@ def plain(model: str) -> list[list[int]]:
         return [tokens_of(each) for each in run(llm, PROMPTS)]
 
 
+def num_late(layout: Layout) -> int:
+    """Count the drafts at boundaries and behind them where all others are right."""
+    late = 0
+    for prompt in PROMPTS:
+        first, end = len(prompt), len(prompt) + ANSWER - 1
+        while first < end:
+            together = min(1 + NUM_DRAFTS, layout.most_together(first, first))
+            late += 1 + NUM_DRAFTS - together
+            first += together
+    return late
+
+
 @pytest.mark.parametrize("preempt", [False, True], ids=["in order", "preempted"])
 def test_the_model_itself_is_always_right(
     model: str, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch, preempt: bool
@@ -82,9 +96,12 @@ def test_the_model_itself_is_always_right(
         found = [tokens_of(each) for each in run(llm, PROMPTS)]
         manager = cascade_manager_of(llm)
         assert not manager.req_to_blocks and not manager._progress
-    print(f"{counts.accepted} of {counts.drafts} drafts accepted")
+    late, rejected = num_late(manager._layout), counts.drafts - counts.accepted
+    print(f"{rejected} of {counts.drafts} drafts rejected; {late} late")
     assert found == plain
-    assert counts.accepted == counts.drafts > len(PROMPTS) * ANSWER * 0.7
+    # Preempted requests come to boundaries from elsewhere.
+    assert 0 < rejected <= (1.25 if preempt else 1) * late
+    assert counts.accepted > len(PROMPTS) * ANSWER * 0.7
 
 
 @pytest.mark.parametrize("mode", list(MODES))

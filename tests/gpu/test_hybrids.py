@@ -37,8 +37,8 @@ MODELS = {
     "lfm2": partial(save_lfm2, **WIDER),
     "nemotron_h": partial(save_nemotron_h, head_dim=64),
     "falcon_h1": partial(save_falcon_h1, head_dim=64),
-    "granite": partial(save_granite_hybrid, hidden_size=256, mamba_n_heads=16),
-    "jamba": partial(save_jamba, hidden_size=256),
+    "granite": save_granite_hybrid,
+    "jamba": save_jamba,
     "olmo_hybrid": save_olmo_hybrid,
     "qwen3_5": save_qwen3_5,
     # On a GPU it normalizes and rotates in one operator, which CASCADE switches off.

@@ -85,16 +85,8 @@ def test_resolved_as_by_hand(device, options) -> None:
     reference.resolve_decodes(expected, plain, starts, seq_lens, rows)
     compare(found, expected, range(len(counts)))
 
-    # Tokens with up to two drafts behind them, and longer chunks. No row but one of a single token
-    # ends an epoch, which is what `most_together` is for.
-    lengths = []
-    for count in counts:
-        length = draw.choice([0, 1, 2, 3, 3, 3, 4])
-        while 1 < length < 4 and not length <= min(
-            count, layout.most_together(*[count - length] * 2)
-        ):
-            length -= 1
-        lengths.append(length)
+    # Tokens with up to two drafts behind them, some of which are late, and longer chunks.
+    lengths = [min(count, draw.choice([0, 1, 2, 3, 3, 3, 4])) for count in counts]
     assert {1, 2, 3} <= {*lengths}
     starts = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
     found, expected = fresh(table, 3 * len(counts)), fresh(plain, 3 * len(counts))
@@ -103,6 +95,13 @@ def test_resolved_as_by_hand(device, options) -> None:
     )
     reference.resolve_decodes(expected, plain, starts, seq_lens, rows, 3)
     compare(found, expected, range(3 * len(counts)))
+    late = check_late(found, table, starts, seq_lens, device)
+    for count, length, is_late in zip(counts, lengths, late, strict=True):
+        # The end of the longest request is a boundary for the host alone.
+        if 0 < length <= 3 and count < 900:
+            num = layout.most_together(count - length, count - length)
+            assert is_late == [n >= num for n in range(length)]
+    assert any(map(any, late))
 
     # The segments of whole prompts, as the planner cuts them.
     cut = [
@@ -117,6 +116,37 @@ def test_resolved_as_by_hand(device, options) -> None:
     compare(found, expected, range(len(cut)))
     merging = [s for s in range(len(cut)) if int(expected.num_groups[s]) > 0]
     assert merging or options["policy"] == "window"
+
+
+def check_late(found, table, starts, seq_lens, device) -> list[list[bool]]:
+    """Drafts that are written nowhere are those to be rejected; returns them by request."""
+    from vllm_cascade.kernels import block_tables
+
+    lengths = starts.diff()
+    numbers = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    positions = numbers + (seq_lens - lengths).repeat_interleave(lengths)
+    # The logits of the rows in another order than the rows, which is any.
+    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))
+    late = block_tables.find_late(
+        positions.to(device),
+        order.to(device),
+        numbers[order].to(torch.int32).to(device),
+        table.first_end,
+        table.stride,
+    )
+    late = torch.zeros_like(numbers, dtype=torch.bool).index_put((order,), late.cpu())
+    by_request = [each.tolist() for each in late.split(lengths.tolist())]
+    for request, row in enumerate(by_request):
+        if len(row) > 3:
+            # A chunk, of which no token but the last has logits.
+            by_request[request] = [False] * len(row)
+            continue
+        for number, is_late in enumerate(row):
+            at = 3 * request + number
+            assert found.places[at] >= 0
+            assert (found.slots[at] == -1) == is_late
+            assert not (is_late and found.num_groups[at])
+    return by_request
 
 
 @pytest.mark.parametrize(
@@ -137,18 +167,20 @@ def test_what_a_drafter_is_given(device, part, num_ahead, most) -> None:
     seq_lens = torch.tensor(counts, dtype=torch.int32)
     rows = torch.arange(layout.max_blocks, dtype=torch.int32).repeat(len(counts), 1)
     found, expected = fresh(table, most * len(counts)), fresh(plain, most * len(counts))
-    block_tables.resolve_decodes(
-        found,
-        table,
-        *(each.to(device) for each in (starts, seq_lens, rows)),
-        most,
-        part,
-        num_ahead,
-    )
-    reference.resolve_decodes(expected, plain, starts, seq_lens, rows, most, part, num_ahead)
+    given = [each.to(device) for each in (starts, seq_lens, rows)]
+    # Of a drafter's own drafts there is one.
+    modes = most, part, num_ahead, 3 if part != block_tables.ALL else 1
+    block_tables.resolve_decodes(found, table, *given, *modes)
+    reference.resolve_decodes(expected, plain, starts, seq_lens, rows, *modes)
     compare(found, expected, range(most * len(counts)))
     written = found.tokens[found.places >= 0].tolist()
     assert written
+    if part == block_tables.ALL_BUT_LAST:
+        assert ((found.places >= 0) & (found.slots < 0)).any()
+    elif part == block_tables.LAST:
+        # Behind what the model computes now, not always at the end of what it was asked.
+        chosen = [n for n in range(len(counts)) if lengths[n]]
+        assert any(token < counts[n] - 1 for n, token in zip(chosen, written, strict=True))
     if num_ahead == 3:
         at_ends = [count for count in counts if count - 3 in ends]
         assert at_ends and all(layout.end_after(count - 3) > count for count in at_ends)

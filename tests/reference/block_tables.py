@@ -20,23 +20,33 @@ def resolve_decodes(
     most: int = 1,
     part: int = 0,
     num_ahead: int = 0,
+    drafted: int | None = None,
 ) -> None:
     """See `vllm_cascade.kernels.block_tables.resolve_decodes`."""
     starts = query_start_loc.tolist()
     epochs = table.starts.tolist()
     for r, end in enumerate(seq_lens.tolist()):
         rows = [*range(starts[r], starts[r + 1])]
-        ends = [end - len(rows) + i + 1 for i in range(len(rows))]
-        # All, all but the last, the last alone.
-        chosen = [slice(None), slice(-1), slice(-1, None)][part]
-        rows, ends = rows[chosen], ends[chosen]
-        following = [first for first in epochs if first > end - num_ahead]
+        first, asked = end - len(rows), len(rows) - (part > 0)
+        # A boundary's token is computed alone, all others before one together.
+        ends = range(table.first_end, max(first, 0) + table.first_end + table.stride, table.stride)
+        boundary = min(end for end in ends if end > first) - 1
+        num = min(asked, 1 if first == boundary else boundary - first)
+        if asked > (most if drafted is None else drafted):
+            num = asked
         for i in range(most):
-            if i < len(rows) <= most and end > 0:
-                token = min([*following[:1], ends[i]]), 1, rows[i]
-            else:
-                token = 0, 0, starts[r]
+            token, is_late = (0, 0, starts[r]), False
+            if part == 2 and i < len(rows) and end > 0:
+                token = first + num + 1, 1, rows[num]
+            elif part < 2 and i < asked <= most and end > 0:
+                is_late = i >= num
+                token = first + min(i, num - 1) + 1, 1, rows[i]
+            if num_ahead:
+                following = [start for start in epochs if start > token[0] - num_ahead]
+                token = min([*following[:1], token[0]]), *token[1:]
             _resolve(out, table, most * r + i, block_table[r].tolist(), *token)
+            if is_late:
+                out.slots[most * r + i], out.num_groups[most * r + i] = -1, 0
 
 
 def _resolve(

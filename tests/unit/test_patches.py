@@ -343,11 +343,19 @@ def test_drafts_leave_a_boundarys_token_alone(under_way):
     merging = {layout.epochs[0].end - 1 + n * config.stride for n in range(len(layout.epochs))}
     manager = SimpleNamespace(most_together=layout.most_together)
     coordinator = SimpleNamespace(single_type_managers=[SimpleNamespace(), manager])
+    vllm_config = SimpleNamespace(
+        speculative_config=object(),
+        use_v2_model_runner=False,
+        device_config=SimpleNamespace(device_type="cuda"),
+        attention_config=SimpleNamespace(backend="CASCADE"),
+    )
     scheduler = SimpleNamespace(
-        kv_cache_manager=SimpleNamespace(coordinator=coordinator), num_spec_tokens=drafts
+        kv_cache_manager=SimpleNamespace(coordinator=coordinator),
+        num_spec_tokens=drafts,
+        vllm_config=vllm_config,
     )
     # As vLLM's scheduler counts: what is under way is computed, and all of its drafts accepted.
-    request = SimpleNamespace(num_computed_tokens=100, num_output_placeholders=0)
+    request = SimpleNamespace(num_computed_tokens=100, num_output_placeholders=0, num_tokens=101)
     computed, lengths, steps = 100, [], list[tuple[int, int]]()
     while computed < 19_900:
         length = Scheduler._mamba_block_aligned_split(scheduler, request, 1 + drafts)
@@ -369,6 +377,17 @@ def test_drafts_leave_a_boundarys_token_alone(under_way):
     assert short < (4 + 2 * under_way) * len(layout.epochs)
     # A prompt's chunk is left to the workers.
     assert Scheduler._mamba_block_aligned_split(scheduler, request, 500) == 500
+    # Where late drafts are rejected, the last few tokens of a prompt still are none.
+    vllm_config.use_v2_model_runner = True
+    boundary = min(merging)
+    for num_known in (1, 2, 3):
+        request = SimpleNamespace(
+            num_computed_tokens=boundary - 2,
+            num_output_placeholders=1,
+            num_tokens=boundary - 3 + num_known,
+        )
+        length = Scheduler._mamba_block_aligned_split(scheduler, request, 1 + drafts)
+        assert length == (1 + drafts if num_known == 1 else 2)
 
 
 @pytest.mark.parametrize("num_computed", [9, 10])

@@ -165,7 +165,8 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
         block_table = step.block_table_tensor[:num_reqs]
         if self.seen is not None:
             # Only tracing waits for the device.
-            self.seen.note(block_table.cpu().numpy(), seq_lens.cpu().numpy())
+            ends = planner.last_written(starts.cpu().numpy(), seq_lens.cpu().numpy())
+            self.seen.note(block_table.cpu().numpy(), ends)
         if self._is_draft_model:
             # In a draft model's first step each request has the sampled token and others.
             self._num_ahead = 1 if step.max_query_len > 1 else self._num_ahead + 1

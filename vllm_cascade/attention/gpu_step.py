@@ -155,8 +155,8 @@ class Planner:
         max_num_seqs: Most requests of a step.
         max_keys: Rows of keys in the workspace; at least enough for one request.
         most_tokens: Most tokens of a request that are resolved one by one, on the device: a token
-            and its drafts. Such a row of several tokens has to lie inside one epoch, before the
-            epoch's last token.
+            and its drafts. Of such a row those that are late are computed for nothing
+            (`resolve_decodes`); what is no draft must not be late.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class Planner:
         launches = self._launches(list(waves.values()), block_table) if waves else []
         sampled = None
         if with_sampled:
-            sampled = self._decode(self._sampled, batch, 1, LAST, num_ahead=1)
+            sampled = self._decode(self._sampled, batch, 1, LAST, num_ahead=1, drafted=most)
         return GpuMetadata(decode, launches, sampled, batch)
 
     def plan_draft(
@@ -259,6 +259,23 @@ class Planner:
         step.decode = self._decode(self.decodes, step.batch, 1, num_ahead=step.num_drafts)
         step.recordings.clear()
 
+    def last_written(self, query_start_loc: Ints, seq_lens: Ints) -> Ints:
+        """Count each request's tokens that are written once a step is done, late drafts left out.
+
+        Args:
+            query_start_loc: [num_requests + 1] int32 on the host, as for `plan`.
+            seq_lens: [num_requests] int32 on the host, exact.
+
+        Returns:
+            [num_requests] int32.
+        """
+        ends = seq_lens.copy()
+        for request, length in enumerate(np.diff(query_start_loc).tolist()):
+            if 1 < length <= self.most_tokens:
+                first = int(seq_lens[request]) - length
+                ends[request] = first + min(length, self.layout.most_together(first, first))
+        return ends
+
     @cached_property
     def _sampled(self) -> Resolved:
         """Room for a token of each request."""
@@ -272,12 +289,13 @@ class Planner:
         part: int = ALL,
         *,
         num_ahead: int = 0,
+        drafted: int | None = None,
         merges: bool = False,
     ) -> DecodeStep:
         """Resolve tokens one by one, into `out`."""
         query_start_loc, seq_lens, block_table = batch
         resolve_decodes(
-            out, self.table, query_start_loc, seq_lens, block_table, most, part, num_ahead
+            out, self.table, query_start_loc, seq_lens, block_table, most, part, num_ahead, drafted
         )
         num_rows = most * len(seq_lens)
         return DecodeStep(

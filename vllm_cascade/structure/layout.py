@@ -161,10 +161,7 @@ class Layout:
         Returns:
             Tokens, at least 1.
         """
-        end = self.end_after(least)
-        # Nothing merges at the end of the longest request.
-        last = end if end == self.config.max_model_len else end - 1
-        return max(1, last - most)
+        return max(1, self.end_after(least) - 1 - most)
 
     def held(self, num_tokens: int) -> tuple[Entries, int]:
         """Tell what a request holds.
