@@ -242,6 +242,18 @@ def split_kernel(
         sin = tl.load(sin_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
         asked_first = _repeat((query_first * cos - query_second * sin).to(dtype), HEADS)
         asked_second = _repeat((query_second * cos + query_first * sin).to(dtype), HEADS)
+    elif TOKENS > 1:
+        # All are turned as if they were at the last token's place, so that tiles turn them alike.
+        behind = tl.where(asked_place >= 0, place - asked_place, 0)
+        behind_at = behind[:, None] * HALF + pair[None, :]
+        back_cos = tl.load(cos_ptr + behind_at, mask=turned[None, :], other=0.0).to(tl.float32)
+        back_sin = tl.load(sin_ptr + behind_at, mask=turned[None, :], other=0.0).to(tl.float32)
+        back = query_first * back_cos + query_second * back_sin
+        query_second = query_second * back_cos - query_first * back_sin
+        query_first = back
+    if BY_PLACE:
+        # The keys' angles are loaded with them.
+        pass
     elif KEY_WORDS:
         # [PAIRS / 2, KEYS] of even and of odd pairs
         word = tl.arange(0, PAIRS // 2)
@@ -320,11 +332,7 @@ def split_kernel(
             key_cos = tl.load(cos_ptr + key_angle_at, mask=held, other=0.0).to(turning)
             key_sin = tl.load(sin_ptr + key_angle_at, mask=held, other=0.0).to(turning)
         else:
-            if TOKENS == 1:
-                angle_at = ((place - base) * HALF + pair)[None, :]
-            else:
-                # A token before the tile sees none of its keys.
-                angle_at = tl.maximum(asked_place - base, 0)[:, None] * HALF + pair[None, :]
+            angle_at = ((place - base) * HALF + pair)[None, :]
             cos = tl.load(cos_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
             sin = tl.load(sin_ptr + angle_at, mask=turned[None, :], other=0.0).to(tl.float32)
             asked_first = _repeat((query_first * cos - query_second * sin).to(dtype), HEADS)
