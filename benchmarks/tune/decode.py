@@ -55,24 +55,31 @@ class Case:
     """Rows of equal length over blocks in random order."""
 
     def __init__(
-        self, num_rows: int, num_keys: int, dtype: torch.dtype, device: str, is_fp8: bool = False
+        self,
+        num_rows: int,
+        num_keys: int,
+        dtype: torch.dtype,
+        device: str,
+        is_fp8: bool = False,
+        heads: tuple[int, int] = (NUM_HEADS, NUM_KV_HEADS),
     ) -> None:
         from vllm_cascade.kernels.pages import Pages
         from vllm_cascade.kernels.segments import DecodeRows
 
         torch.manual_seed(0)
         self.num_rows, self.num_keys = num_rows, num_keys
+        self.num_heads, self.num_kv_heads = heads
         per_row = -(-num_keys // BLOCK_SIZE)
         num_blocks = num_rows * per_row + 1
         channels = 2 * HEAD_SIZE
-        slots = NUM_KV_HEADS * BLOCK_SIZE
+        slots = self.num_kv_heads * BLOCK_SIZE
         kept = torch.float8_e4m3fn if is_fp8 else dtype
         page = slots * channels + slots * 4 // kept.itemsize
         pool = torch.empty(num_blocks, page, dtype=kept, device=device)
         for some in pool.split(4096):
             some.copy_(torch.randn(some.shape, device=device))
-        scales = [torch.ones(NUM_KV_HEADS, device=device) for _ in range(2 * is_fp8)]
-        shape = (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, channels)
+        scales = [torch.ones(self.num_kv_heads, device=device) for _ in range(2 * is_fp8)]
+        shape = (num_blocks, self.num_kv_heads, BLOCK_SIZE, channels)
         kv = pool.as_strided(shape, (page, BLOCK_SIZE * channels, channels, 1))
         self.pages = Pages.view(kv, True, False, *scales)
         assert self.pages.score is not None
@@ -85,12 +92,12 @@ class Case:
             carry=torch.ones(num_rows, device=device),
             weights=torch.ones(num_rows, device=device),
         )
-        self.query = torch.randn(num_rows, NUM_HEADS, HEAD_SIZE, device=device).to(dtype)
+        self.query = torch.randn(num_rows, self.num_heads, HEAD_SIZE, device=device).to(dtype)
         self.output = torch.empty_like(self.query)
         speed = 500_000.0 ** -(torch.arange(HEAD_SIZE // 2, dtype=torch.float64) / (HEAD_SIZE // 2))
         angle = (torch.arange(num_keys)[:, None] * speed).to(device)
         self.cos, self.sin = angle.cos().float(), angle.sin().float()
-        self.bytes = num_rows * num_keys * NUM_KV_HEADS * channels * kv.element_size()
+        self.bytes = num_rows * num_keys * self.num_kv_heads * channels * kv.element_size()
 
     def tables(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return self.cos.to(dtype), self.sin.to(dtype)
@@ -105,9 +112,9 @@ class Case:
             held = self.pages.kv[block].transpose(0, 1).flatten(1, 2)[:, : self.num_keys].float()
             key = rotated(held[..., :HEAD_SIZE], self.cos, self.sin)
             query = rotated(self.query[r].float(), self.cos[-1], self.sin[-1])
-            query = query.view(NUM_KV_HEADS, -1, HEAD_SIZE)
+            query = query.view(self.num_kv_heads, -1, HEAD_SIZE)
             probs = ((query @ key.transpose(1, 2)) * SCALE).softmax(-1)
-            output = (probs @ held[..., HEAD_SIZE:]).view(NUM_HEADS, HEAD_SIZE)
+            output = (probs @ held[..., HEAD_SIZE:]).view(self.num_heads, HEAD_SIZE)
             worst = max(worst, float((self.output[r].float() - output).abs().max()))
             score = self.pages.score[block].transpose(0, 1).flatten(1, 2)[:, : self.num_keys]
             best = probs.square().amax(1)
@@ -150,8 +157,13 @@ def launches(case: Case, tiny: bool) -> Iterator[tuple[str, object, torch.dtype,
         yield f"{splits} splits", replace(base, splits=splits, min_keys=few), torch.float32, False
 
 
-def flash_attention(case: Case) -> Callable[[], object] | None:
-    """FlashAttention-3's paged decode of the same lengths, or None where it cannot be had."""
+def flash_attention(case: Case, num_tokens: int = 1) -> Callable[[], object] | None:
+    """FlashAttention-3's paged decode of the same lengths, or None where it cannot be had.
+
+    Args:
+        case: The rows.
+        num_tokens: Tokens of each row.
+    """
     try:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
         from vllm.vllm_flash_attn.flash_attn_interface import (
@@ -168,18 +180,19 @@ def flash_attention(case: Case) -> Callable[[], object] | None:
     table = case.batch.block_table
     # [num_blocks, block_size, num_kv_heads, head_size], the layout vLLM gives it
     cache = torch.empty(
-        2, len(case.pages.kv), BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE, dtype=torch.bfloat16
+        2, len(case.pages.kv), BLOCK_SIZE, case.num_kv_heads, HEAD_SIZE, dtype=torch.bfloat16
     )
     cache = cache.to("cuda").normal_()
     lengths = torch.full((case.num_rows,), case.num_keys, dtype=torch.int32, device="cuda")
-    starts = torch.arange(case.num_rows + 1, dtype=torch.int32, device="cuda")
-    output = torch.empty_like(case.query)
+    starts = torch.arange(case.num_rows + 1, dtype=torch.int32, device="cuda") * num_tokens
+    query = case.query.repeat_interleave(num_tokens, 0)
+    output = torch.empty_like(query)
     metadata = get_scheduler_metadata(
         batch_size=case.num_rows,
-        max_seqlen_q=1,
+        max_seqlen_q=num_tokens,
         max_seqlen_k=case.num_keys,
-        num_heads_q=NUM_HEADS,
-        num_heads_kv=NUM_KV_HEADS,
+        num_heads_q=case.num_heads,
+        num_heads_kv=case.num_kv_heads,
         headdim=HEAD_SIZE,
         cache_seqlens=lengths,
         qkv_dtype=torch.bfloat16,
@@ -190,12 +203,12 @@ def flash_attention(case: Case) -> Callable[[], object] | None:
 
     def run() -> object:
         return flash_attn_varlen_func(
-            q=case.query,
+            q=query,
             k=cache[0],
             v=cache[1],
             out=output,
             cu_seqlens_q=starts,
-            max_seqlen_q=1,
+            max_seqlen_q=num_tokens,
             seqused_k=lengths,
             max_seqlen_k=case.num_keys,
             softmax_scale=SCALE,

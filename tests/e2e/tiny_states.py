@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from e2e.tiny import save_random
@@ -188,6 +189,8 @@ def save_jamba(folder: Path, **changes: Any) -> str:
 def save_olmo_hybrid(folder: Path, **changes: Any) -> str:
     """Write a random OLMo-Hybrid: gated delta nets before each of two full-attention layers.
 
+    As transformers writes it, it is in the folder `transformers`.
+
     Args:
         folder: Where to; made if missing.
         changes: Fields of its configuration that differ.
@@ -204,15 +207,25 @@ def save_olmo_hybrid(folder: Path, **changes: Any) -> str:
         "linear_key_head_dim": 96,
         "linear_value_head_dim": 192,
     }
-    save_random(folder, "olmo_hybrid", **{**fields, **changes})
-    weights = folder / "model.safetensors"
-    # transformers writes names of its own, and reads vLLM's as well.
-    names = {
-        "attention_layer_norm": "input_layernorm",
-        "feedforward_layer_norm": "post_attention_layernorm",
-    }
-    tensors = load_file(weights)
-    for theirs, ours in names.items():
-        tensors = {name.replace(theirs, ours): tensor for name, tensor in tensors.items()}
-    save_file(tensors, weights, metadata={"format": "pt"})
+    fields |= changes
+    own = folder / "transformers"
+    save_random(own, "olmo_hybrid", **fields)
+    # Versions of transformers name two norms otherwise, and cut the convolution otherwise or not.
+    tensors: dict[str, torch.Tensor] = {}
+    convolutions: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in load_file(own / "model.safetensors").items():
+        if "conv1d" in name:
+            layer, _, part = name.partition("linear_attn.")
+            convolutions.setdefault(layer, {})["qkvc".index(part[0])] = tensor
+        else:
+            name = name.replace("attention_layer_norm", "input_layernorm")
+            tensors[name.replace("feedforward_layer_norm", "post_attention_layernorm")] = tensor
+    keys = fields["linear_num_key_heads"] * fields["linear_key_head_dim"]
+    values = fields["linear_num_value_heads"] * fields["linear_value_head_dim"]
+    for layer, parts in convolutions.items():
+        whole = torch.cat([parts[number] for number in sorted(parts)])
+        for part, tensor in zip("qkv", whole.split([keys, keys, values]), strict=True):
+            tensors[f"{layer}linear_attn.{part}_conv1d.weight"] = tensor.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text((own / "config.json").read_text())
     return str(folder)

@@ -107,8 +107,12 @@ def generate(llm: Any, lengths: list[int], prompt_logprobs: bool = True) -> Resu
 
 def mean_error(model: str, found: Results) -> float:
     """Of the log-probabilities of all tokens, against transformers in float64."""
+    own = Path(model) / "transformers"
     exact_model = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        own if own.exists() else model,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",
     )
     exact = []
     with torch.inference_mode():
