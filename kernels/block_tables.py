@@ -62,9 +62,10 @@ class Resolved:
     Args:
         block_table: [n, max_blocks] int32 physical blocks in logical order.
         groups: [n, max_groups, blocks_per_group] int32 physical blocks of the groups.
-        num_groups: [n] int32 groups that merge at the segment's end.
+        num_groups: [n] int32 groups that merge at the segment's end. Of tokens resolved one by one
+            only a request's first can end an epoch: item r is request r's.
         places: [n] int32 logical place of the first token; -1 where there is no segment.
-        num_keys: [n] int32 keys held at the segment's end.
+        num_keys: [n] int32 keys held at the segment's end; as `num_groups`.
         rows: [n] int32 row of the first token in the batch.
         slots: [n] int64 ``block * block_size + offset`` of the last token; -1 for no segment.
         tokens: [n] int32 index of the last token in its request.
@@ -118,14 +119,15 @@ class Resolved:
             per_request=per_request,
         )
 
-    def merges(self, start: int, end: int) -> Merges:
-        """View the merge groups of segments ``start .. end - 1``."""
-        part = slice(start, end)
+    def merges(self, start: int, end: int, per_request: int = 1) -> Merges:
+        """View the merge groups of segments ``start .. end - 1``, `per_request` of each request."""
+        part = slice(start, end, per_request)
+        owners = slice(start // per_request, end // per_request)
         return Merges(
             groups=self.groups[part],
-            num_groups=self.num_groups[part],
+            num_groups=self.num_groups[owners],
             block_table=self.block_table[part],
-            num_keys=self.num_keys[part],
+            num_keys=self.num_keys[owners],
         )
 
 
@@ -222,6 +224,7 @@ def _resolve_kernel(
     if requests_ptr is None:
         request = segment // MOST
         number = segment % MOST
+        owner, is_first = request, number == 0
         end = tl.load(ends_ptr + request)
         row = tl.load(query_start_loc_ptr + request)
         tokens = tl.load(query_start_loc_ptr + request + 1) - row
@@ -246,12 +249,13 @@ def _resolve_kernel(
         request = tl.load(requests_ptr + segment)
         row = tl.load(row_ptr + segment)
         length = tl.load(lengths_ptr + segment)
+        owner, is_first = segment, True
     tl.store(rows_ptr + segment, row)
     if length == 0:
         tl.store(places_ptr + segment, -1)
         tl.store(slots_ptr + segment, tl.full((), -1, tl.int64))
-        tl.store(num_groups_ptr + segment, 0)
-        tl.store(num_keys_ptr + segment, 0)
+        tl.store(num_groups_ptr + owner, 0, mask=is_first)
+        tl.store(num_keys_ptr + owner, 0, mask=is_first)
         return
     start = end - length
     epoch = tl.where(start < first_end, 0, (start - first_end) // stride + 1)
@@ -260,7 +264,7 @@ def _resolve_kernel(
     place = tl.load(epoch_prefixes_ptr + epoch) + start - epoch_start
     last = place + length - 1
     tl.store(places_ptr + segment, place)
-    tl.store(num_keys_ptr + segment, last + 1)
+    tl.store(num_keys_ptr + owner, last + 1, mask=is_first)
     tl.store(tokens_ptr + segment, end - 1)
 
     # Strides that are over at the segment's end, and at its start; those of epoch 0 count as well.
@@ -288,10 +292,10 @@ def _resolve_kernel(
     ends_epoch = (end == first_end + epoch * stride) & (epoch + 1 < num_epochs)
     if requests_ptr is None and PART != _LAST:
         slot = tl.where(is_late, -1, slot)
-        ends_epoch = ends_epoch & (is_late == 0)
     tl.store(slots_ptr + segment, slot)
+    ends_epoch = ends_epoch & is_first
     num_groups = tl.where(ends_epoch, tl.load(epoch_num_groups_ptr + epoch), 0)
-    tl.store(num_groups_ptr + segment, num_groups)
+    tl.store(num_groups_ptr + owner, num_groups, mask=is_first)
     if num_groups > 0:
         groups_row = epoch_groups_ptr + epoch.to(tl.int64) * group_entries
         out_groups = groups_ptr + segment.to(tl.int64) * group_entries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,21 @@ MODELS = {
 DIVIDED = {"nemotron_h", "granite"}
 
 
+@pytest.fixture
+def loads_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tell OLMo-Hybrid's loader which part of a convolution it is given: vLLM 0.33 does not."""
+    from vllm.model_executor.layers.mamba.gdn import olmo_gdn_linear_attn as layer
+
+    original = layer._make_fused_conv1d_weight_loader
+
+    def made(*args: Any) -> Any:
+        load = original(*args)
+        return lambda param, weight: load(param, weight, weight.shard_id)
+
+    monkeypatch.setattr(layer, "_make_fused_conv1d_weight_loader", made)
+
+
+@pytest.mark.usefixtures("loads_convolutions")
 @pytest.mark.parametrize("policy", ["distinct", "blend"])
 @pytest.mark.parametrize("model_type", list(MODELS))
 def test_cascade_beside_states(tmp_path: Path, model_type: str, policy: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 def resolve_segments(out: Any, table: Any, segments: Any, block_table: Any) -> None:
     """See `vllm_cascade.kernels.block_tables.resolve_segments`."""
     for s, (request, end, length, row) in enumerate(segments.T.tolist()):
-        _resolve(out, table, s, block_table[request].tolist(), end, length, row)
+        _resolve(out, table, s, block_table[request].tolist(), end, length, row, s)
 
 
 def resolve_decodes(
@@ -44,25 +44,35 @@ def resolve_decodes(
             if num_ahead:
                 following = [start for start in epochs if start > token[0] - num_ahead]
                 token = min([*following[:1], token[0]]), *token[1:]
-            _resolve(out, table, most * r + i, block_table[r].tolist(), *token)
+            owner = None if i else r
+            _resolve(out, table, most * r + i, block_table[r].tolist(), *token, owner)
             if is_late:
-                out.slots[most * r + i], out.num_groups[most * r + i] = -1, 0
+                out.slots[most * r + i] = -1
 
 
 def _resolve(
-    out: Any, table: Any, s: int, blocks: list[int], end: int, length: int, row: int
+    out: Any,
+    table: Any,
+    s: int,
+    blocks: list[int],
+    end: int,
+    length: int,
+    row: int,
+    owner: int | None,
 ) -> None:
+    """What merges is written for `owner`, if anything is."""
     out.rows[s] = row
     if length == 0:
         out.places[s] = out.slots[s] = -1
-        out.num_groups[s] = out.num_keys[s] = 0
+        if owner is not None:
+            out.num_groups[owner] = out.num_keys[owner] = 0
         return
     start, sinks, stride, size = end - length, table.num_sink_tokens, table.stride, table.block_size
     epochs = table.starts.tolist()
     epoch = max(e for e, first in enumerate(epochs) if first <= start)
     place = int(table.prefixes[epoch]) + start - epochs[epoch]
     last = place + length - 1
-    out.places[s], out.num_keys[s], out.tokens[s] = place, last + 1, end - 1
+    out.places[s], out.tokens[s] = place, end - 1
     entries = table.entries[epoch].tolist()
     for j in range(last // size + 1):
         out.block_table[s, j] = blocks[entries[j]]
@@ -73,8 +83,11 @@ def _resolve(
     out.carry[s] = table.decay ** (stride * between)
     out.exponents[s] = len(grid) * stride - (start - sinks) - 1
     out.weights[s] = table.decay ** float(out.exponents[s])
+    if owner is None:
+        return
+    out.num_keys[owner] = last + 1
     following = epochs[epoch + 1] if epoch + 1 < len(epochs) else None
-    out.num_groups[s] = int(table.num_groups[epoch]) if end == following else 0
-    for g in range(int(out.num_groups[s])):
+    out.num_groups[owner] = int(table.num_groups[epoch]) if end == following else 0
+    for g in range(int(out.num_groups[owner])):
         for b, entry in enumerate(table.groups[epoch, g].tolist()):
             out.groups[s, g, b] = blocks[entry]

@@ -302,7 +302,7 @@ class Planner:
             rows=out.decode_rows(0, num_rows, most),
             slots=out.slots[:num_rows],
             tokens=out.tokens[:num_rows],
-            merges=out.merges(0, num_rows) if merges and self.layout.config.chooses else None,
+            merges=out.merges(0, num_rows, most) if merges and self.layout.config.chooses else None,
         )
 
     def _launches(self, waves: list[list[_Cut]], block_table: torch.Tensor) -> list[Launch]:
