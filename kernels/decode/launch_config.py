@@ -334,7 +334,7 @@ def launch_config(
     num_warps, keys, max_registers = (2 if small else 4), 32, None
     if num_queries > 16:
         # Queries are turned anew for every tile.
-        num_warps = 4 if num_queries <= 32 and small else 8
+        num_warps = 4 if small else 8
         keys = 64 if small else 32
     elif element_size == 1 and small and exact_table:
         max_registers = FP8_REGISTERS
