@@ -335,7 +335,7 @@ def launch_config(
     if num_queries > 16:
         # Queries are turned anew for every tile.
         num_warps = 4 if small else 8
-        keys = 64 if small else 32
+        keys = 64 if small and num_queries <= 32 else 32
     elif element_size == 1 and small and exact_table:
         max_registers = FP8_REGISTERS
     num_stages = {1: 4, 2: 3}.get(element_size, 2)
