@@ -24,6 +24,8 @@ def install() -> None:
         init(self, *args, **kwargs)
         # Has vLLM ask how to cut what a request computes. Beside Mamba layers there are no drafts.
         self.need_mamba_block_aligned_split |= bool(self.num_spec_tokens and _managers(self))
+        # vLLM finds out anew each time which model runner it has.
+        self.cascade_has_late_drafts = has_late_drafts(self.vllm_config)
 
     @functools.wraps(split)
     def split_before_boundaries(
@@ -43,7 +45,7 @@ def install() -> None:
         most = request.num_computed_tokens + num_new_local_computed_tokens
         most += num_external_computed_tokens
         num_known = request.num_tokens + request.num_output_placeholders - most
-        if num_known <= 1 and has_late_drafts(self.vllm_config):
+        if num_known <= 1 and self.cascade_has_late_drafts:
             # All others are drafts: those that are late will be rejected.
             return num_new_tokens
         # Drafts of steps under way count as computed until they are rejected. At least one token

@@ -438,8 +438,8 @@ MUTATIONS = [
     Mutation(
         "a prompt's last tokens taken for drafts",
         "patches/draft_boundaries.py",
-        "if num_known <= 1 and has_late_drafts(self.vllm_config):",
-        "if has_late_drafts(self.vllm_config):",
+        "if num_known <= 1 and self.cascade_has_late_drafts:",
+        "if self.cascade_has_late_drafts:",
         "tests/unit/test_patches.py::test_drafts_leave_a_boundarys_token_alone",
     ),
     Mutation(

@@ -343,16 +343,10 @@ def test_drafts_leave_a_boundarys_token_alone(under_way):
     merging = {layout.epochs[0].end - 1 + n * config.stride for n in range(len(layout.epochs))}
     manager = SimpleNamespace(most_together=layout.most_together)
     coordinator = SimpleNamespace(single_type_managers=[SimpleNamespace(), manager])
-    vllm_config = SimpleNamespace(
-        speculative_config=object(),
-        use_v2_model_runner=False,
-        device_config=SimpleNamespace(device_type="cuda"),
-        attention_config=SimpleNamespace(backend="CASCADE"),
-    )
     scheduler = SimpleNamespace(
         kv_cache_manager=SimpleNamespace(coordinator=coordinator),
         num_spec_tokens=drafts,
-        vllm_config=vllm_config,
+        cascade_has_late_drafts=False,
     )
     # As vLLM's scheduler counts: what is under way is computed, and all of its drafts accepted.
     request = SimpleNamespace(num_computed_tokens=100, num_output_placeholders=0, num_tokens=101)
@@ -378,7 +372,7 @@ def test_drafts_leave_a_boundarys_token_alone(under_way):
     # A prompt's chunk is left to the workers.
     assert Scheduler._mamba_block_aligned_split(scheduler, request, 500) == 500
     # Where late drafts are rejected, the last few tokens of a prompt still are none.
-    vllm_config.use_v2_model_runner = True
+    scheduler.cascade_has_late_drafts = True
     boundary = min(merging)
     for num_known in (1, 2, 3):
         request = SimpleNamespace(
@@ -388,6 +382,29 @@ def test_drafts_leave_a_boundarys_token_alone(under_way):
         )
         length = Scheduler._mamba_block_aligned_split(scheduler, request, 1 + drafts)
         assert length == (1 + drafts if num_known == 1 else 2)
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [
+        {},
+        {"speculative_config": None},
+        {"use_v2_model_runner": False},
+        {"device_config": SimpleNamespace(device_type="cpu")},
+        {"attention_config": SimpleNamespace(backend="FLASH_ATTN")},
+    ],
+    ids=lambda otherwise: next(iter(otherwise), "on a GPU with model runner V2"),
+)
+def test_where_late_drafts_are_rejected(otherwise):
+    from vllm_cascade.patches.late_drafts import has_late_drafts
+
+    vllm_config = {
+        "speculative_config": object(),
+        "use_v2_model_runner": True,
+        "device_config": SimpleNamespace(device_type="cuda"),
+        "attention_config": SimpleNamespace(backend="CASCADE"),
+    }
+    assert has_late_drafts(SimpleNamespace(**vllm_config | otherwise)) == (not otherwise)
 
 
 @pytest.mark.parametrize("num_computed", [9, 10])
