@@ -18,12 +18,12 @@ def install() -> None:
     def init_with_boundaries(
         self: Any, sampler: Any, spec_config: Any, device: Any, **kwargs: Any
     ) -> None:
-        from vllm.config import get_current_vllm_config
+        from vllm.config import get_current_vllm_config_or_none
 
         init(self, sampler, spec_config, device, **kwargs)
         self.cascade_boundaries = None
-        vllm_config = get_current_vllm_config()
-        if has_late_drafts(vllm_config):
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is not None and has_late_drafts(vllm_config):
             from vllm_cascade.structure.layout import build_layout
             from vllm_cascade.support.resolved import resolve_options
 

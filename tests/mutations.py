@@ -450,6 +450,13 @@ MUTATIONS = [
         "tests/kernels/test_paged_decode.py::test_tokens_with_drafts_load_keys_together",
     ),
     Mutation(
+        "queries of drafts scaled by YaRN's factor twice",
+        "kernels/decode/split.py",
+        "        back_cos /= unit\n        back_sin /= unit\n",
+        "",
+        "tests/kernels/test_paged_decode.py::test_tokens_with_drafts_load_keys_together",
+    ),
+    Mutation(
         "a drafter that merges before its model does",
         "vllm_cascade/attention/cpu_step.py",
         "segment.end <= end - num_ahead",

@@ -243,11 +243,15 @@ def split_kernel(
         asked_first = _repeat((query_first * cos - query_second * sin).to(dtype), HEADS)
         asked_second = _repeat((query_second * cos + query_first * sin).to(dtype), HEADS)
     elif TOKENS > 1:
-        # All are turned as if they were at the last token's place, so that tiles turn them alike.
+        # All are turned as if they were at the last token's place, so that tiles turn them alike. A
+        # table may be scaled (YaRN): its row 0 is the factor, which counts but once.
+        unit = tl.load(cos_ptr + pair, mask=turned, other=1.0).to(tl.float32)[None, :]
         behind = tl.where(asked_place >= 0, place - asked_place, 0)
         behind_at = behind[:, None] * HALF + pair[None, :]
         back_cos = tl.load(cos_ptr + behind_at, mask=turned[None, :], other=0.0).to(tl.float32)
         back_sin = tl.load(sin_ptr + behind_at, mask=turned[None, :], other=0.0).to(tl.float32)
+        back_cos /= unit
+        back_sin /= unit
         back = query_first * back_cos + query_second * back_sin
         query_second = query_second * back_cos - query_first * back_sin
         query_first = back

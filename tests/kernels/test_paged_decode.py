@@ -361,6 +361,8 @@ def test_tokens_with_drafts_load_keys_together(
         for row in request:
             own = int(places[row]) // shape.block_size + 1
             case.batch.block_table[row, :own] = case.batch.block_table[last, :own].clone()
+    # As YaRN's are scaled: a query and a key have the factor once each.
+    case.cos, case.sin = 1.25 * case.cos, 1.25 * case.sin
     if has_sinks:
         case.sinks = torch.linspace(-3, 3, shape.num_heads, device=device).to(shape.dtype)
     options = {"scored": False}
