@@ -382,7 +382,7 @@ MUTATIONS = [
     Mutation(
         "a prefix shared with a request that will move it",
         "vllm_cascade/kv_cache/prefix.py",
-        "(request.resumable or longest - 1 > self.num_tokens)",
+        "(request.resumable or longest > self.num_tokens)",
         "request.resumable",
         f"{SHARED}::test_whatever_the_others_do[large-pool]",
     ),

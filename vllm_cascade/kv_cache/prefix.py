@@ -55,9 +55,9 @@ class Prefix:
         Args:
             request: A request; an input session can always go on.
         """
+        # The last token of an answer may be computed as a draft.
         longest = request.num_prompt_tokens + request.max_tokens
-        # The last token of an answer is not computed.
-        return self._is_bounded and (request.resumable or longest - 1 > self.num_tokens)
+        return self._is_bounded and (request.resumable or longest > self.num_tokens)
 
     def find(self, request: Request, most: int) -> list[KVCacheBlock]:
         """Find the blocks that hold a request's first tokens.

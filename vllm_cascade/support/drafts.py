@@ -41,6 +41,13 @@ def check_drafts(vllm_config: Any, config: CascadeConfig) -> None:
             "it has not been made for states that drafts have changed",
             "Leave out --speculative-config",
         )
+    multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
+    if multimodal is not None and not multimodal.language_model_only:
+        raise UnsupportedError(
+            "speculative decoding of a model that takes images",
+            "an image may cut a prompt where its few tokens would be taken for drafts",
+            "Use --language-model-only to serve its text alone, or leave out --speculative-config",
+        )
     if config.needs_scores:
         raise UnsupportedError(
             f"speculative decoding with policy {config.policy!r}",
