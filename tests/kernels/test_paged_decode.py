@@ -353,16 +353,14 @@ def test_tokens_with_drafts_load_keys_together(
     shape: Shape, per_request: int, by_place: bool, has_sinks: bool, device: torch.device
 ) -> None:
     """Splits of which an early token sees nothing, and teams of a part of a request's tokens."""
-    case = Case(shape, device)
+    case, places = Case(shape, device), torch.tensor(shape.places)
     rows = torch.arange(len(shape.places)).view(-1, per_request)
-    places = torch.tensor(shape.places)
     for request in rows:
         last = request[places[request].argmax()]
         for row in request:
             own = int(places[row]) // shape.block_size + 1
             case.batch.block_table[row, :own] = case.batch.block_table[last, :own].clone()
-    # As YaRN's are scaled: a query and a key have the factor once each.
-    case.cos, case.sin = 1.25 * case.cos, 1.25 * case.sin
+    case.cos, case.sin = 1.25 * case.cos, 1.25 * case.sin  # scaled as YaRN's are
     if has_sinks:
         case.sinks = torch.linspace(-3, 3, shape.num_heads, device=device).to(shape.dtype)
     options = {"scored": False}
