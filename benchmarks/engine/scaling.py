@@ -17,6 +17,7 @@ dropped) are what the layout predicts. A row is written as soon as it is measure
     python benchmarks engine.scaling --rows tp1,tp8_mp --requests 32 --backend FLASH_ATTN
     python benchmarks engine.scaling --rows tp4_mp,tp8_mp --shape 70b
     python benchmarks engine.scaling --tiny     proves the program on a CPU, nothing written
+    python benchmarks engine.scaling --tiny --rows tp8_mp,tp4_dp2,tp4_pp2,dp8
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ GRIDS = {
     "tp2_ray": Grid(tensor=2, executor="ray"),
     "pp2": Grid(pipeline=2, executor="mp"),
     "dp2": Grid(replicas=2),
+    "dp2_ray": Grid(replicas=2, executor="ray"),
     "tp4_mp": Grid(tensor=4, executor="mp"),
     "tp4_ray": Grid(tensor=4, executor="ray"),
     "tp8_mp": Grid(tensor=8, executor="mp"),
@@ -90,7 +92,8 @@ FULL = Sizes(
     },
 )
 TINY = Sizes(
-    model=TINY_LLAMA,
+    # A query head for each of eight ranks.
+    model=TINY_LLAMA | {"num_attention_heads": 8},
     prompt=1500,
     requests=4,
     margin=FEWEST + 16,
@@ -241,6 +244,8 @@ def parse() -> tuple[argparse.Namespace, Sizes]:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.logs.mkdir(parents=True, exist_ok=True)
+    # Ranks of a tiny model share the cores: as many as are asked for, or two.
+    arguments.here = (8 if arguments.rows else 2) if arguments.tiny else None
     arguments.rows = arguments.rows.split(",") if arguments.rows else list(GRIDS)
     if not set(arguments.rows) <= set(GRIDS):
         parser.error(f"rows are {', '.join(GRIDS)}")
@@ -279,7 +284,7 @@ def main() -> int:
     import torch
 
     # Of the driver, so that no process but the ranks holds memory of a GPU.
-    here = 2 if arguments.tiny else torch.cuda.device_count()
+    here = arguments.here or torch.cuda.device_count()
     begin, missing = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(sizes.model))

@@ -140,19 +140,21 @@ def check_two_ranks(
     assert two.ranks == 2
 
 
+REPLICAS = [
+    "--data-parallel-size=2",
+    # Else there are two; tests/gpu has them.
+    "--api-server-count=1",
+    "--served-model-name=tiny",
+    "--skip-tokenizer-init",
+    "--enforce-eager",
+    f"--additional-config={json.dumps({'cascade': CASCADE})}",
+    *(f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()),
+]
+
+
 def test_two_replicas(model: str, one: Played, tmp_path: Path) -> None:
     """`vllm serve --data-parallel-size 2`."""
-    flags = [
-        "--data-parallel-size=2",
-        # Else there are two; tests/gpu has them.
-        "--api-server-count=1",
-        "--served-model-name=tiny",
-        "--skip-tokenizer-init",
-        "--enforce-eager",
-        f"--additional-config={json.dumps({'cascade': CASCADE})}",
-    ]
-    flags += [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    with serve(tmp_path, model, *flags, forked=True) as server:
+    with serve(tmp_path, model, *REPLICAS, forked=True) as server:
         check_replicas(server, 2, PROMPTS, one, ranks=2)
 
 
@@ -182,8 +184,10 @@ class RayCpuPlatform(CpuPlatform):
 
 
 @pytest.fixture
-def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Ray cluster of two nodes on this host, with one rank's place each."""
+def ray_nodes(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """A Ray cluster on this host; the parameter has the ranks that each node has places for."""
     pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
     from ray.cluster_utils import Cluster
 
@@ -198,17 +202,22 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     paths = [str(site), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    first, *others = (
+        {"num_cpus": ranks, "num_gpus": ranks, "object_store_memory": 100 << 20}
+        for ranks in request.param
+    )
+    cluster = Cluster(initialize_head=True, head_node_args={**first, "include_dashboard": False})
     try:
-        cluster.add_node(**node)
+        for other in others:
+            cluster.add_node(**other)
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         yield
     finally:
         cluster.shutdown()
 
 
-@pytest.mark.usefixtures("two_nodes")
+@pytest.mark.parametrize("ray_nodes", [(1, 1)], indirect=True)
+@pytest.mark.usefixtures("ray_nodes")
 def test_two_ranks_through_ray(model: str, one: Played, tmp_path: Path) -> None:
     two = play(
         tmp_path,
@@ -222,3 +231,15 @@ def test_two_ranks_through_ray(model: str, one: Played, tmp_path: Path) -> None:
     )
     assert_same_up_to_ties(two, one)
     assert two.ranks == 2
+
+
+@pytest.mark.parametrize("ray_nodes", [(2,)], indirect=True)
+@pytest.mark.usefixtures("ray_nodes")
+def test_two_replicas_through_ray(
+    model: str, one: Played, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`vllm serve --data-parallel-size 2 --data-parallel-backend ray`."""
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    flags = [*REPLICAS, "--data-parallel-backend=ray", "--data-parallel-size-local=2"]
+    with serve(tmp_path, model, *flags) as server:
+        check_replicas(server, 2, PROMPTS, one, ranks=2)

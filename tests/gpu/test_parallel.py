@@ -98,6 +98,26 @@ def one(model: str, tmp_path_factory: pytest.TempPathFactory) -> Played:
     return played
 
 
+def test_more_ranks_than_heads(tmp_path: Path) -> None:
+    """Both ranks have the only KV head, and keep the same tokens of it."""
+    needs(2)
+    (tmp_path / "one").mkdir()
+    model = save_llama(
+        tmp_path / "llama",
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        head_dim=64,
+        tie_word_embeddings=False,
+    )
+    options = {"additional_config": TRACED, "compilation_config": GRAPHS, **OPTIONS}
+    alone = play(tmp_path / "one", model, PROMPTS, ANSWER, **options)
+    two = play(tmp_path, model, PROMPTS, ANSWER, tensor_parallel_size=2, **options)
+    assert two.ranks == 2
+    assert_same_up_to_ties(two, with_copies(alone, 2))
+
+
 def with_copies(one: Played, tensor: int) -> Played:
     """What one GPU kept, with as many copies of each head as `tensor` ranks hold."""
     kept = {
@@ -181,11 +201,27 @@ FLAGS = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["mp", "ray"])
 @pytest.mark.parametrize(("replicas", "tensor"), [(2, 1), (2, 2), (2, 4), (8, 1)])
-def test_replicas(replicas: int, tensor: int, model: str, one: Played, tmp_path: Path) -> None:
+def test_replicas(
+    replicas: int,
+    tensor: int,
+    backend: str,
+    model: str,
+    one: Played,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Engines behind one address, of one GPU each, or of several."""
     needs(replicas * tensor)
-    flags = [f"--data-parallel-size={replicas}", f"--tensor-parallel-size={tensor}"]
+    if backend == "ray":
+        pytest.importorskip("ray", reason=NO_RAY)
+        monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    flags = [
+        f"--data-parallel-size={replicas}",
+        f"--data-parallel-backend={backend}",
+        f"--tensor-parallel-size={tensor}",
+    ]
     with serve(tmp_path, model, *flags, *FLAGS) as server:
         check_replicas(server, replicas, PROMPTS, one, ranks=replicas * tensor)
 
