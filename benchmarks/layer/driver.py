@@ -116,7 +116,9 @@ class Driver:
         workspace = make_workspace(config, shape, max_num_batched_tokens, num_requests, device)
         self.workspace = workspace
         self.layer = GpuLayer(config, shape, shape.head_size**-0.5, cos, sin, True, workspace)
-        self.planner = Planner(self.layout, device, num_requests, workspace.max_keys)
+        self.planner = Planner(
+            self.layout, device, num_requests, workspace.max_keys, workspace.queries_per_pass
+        )
 
     def fill(self) -> None:
         """Put random keys and values and a score of zero into every page."""

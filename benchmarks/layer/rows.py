@@ -288,8 +288,9 @@ def compaction_share(bench: Bench, name: str) -> list[Row]:
     step = driver.step((0, epoch.start, epoch.end))
     metadata = driver.plan(step)
     rows = bench.inputs.rows(epoch.start, epoch.end)
-    merges = metadata.launches[0].merges
-    assert len(metadata.launches) == 1 and merges is not None
+    ((launch,),) = (each.launches for each in metadata.rounds)
+    merges = launch.merges
+    assert merges is not None
     config, space = driver.config, driver.workspace
 
     def merge() -> None:

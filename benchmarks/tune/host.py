@@ -91,7 +91,7 @@ def microseconds(driver: Driver, inputs: Inputs, repeats: int, *, anew: bool) ->
         if number >= 3:
             host.append(1e6 * (launched - begin))
             whole.append(1e6 * (time.perf_counter() - begin))
-    waves = len(metadata.launches)
+    waves = sum(len(each.launches) for each in metadata.rounds)
     return f"{statistics.median(host) / waves:.0f} ({statistics.median(whole) / waves:.0f})"
 
 

@@ -47,19 +47,19 @@ def main() -> int:
         driver = Driver(config, sizes.shape, own, 1, device)
         driver.fill()
         epoch = driver.layout.epochs[len(driver.layout.epochs) // 2]
-        (launch,) = driver.plan(driver.step((0, epoch.start, epoch.end))).launches
-        layer, segments = driver.layer, launch.segments
+        (each,) = driver.plan(driver.step((0, epoch.start, epoch.end))).rounds
+        (launch,), layer, segments = each.launches, driver.layer, each.segments
         prefix = segments.max_prefix_len
         shape, size = sizes.shape, sizes.shape.dtype.itemsize
         rows = 2 * own * shape.num_heads + (own * 6 + prefix * 4) * shape.num_kv_heads
         moved = rows * shape.head_size * size
         print(f"\nown {own:,}, prefix {prefix:,}: {moved / 1e6:.0f} MB, groups {len(epoch.groups)}")
 
-        def prepare(weights: Weights, layer=layer, launch=launch, driver=driver) -> None:
+        def prepare(weights: Weights, layer=layer, each=each, driver=driver) -> None:
             layer.weights = weights
-            rows = layer._rows(launch.segments)
-            own = inputs.rows(0, launch.segments.num_queries)[:3]
-            layer._prepare(*own, driver.pages, launch, rows)
+            rows = layer._rows(each.segments)
+            own = inputs.rows(0, each.segments.num_queries)[:3]
+            layer._prepare(*own, driver.pages, each, *each.launches, rows)
 
         def merge(has_sums: bool, layer=layer, launch=launch, driver=driver) -> None:
             layer.weights = Weights(0.0, 1.0, 1.0)

@@ -60,7 +60,7 @@ def watched(*, forbid_sync: bool = False) -> Iterator[Steps]:
     def watched_build(*args: Any, **kwargs: Any) -> Any:
         plan = guarded(build, *args, **kwargs)
         requests = 0 if plan.decode is None else len(plan.decode.slots)
-        steps.plans.append((requests, len(plan.launches)))
+        steps.plans.append((requests, len(plan.rounds)))
         return plan
 
     def watched_forward(*args: Any, **kwargs: Any) -> None:

@@ -82,6 +82,7 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
                 device,
                 vllm_config.scheduler_config.max_num_seqs,
                 workspace.max_keys,
+                workspace.queries_per_pass,
                 1 + vllm_config.num_speculative_tokens,
             )
 

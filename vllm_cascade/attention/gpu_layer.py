@@ -1,4 +1,4 @@
-"""One cascade layer's forward pass on a GPU: write, attend, score and merge, wave by wave."""
+"""One cascade layer's forward pass on a GPU: write, merge, attend and score, round by round."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_cascade.attention.gpu_step import DecodeStep, GpuMetadata, Launch, Rows
+from vllm_cascade.attention.gpu_step import DecodeStep, GpuMetadata, Launch, Round, Rows
 from vllm_cascade.attention.gpu_workspace import Shape, Workspace, flash_attention
 from vllm_cascade.kernels import kv_write
 from vllm_cascade.kernels.decode import attend as paged_decode
@@ -94,14 +94,15 @@ class GpuLayer:
 
         if metadata.decode is not None:
             once("decode", self._decode, query, key, value, pages, metadata.decode, output)
-        for number, launch in enumerate(metadata.launches):
+        for number, each in enumerate(metadata.rounds):
             place = id(self.workspace), number
             rows = metadata.rows.get(place)
             if rows is None:
-                rows = metadata.rows[place] = self._rows(launch.segments)
-            once((number, "prepare"), self._prepare, query, key, value, pages, launch, rows)
-            lse = self._attend_rows(launch, rows, output)
-            once((number, "finish"), self._finish, pages, launch, rows, lse, lse=lse)
+                rows = metadata.rows[place] = self._rows(each.segments)
+            once((number, "waves"), self._waves, query, key, value, pages, each, rows)
+            lse = self._attend_rows(each, rows, output)
+            if self.config.needs_scores:
+                once((number, "score"), self._score, pages, each, rows, lse, lse=lse)
         if metadata.sampled is not None:
             once("sampled", self._decode, query, key, value, pages, metadata.sampled, output)
 
@@ -136,12 +137,28 @@ class GpuLayer:
         if step.merges is not None:
             self._merge(pages, step.merges, has_sums=False)
 
+    def _waves(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: Pages,
+        each: Round,
+        rows: Rows,
+    ) -> None:
+        """Prepare a round's launches; without scores a boundary merges before the next wave."""
+        for launch in each.launches:
+            self._prepare(query, key, value, pages, each, launch, rows)
+            if launch.merges is not None and not self.config.needs_scores:
+                self._merge(pages, launch.merges, has_sums=True)
+
     def _prepare(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         pages: Pages,
+        each: Round,
         launch: Launch,
         rows: Rows,
     ) -> None:
@@ -152,8 +169,8 @@ class GpuLayer:
             query,
             key,
             value,
-            launch.rows,
-            launch.tokens,
+            each.rows,
+            each.tokens,
             self.cos,
             self.sin,
             self.is_neox,
@@ -165,7 +182,7 @@ class GpuLayer:
         )
 
     def _rows(self, segments: Segments) -> Rows:
-        """The rows of the workspace that `segments` take."""
+        """The rows of the workspace that a round's segments take."""
         space, num_rows, num_queries = self.workspace, segments.num_rows, segments.num_queries
         return Rows(
             query=space.query[:num_queries],
@@ -176,33 +193,33 @@ class GpuLayer:
             key_starts=segments.key_spans.view(-1),
         )
 
-    def _finish(self, pages: Pages, launch: Launch, rows: Rows, lse: torch.Tensor) -> None:
-        """After attention: score the keys where scores are kept, and merge at a boundary."""
+    def _score(self, pages: Pages, each: Round, rows: Rows, lse: torch.Tensor) -> None:
+        """After attention, where scores are kept: score the keys, and merge at a boundary."""
         config, space = self.config, self.workspace
-        if config.needs_scores:
-            key_scores.score_keys(
-                pages,
-                launch.segments,
-                rows.query,
-                rows.key,
-                lse,
-                self.scale,
-                config.score_decay,
-                config.score_power,
-                config.score_reduction,
-                space.counters[:1],
-                self.soft_cap,
-                shifts=space.shifts,
-            )
+        (launch,) = each.launches
+        key_scores.score_keys(
+            pages,
+            launch.segments,
+            rows.query,
+            rows.key,
+            lse,
+            self.scale,
+            config.score_decay,
+            config.score_power,
+            config.score_reduction,
+            space.counters[:1],
+            self.soft_cap,
+            shifts=space.shifts,
+        )
         if launch.merges is not None:
             self._merge(pages, launch.merges, has_sums=True)
 
-    def _attend_rows(self, launch: Launch, rows: Rows, output: torch.Tensor) -> torch.Tensor:
-        """Attend a launch's rows of the batch; return the log-sum-exps, as `_attend` does."""
-        if launch.span is not None:
-            return self._attend(output[launch.span[0] : launch.span[1]], rows, launch.segments)
-        lse = self._attend(rows.packed, rows, launch.segments)
-        output[launch.rows.long()] = rows.packed
+    def _attend_rows(self, each: Round, rows: Rows, output: torch.Tensor) -> torch.Tensor:
+        """Attend a round's rows of the batch; return the log-sum-exps, as `_attend` does."""
+        if each.span is not None:
+            return self._attend(output[each.span[0] : each.span[1]], rows, each.segments)
+        lse = self._attend(rows.packed, rows, each.segments)
+        output[each.rows.long()] = rows.packed
         return lse
 
     def _attend(self, output: torch.Tensor, rows: Rows, segments: Segments) -> torch.Tensor:

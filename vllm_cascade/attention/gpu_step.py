@@ -8,6 +8,7 @@ are cut into waves on the host, which knows their lengths before the device does
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -53,33 +54,52 @@ class DecodeStep:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Segments of one wave that fit the workspace together.
+    """Segments of one wave that are prepared in one launch.
 
     Args:
-        segments: The segments, resolved on the device.
-        rows: [num_queries] int32 row in the batch of each packed query.
-        span: First and last + 1 of `rows` if they follow one another; otherwise None.
-        tokens: [num_queries] int32 index of each query's token in its request.
-        merges: Groups that merge once all segments have attended, or None.
+        segments: The segments, resolved on the device; their spans are in the round's workspace.
+        merges: Groups that merge once the segments are prepared and, where scores are kept, have
+            attended; or None.
     """
 
     segments: Segments
-    rows: torch.Tensor
-    span: tuple[int, int] | None
-    tokens: torch.Tensor
     merges: Merges | None
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """Launches that fit the workspace together, and attend at once.
+
+    Without scores a boundary needs no attention, only what the wave before it has written. So the
+    waves of a chunk are prepared and merge one after the other, each in rows of the workspace of
+    its own, and attend at once: a single wave of a few heads leaves most of the device idle. With
+    scores a round has one launch.
+
+    Args:
+        launches: One or more, in the order in which they run.
+        segments: The segments of all of them.
+        rows: [num_queries] int32 row in the batch of each packed query.
+        span: First and last + 1 of `rows` if they follow one another; otherwise None.
+        tokens: [num_queries] int32 index of each query's token in its request.
+    """
+
+    launches: tuple[Launch, ...]
+    segments: Segments
+    rows: torch.Tensor
+    span: tuple[int, int] | None
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a workspace that a launch takes; made once a step, because slices cost host time.
+    """The rows of a workspace that a round takes; made once a step, because slices cost host time.
 
     Args:
         query: [num_queries, num_heads, head_size] rotated queries.
         key: [num_rows, num_kv_heads, head_size] rotated keys, `KEY_PADDING` rows after each
             segment's.
         value: [num_rows, num_kv_heads, head_size] values, padded as `key`.
-        packed: [num_queries, num_heads, head_size] outputs, used if the launch's rows of the batch
+        packed: [num_queries, num_heads, head_size] outputs, used if the round's rows of the batch
             do not follow one another.
         query_starts: [2 * num_segments] int32, the flattened spans of queries. FlashAttention
             reads them as starts: every second segment is the gap between two, without queries.
@@ -100,7 +120,7 @@ class GpuMetadata:
 
     Args:
         decode: The step's tokens that are resolved one by one, or None.
-        launches: The step's longer chunks, in the order in which they run.
+        rounds: The step's longer chunks, in the order in which they run.
         sampled: Each request's last token, which a drafter computes ahead of the model, after all
             others; mostly None.
         batch: Where the step's counts and block tables are: `query_start_loc`, `seq_lens` and
@@ -108,12 +128,12 @@ class GpuMetadata:
         num_drafts: Drafts of each request that have been computed one after the other.
         recordings: Kind of layer -> part of the step -> what the first layer of this kind launched
             in this part. Later layers of the kind repeat the recording.
-        rows: Workspace and number of a launch -> the rows of the workspace that the launch takes,
+        rows: Workspace and number of a round -> the rows of the workspace that the round takes,
             from the first layer that has asked for them.
     """
 
     decode: DecodeStep | None
-    launches: list[Launch]
+    rounds: list[Round]
     sampled: DecodeStep | None = None
     batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     num_drafts: int = 0
@@ -154,6 +174,8 @@ class Planner:
         device: Where the engine's tensors are.
         max_num_seqs: Most requests of a step.
         max_keys: Rows of keys in the workspace; at least enough for one request.
+        queries_per_pass: Queries whose attention keeps the device busy once
+            (`gpu_workspace.queries_per_pass`).
         most_tokens: Most tokens of a request that are resolved one by one, on the device: a token
             and its drafts. Of such a row those that are late are computed for nothing
             (`resolve_decodes`); what is no draft must not be late.
@@ -165,9 +187,11 @@ class Planner:
         device: torch.device,
         max_num_seqs: int,
         max_keys: int,
+        queries_per_pass: float,
         most_tokens: int = 1,
     ) -> None:
         self.layout, self.most_tokens = layout, most_tokens
+        self.queries_per_pass = queries_per_pass
         self.max_keys = max(max_keys, _most_keys(layout) + KEY_PADDING)
         self.epochs = shared_epochs(layout, device)
         self.table = self.epochs.table
@@ -216,11 +240,11 @@ class Planner:
                 place = self.layout.epochs[segment.epoch].place(segment.start)
                 cut = _Cut(request, row + segment.start - start, segment, place)
                 waves[number].append(cut)
-        launches = self._launches(list(waves.values()), block_table) if waves else []
+        rounds = self._rounds(list(waves.values()), block_table) if waves else []
         sampled = None
         if with_sampled:
             sampled = self._decode(self._sampled, batch, 1, LAST, num_ahead=1, drafted=most)
-        return GpuMetadata(decode, launches, sampled, batch)
+        return GpuMetadata(decode, rounds, sampled, batch)
 
     def plan_draft(
         self,
@@ -254,7 +278,7 @@ class Planner:
         Args:
             step: From `plan` or `plan_draft`; changed in place.
         """
-        assert step.batch is not None and not step.launches
+        assert step.batch is not None and not step.rounds
         step.num_drafts += 1
         step.decode = self._decode(self.decodes, step.batch, 1, num_ahead=step.num_drafts)
         step.recordings.clear()
@@ -305,25 +329,17 @@ class Planner:
             merges=out.merges(0, num_rows, most) if merges and self.layout.config.chooses else None,
         )
 
-    def _launches(self, waves: list[list[_Cut]], block_table: torch.Tensor) -> list[Launch]:
+    def _rounds(self, waves: list[list[_Cut]], block_table: torch.Tensor) -> list[Round]:
         """Cut waves where the workspace is full, and resolve all their segments in one launch."""
-        parts: list[list[_Cut]] = []
-        for wave in waves:
-            parts.append([])
-            held = 0
-            for cut in wave:
-                taken = cut.num_keys + KEY_PADDING
-                if parts[-1] and held + taken > self.max_keys:
-                    parts.append([])
-                    held = 0
-                parts[-1].append(cut)
-                held += taken
-        cuts = [cut for part in parts for cut in part]
+        rounds = self._attending_at_once([part for wave in waves for part in self._parts(wave)])
+        cuts = [cut for parts in rounds for part in parts for cut in part]
         num_segments, num_rows = len(cuts), sum(cut.length for cut in cuts)
 
         # One copy to the device for all arrays; the tensors below are views of the copy.
-        query_spans = [_spans([cut.length for cut in part]) for part in parts]
-        key_spans = [_spans([cut.num_keys for cut in part], KEY_PADDING) for part in parts]
+        lengths = [[cut.length for part in parts for cut in part] for parts in rounds]
+        keys = [[cut.num_keys for part in parts for cut in part] for parts in rounds]
+        query_spans = np.concatenate([_spans(each) for each in lengths])
+        key_spans = np.concatenate([_spans(each, KEY_PADDING) for each in keys])
         owner = np.repeat(np.arange(num_segments), [cut.length for cut in cuts])
         within = np.concatenate([np.arange(cut.length) for cut in cuts])
         columns = [
@@ -333,7 +349,8 @@ class Planner:
             np.array([cut.row for cut in cuts]),
             within + np.array([cut.row for cut in cuts])[owner],
             within + np.array([cut.segment.start for cut in cuts])[owner],
-            *(spans.ravel() for spans in query_spans + key_spans),
+            query_spans.ravel(),
+            key_spans.ravel(),
         ]
         sent = _send(np.concatenate(columns).astype(np.int32), block_table.device)
         segments = sent[: 4 * num_segments].view(4, num_segments)
@@ -343,37 +360,93 @@ class Planner:
         resolved = Resolved.empty(self.table, num_segments)
         resolve_segments(resolved, self.table, segments, block_table)
 
-        launches, segment, row = [], 0, 0
-        for index, part in enumerate(parts):
-            last_segment, last_row = segment + len(part), row + int(query_spans[index][-1, 1])
-            chosen, some = slice(segment, last_segment), slice(row, last_row)
-            merges = any(
-                cut.segment.merges and len(self.layout.epochs[cut.segment.epoch].groups)
-                for cut in part
+        def view(first: int, part: list[_Cut]) -> Segments:
+            """Some segments, the first of which is number `first` of all."""
+            chosen, last = slice(first, first + len(part)), first + len(part) - 1
+            return Segments(
+                query_spans=spans[0, chosen],
+                key_spans=spans[1, chosen],
+                block_table=resolved.block_table[chosen],
+                carry=resolved.carry[chosen],
+                exponents=resolved.exponents[chosen],
+                num_groups=resolved.num_groups[chosen],
+                num_queries=int(query_spans[last, 1]),
+                num_rows=int(key_spans[last, 1]) + KEY_PADDING,
+                max_query_len=max(cut.length for cut in part),
+                max_key_len=max(cut.num_keys for cut in part),
+                max_prefix_len=max(cut.place for cut in part),
             )
-            launches.append(
-                Launch(
-                    segments=Segments(
-                        query_spans=spans[0, chosen],
-                        key_spans=spans[1, chosen],
-                        block_table=resolved.block_table[chosen],
-                        carry=resolved.carry[chosen],
-                        exponents=resolved.exponents[chosen],
-                        num_groups=resolved.num_groups[chosen],
-                        num_queries=last_row - row,
-                        num_rows=int(key_spans[index][-1, 1]) + KEY_PADDING,
-                        max_query_len=max(cut.length for cut in part),
-                        max_key_len=max(cut.num_keys for cut in part),
-                        max_prefix_len=max(cut.place for cut in part),
-                    ),
-                    rows=rows[some],
-                    span=_span(part),
-                    tokens=tokens[some],
-                    merges=resolved.merges(segment, last_segment) if merges else None,
+
+        made, segment, row = [], 0, 0
+        for parts in rounds:
+            first, together = segment, [cut for part in parts for cut in part]
+            launches = []
+            for part in parts:
+                merges = any(
+                    cut.segment.merges and len(self.layout.epochs[cut.segment.epoch].groups)
+                    for cut in part
                 )
+                last = segment + len(part)
+                launches.append(
+                    Launch(
+                        segments=view(segment, part),
+                        merges=resolved.merges(segment, last) if merges else None,
+                    )
+                )
+                segment = last
+            all_segments = view(first, together)
+            some = slice(row, row + all_segments.num_queries)
+            made.append(
+                Round(tuple(launches), all_segments, rows[some], _span(together), tokens[some])
             )
-            segment, row = last_segment, last_row
-        return launches
+            row += all_segments.num_queries
+        return made
+
+    def _parts(self, wave: list[_Cut]) -> list[list[_Cut]]:
+        """Cut a wave where the workspace is full."""
+        parts: list[list[_Cut]] = []
+        left = 0
+        for cut in wave:
+            taken = cut.num_keys + KEY_PADDING
+            if taken > left:
+                parts.append([])
+                left = self.max_keys
+            parts[-1].append(cut)
+            left -= taken
+        return parts
+
+    def _attending_at_once(self, parts: list[list[_Cut]]) -> list[list[list[_Cut]]]:
+        """Put parts of waves together where the workspace has room and the device gains."""
+        if self.layout.config.needs_scores:
+            return [[part] for part in parts]
+        rounds: list[list[list[_Cut]]] = []
+        while parts:
+            passes, left = [0.0], self.max_keys
+            for part in parts:
+                left -= sum(cut.num_keys + KEY_PADDING for cut in part)
+                if left < 0:
+                    break
+                num_queries = sum(cut.length for cut in part)
+                passes.append(passes[-1] + num_queries / self.queries_per_pass)
+            count = most_efficient(passes[1:])
+            rounds.append(parts[:count])
+            parts = parts[count:]
+        return rounds
+
+
+def most_efficient(passes: list[float]) -> int:
+    """Choose how many launches attend at once.
+
+    The device attends a pass of programs at a time, and the last pass leaves a part of it idle.
+
+    Args:
+        passes: For each number of launches, from one on, the passes that would be full.
+
+    Returns:
+        The fewest launches that keep the device as busy as any number does, up to 2%.
+    """
+    busy = [full / math.ceil(full) for full in passes]
+    return next(index for index, each in enumerate(busy, 1) if each >= max(busy) - 0.02)
 
 
 def _most_keys(layout: Layout) -> int:
@@ -386,14 +459,14 @@ def _spans(lengths: list[int], padding: int = 0) -> npt.NDArray[np.int64]:
     return np.stack([starts, starts + lengths], axis=1)
 
 
-def _span(part: list[_Cut]) -> tuple[int, int] | None:
-    """First and last + 1 of a part's rows in the batch if they follow one another, or None."""
-    row = part[0].row
-    for cut in part:
+def _span(cuts: list[_Cut]) -> tuple[int, int] | None:
+    """First and last + 1 of segments' rows in the batch if they follow one another, or None."""
+    row = cuts[0].row
+    for cut in cuts:
         if cut.row != row:
             return None
         row += cut.length
-    return part[0].row, row
+    return cuts[0].row, row
 
 
 def _send(values: Ints, device: torch.device) -> torch.Tensor:

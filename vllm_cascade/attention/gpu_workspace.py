@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from vllm_cascade.attention.gpu_step import most_efficient
 from vllm_cascade.kernels.decode import attend as paged_decode
 from vllm_cascade.kernels.merge import groups as compaction
 from vllm_cascade.kernels.prefill import scores as key_scores
@@ -24,6 +25,12 @@ FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_MAX_HEAD_SIZE = 256
 # FlashAttention-3 takes up to 64 sink logits, in bfloat16; a cast would disagree with decode.
 FLASH_MAX_SINKS = 64
+# Queries of a tile of FlashAttention-3 with 128 channels; with others up to a half more.
+TILE_QUERIES = 128
+# Of an H100 or H200; assumed where there is no GPU to ask.
+MULTIPROCESSORS = 132
+# Most bytes of the keys and values of a round's waves.
+MOST_ROUND_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,7 @@ class Workspace:
 
     Args:
         query: [max_num_batched_tokens, num_heads, head_size] rotated queries.
-        output: [max_num_batched_tokens, num_heads, head_size] packed outputs, used if a launch's
+        output: [max_num_batched_tokens, num_heads, head_size] packed outputs, used if a round's
             rows of the batch do not follow one another.
         key: [max_keys, num_kv_heads, head_size] rotated keys.
         value: [max_keys, num_kv_heads, head_size].
@@ -64,6 +71,7 @@ class Workspace:
         merge: Scratch of the merge kernels.
         counters: [3] int64: pairs of a query and a key scored, groups merged, tokens dropped. Each
             counts per KV head and sums over all layers.
+        queries_per_pass: See the function.
     """
 
     query: torch.Tensor
@@ -75,6 +83,7 @@ class Workspace:
     decode: paged_decode.Scratch
     merge: compaction.Scratch
     counters: torch.Tensor
+    queries_per_pass: float
 
     @property
     def max_keys(self) -> int:
@@ -82,18 +91,46 @@ class Workspace:
         return len(self.key)
 
 
-def max_workspace_keys(config: CascadeConfig, max_num_batched_tokens: int) -> int:
-    """Choose the number of workspace rows for a launch's keys.
+def queries_per_pass(shape: Shape, device: torch.device) -> float:
+    """Queries whose attention gives each multiprocessor one tile.
+
+    Args:
+        shape: The layers.
+        device: Where they are.
+
+    Returns:
+        Queries of all query heads on this rank.
+    """
+    count = MULTIPROCESSORS
+    if device.type == "cuda":
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+    return count * TILE_QUERIES / shape.num_heads
+
+
+def max_workspace_keys(
+    config: CascadeConfig, shape: Shape, max_num_batched_tokens: int, per_pass: float
+) -> int:
+    """Choose the number of workspace rows for a round's keys.
 
     Args:
         config: A valid configuration.
+        shape: The layers.
         max_num_batched_tokens: Most tokens of a step.
+        per_pass: `queries_per_pass`.
 
     Returns:
-        Rows, padding included: two full caches, or twice the tokens of a step if that is more.
+        Rows, padding included: two full caches, or twice the tokens of a step if that is more; or,
+        where no scores are kept, as many full caches as there are waves in a step that attend best
+        at once, if their keys and values take no more than `MOST_ROUND_BYTES`.
     """
     places = min(config.max_places, config.max_model_len) + config.block_size + KEY_PADDING
-    return 2 * max(places, max_num_batched_tokens)
+    rows = 2 * max(places, max_num_batched_tokens)
+    if config.needs_scores:
+        return rows
+    waves = range(1, max(1, max_num_batched_tokens // config.stride) + 1)
+    count = most_efficient([wave * config.stride / per_pass for wave in waves])
+    row_bytes = 2 * shape.num_kv_heads * shape.head_size * shape.dtype.itemsize
+    return max(rows, min(count, MOST_ROUND_BYTES // (places * row_bytes)) * places)
 
 
 # A workspace lives as long as some layer that uses it.
@@ -149,14 +186,15 @@ def make_workspace(
     Returns:
         A new workspace.
     """
-    max_keys = max_workspace_keys(config, max_num_batched_tokens)
+    per_pass = queries_per_pass(shape, device)
+    max_keys = max_workspace_keys(config, shape, max_num_batched_tokens, per_pass)
     max_rows = max_requests * per_request
     max_places = min(config.max_places, config.max_model_len) + config.block_size
     queries = (max_num_batched_tokens, shape.num_heads, shape.head_size)
     keys = (max_keys, shape.num_kv_heads, shape.head_size)
     kind: dict[str, Any] = {"dtype": shape.dtype, "device": device}
     has_flash = flash_attention(shape) is not None
-    # A launch has at most one segment per request, and each segment has a query.
+    # With scores a round has at most one segment per request, and each segment has a query.
     num_shifts = key_scores.shifts_elements(
         max_num_batched_tokens,
         min(max_rows, max_num_batched_tokens),
@@ -197,6 +235,7 @@ def make_workspace(
             max_group=config.group_tokens,
         ),
         counters=torch.zeros(3, dtype=torch.int64, device=device),
+        queries_per_pass=per_pass,
     )
 
 
