@@ -239,7 +239,8 @@ def check_against_oracle(
     """Compare a small request with the float64 oracle, which replays the choices made here.
 
     The prompt runs one epoch at a time, its last tokens one by one; then once more with chunks of
-    several epochs, which must not change a bit.
+    several epochs, whose waves attend at once. FlashAttention-3 splits keys among programs by what
+    a call has, so its sums are in another order then, and the outputs are held against the oracle.
 
     Args:
         shape: The layer.
@@ -262,12 +263,17 @@ def check_against_oracle(
     spans += [(token, token + 1) for token in range(prompt, num_tokens)]
     driver.workspace.counters.zero_()
     forced: dict[int, torch.Tensor] = {}
+
+    def kept(request: int, num_tokens: int) -> torch.Tensor:
+        return kept_in(driver.pages, layout, driver.table[request].numpy(), num_tokens)
+
     for start, end in spans:
         driver.forward(driver.plan(driver.step((0, start, end))), *inputs.rows(start, end))
+        if end == prompt:
+            held = kept(0, end)
         boundary, rest = divmod(end - config.num_sink_tokens, config.stride)
         if end >= layout.epochs[0].end and rest == 0:
-            kept = kept_in(driver.pages, layout, driver.table[0].numpy(), end)
-            forced[boundary] = kept.to("cpu", torch.int64)[None]
+            forced[boundary] = kept(0, end).to("cpu", torch.int64)[None]
     steps = [driver.step((0, start, end)) for start, end in spans]
     driver.predicted(*steps).check(driver.counted(), "the check against the oracle")
     if not any(layout.epochs[0].end <= end and end > prompt for end in _boundaries(config, forced)):
@@ -280,19 +286,19 @@ def check_against_oracle(
     for start, end in itertools.pairwise(cuts):
         if end > start:
             driver.forward(driver.plan(driver.step((1, start, end))), *again.rows(start, end))
-    if not torch.equal(again.output[:prompt], inputs.output[:prompt]):
-        raise RefusalError("chunks of several epochs give another output than one epoch at a time")
+    if not torch.equal(kept(1, prompt), held):
+        raise RefusalError("chunks of several epochs keep other tokens than one epoch at a time")
 
     heads = (shape.num_kv_heads, shape.num_heads // shape.num_kv_heads)
     query = inputs.query.cpu().unflatten(1, heads).permute(1, 2, 0, 3)
     key, value = (x.cpu().transpose(0, 1) for x in (inputs.key, inputs.value))
-    output = inputs.output.cpu().unflatten(1, heads).permute(1, 2, 0, 3).double()
+    found = {"one epoch at a time": inputs.output, "several epochs at once": again.output[:prompt]}
 
     def attend(dtype: torch.dtype) -> tuple[torch.Tensor, CascadeRun]:
         table = rope_table(config.max_places, shape.head_size, THETA, dtype)
         run = CascadeRun(CascadeParameters.like(config), forced, NEAR[shape.dtype], 1)
-        found = run.attend(0, query.to(dtype), key.to(dtype), value.to(dtype), table)
-        return found.double(), run
+        attended = run.attend(0, query.to(dtype), key.to(dtype), value.to(dtype), table)
+        return attended.double(), run
 
     expected, run = attend(torch.float64)
     if run.comparison.unexplained:
@@ -302,21 +308,26 @@ def check_against_oracle(
         )
     # The same in the working dtype by PyTorch alone: its error is what the dtype costs.
     eager, _ = attend(shape.dtype)
-    error, allowed = (output - expected).abs(), (eager - expected).abs()
+    allowed = (eager - expected).abs()
     unit = torch.finfo(shape.dtype).eps
     most = 2 * allowed.max() + unit * expected.abs().max()
-    # Sums of float32 in another order: eager float32 has no rounding of weights to compare with.
-    norm = max(1.5 * allowed.norm(), 4 * unit * expected.norm())
-    if not bool(error.max() <= most and error.norm() <= norm):
-        raise RefusalError(
-            f"output differs from the float64 oracle by up to {error.max():.2e} (norm "
-            f"{error.norm():.2e}); PyTorch in {shape.dtype} by {allowed.max():.2e} "
-            f"({allowed.norm():.2e})"
-        )
+    largest = 0.0
+    for how, output in found.items():
+        ours = output.cpu().unflatten(1, heads).permute(1, 2, 0, 3).double()
+        error, tokens = (ours - expected[:, :, : len(output)]).abs(), slice(len(output))
+        # Sums of float32 in another order: eager float32 has no rounding of weights to compare with.
+        norm = max(1.5 * allowed[:, :, tokens].norm(), 4 * unit * expected[:, :, tokens].norm())
+        if not bool(error.max() <= most and error.norm() <= norm):
+            raise RefusalError(
+                f"{how}, output differs from the float64 oracle by up to {error.max():.2e} (norm "
+                f"{error.norm():.2e}); PyTorch in {shape.dtype} by {allowed.max():.2e} "
+                f"({allowed.norm():.2e})"
+            )
+        largest = max(largest, error.max().item())
     return (
         f"{num_tokens:,} tokens, {len(forced)} boundaries, {run.comparison.windows} windows "
         f"({len(run.comparison.differing)} near-ties decided otherwise): largest error "
-        f"{error.max():.1e}, PyTorch's in {shape.dtype} {allowed.max():.1e}"
+        f"{largest:.1e}, PyTorch's in {shape.dtype} {allowed.max():.1e}"
     )
 
 
