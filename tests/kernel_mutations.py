@@ -259,4 +259,21 @@ KERNEL_MUTATIONS = [
         "    out = attended / total[:, None]",
         "tests/kernels/test_scored_prefill.py::test_attention",
     ),
+    Mutation(
+        "boundaries that merge once all waves of a round are prepared",
+        "vllm_cascade/attention/gpu_layer.py",
+        """            self._prepare(query, key, value, pages, each, launch, rows)
+            if launch""",
+        """            self._prepare(query, key, value, pages, each, launch, rows)
+        for launch in each.launches:
+            if launch""",
+        "tests/kernels/test_rounds.py::test_answers_and_kept_tokens_are_those_of_waves_alone[elastic]",
+    ),
+    Mutation(
+        "waves with scores that attend at once",
+        "vllm_cascade/attention/gpu_step.py",
+        "if self.layout.config.needs_scores:",
+        "if self.layout.config.needs_scores and len(parts) < 2:",
+        "tests/kernels/test_rounds.py::test_what_keeps_a_wave_alone",
+    ),
 ]

@@ -315,7 +315,7 @@ def check_against_oracle(
     for how, output in found.items():
         ours = output.cpu().unflatten(1, heads).permute(1, 2, 0, 3).double()
         error, tokens = (ours - expected[:, :, : len(output)]).abs(), slice(len(output))
-        # Sums of float32 in another order: eager float32 has no rounding of weights to compare with.
+        # Sums of float32 in another order: eager float32 rounds no weights to compare with.
         norm = max(1.5 * allowed[:, :, tokens].norm(), 4 * unit * expected[:, :, tokens].norm())
         if not bool(error.max() <= most and error.norm() <= norm):
             raise RefusalError(
