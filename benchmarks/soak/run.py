@@ -26,7 +26,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +226,9 @@ def main() -> int:
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
     scale, seconds = (TINY, 25.0) if arguments.tiny else (GPU, 420.0)
+    # More ranks are faster, and would preempt nothing.
+    per_second = scale.load.per_second * arguments.tensor
+    scale = replace(scale, load=replace(scale.load, per_second=per_second))
     if arguments.tiny:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
