@@ -219,7 +219,7 @@ class Engine:
             "decode_tokens_each": min(decoded),
             "decode_tokens_per_s": round(decode, 1),
             "cudagraph_mode": mode,
-            "cascade": self.plan.config.summary(),
+            "cascade": self.plan.config.summary() if sizes.backend == "CASCADE" else "",
             "backend": sizes.backend,
             "cache_tokens": self.plan.config.cache_tokens,
             "long_tokens": 0,

@@ -206,7 +206,11 @@ def gpu_scaling(rows: list[Row]) -> list[str]:
     """Times of each way to spread an engine, and rates over those of the single GPU above it."""
     first = single = rows[0]
     heading = ["engine", "GPUs", f"first token of {int(first['prompt_tokens']):,}, s"]
-    heading += ["prefill, tokens/s", f"decode of {first['decode_requests']} requests, tokens/s"]
+    long = next((row["long_tokens"] for row in rows if row.get("long_ttft_s")), None)
+    heading += [] if long is None else [f"of {int(long):,}, s"]
+    same = {row["decode_requests"] for row in rows} == {first["decode_requests"]}
+    requests = f"{first['decode_requests']} requests" + ("" if same else " of each replica")
+    heading += ["prefill, tokens/s", f"decode of {requests}, tokens/s"]
     lines = []
     for row in rows:
         kind = [row.get(name) or default for name, default in OF_A_ROW.items()]
@@ -229,6 +233,8 @@ def gpu_scaling(rows: list[Row]) -> list[str]:
         if row["gpus"] == "1":
             spread.insert(0, "one GPU")
         cells = [", ".join(spread), row["gpus"], _number(row["ttft_s"], 2)]
+        if long is not None:
+            cells.append(_number(row["long_ttft_s"], 2) if row["long_ttft_s"] else "-")
         lines.append([*cells, *rates])
     return _table([heading, *lines])
 
@@ -248,6 +254,8 @@ TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
 }
 # The default policy at two contexts, on another GPU than gpu_context.csv's.
 TABLES["gpu_context_h100"] = gpu_context
+# The default budget and policy, beside vLLM's own attention.
+TABLES["gpu_scaling_16k"] = gpu_scaling
 
 
 def section(name: str, results: Path = RESULTS) -> str:

@@ -154,8 +154,9 @@ def test_another_backend_has_no_layers_of_the_cascade(plan: Plan) -> None:
 
 
 def test_a_whole_run_fits_nine_minutes(plan: Plan) -> None:
-    """On a host with four GPUs; and, in two runs, what takes eight beside one GPU."""
-    four = [grid for grid in GRIDS.values() if grid.gpus <= 4]
+    """What takes up to four GPUs, and what takes eight, in two runs each, beside one GPU."""
+    four = [grid for grid in GRIDS.values() if 1 < grid.gpus <= 4]
     eight = [grid for grid in GRIDS.values() if grid.gpus == 8]
-    for grids in four, [Grid(), *eight[:4]], [Grid(), *eight[4:]]:
+    for grids in four[:4], four[4:], eight[:4], eight[4:]:
+        grids = [Grid(), *grids]
         assert sum(scaling.seconds_of(grid, scaling.FULL, plan) for grid in grids) < 530

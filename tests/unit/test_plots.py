@@ -411,6 +411,25 @@ def test_scaling_table(tmp_path: Path) -> None:
     ]
 
 
+def test_scaling_table_with_a_longer_prompt(tmp_path: Path) -> None:
+    rows = [
+        {"gpus": 1, "replicas": 1, "decode_requests": 32, "long_ttft_s": 19.336},
+        {"gpus": 2, "replicas": 2, "decode_requests": 64, "long_ttft_s": ""},
+    ]
+    common = {"prompt_tokens": 65536, "ttft_s": 2.0, "pipeline": 1, "tensor": 1, "executor": ""}
+    common |= {"prefill_tokens_per_s": 9.0, "decode_tokens_per_s": 3.0, "long_tokens": 500000}
+    common |= {"gpu": "GPU", "vllm": 0, "torch": 2, "commit": "abc", "shape": "8b"}
+    common |= {"backend": "CASCADE"}
+    rows = [{k: str(v) for k, v in (common | row).items()} for row in rows]
+    heading, _, *lines = cells(written(tmp_path, "gpu_scaling", rows))
+    assert heading[3:] == [
+        "of 500,000, s",
+        "prefill, tokens/s",
+        "decode of 32 requests of each replica, tokens/s",
+    ]
+    assert [line[3] for line in lines] == ["19.34", "-"]
+
+
 def test_a_section_without_rows_stays(tmp_path: Path) -> None:
     text = "<!-- gpu_context -->\nold\n<!-- /gpu_context -->\n"
     assert tables.rewritten(text, tmp_path) == text
