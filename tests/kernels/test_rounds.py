@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,3 +137,28 @@ def test_answers_and_kept_tokens_are_those_of_waves_alone(structure: str) -> Non
     torch.testing.assert_close(
         torch.cat([together[0][:350], together[1][390:]]), expected.float(), rtol=2e-4, atol=2e-5
     )
+
+
+def test_layers_with_other_query_heads_share_the_smaller_workspace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are told one plan, whose rounds have to fit each of them."""
+    from vllm_cascade.attention.builder import CascadeMetadataBuilder
+
+    def layer(max_keys: int, queries_per_pass: float) -> SimpleNamespace:
+        workspace = SimpleNamespace(max_keys=max_keys, queries_per_pass=queries_per_pass)
+        impl = SimpleNamespace(worker=SimpleNamespace(workspace=workspace), seen=None)
+        return SimpleNamespace(impl=impl)
+
+    given = []
+    monkeypatch.setattr("vllm_cascade.attention.gpu_step.Planner", lambda *args: given.append(args))
+    layers = {"few": layer(7000, 4000.0), "many": layer(2000, 500.0)}
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        speculative_config=None,
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        num_speculative_tokens=0,
+    )
+    spec = SimpleNamespace(config=config_of(700, num_sub_caches=2, selection_window=64))
+    CascadeMetadataBuilder(spec, list(layers), config, torch.device("cuda"))
+    assert given[0][3:5] == (2000, 4000.0)

@@ -76,13 +76,14 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
         if device.type != "cpu":
             from vllm_cascade.attention.gpu_step import Planner
 
-            workspace = layers[layer_names[0]].impl.worker.workspace
+            # Layers that share a plan may differ in query heads, and so in workspaces.
+            workspaces = [layers[name].impl.worker.workspace for name in layer_names]
             self.planner = Planner(
                 self.layout,
                 device,
                 vllm_config.scheduler_config.max_num_seqs,
-                workspace.max_keys,
-                workspace.queries_per_pass,
+                min(workspace.max_keys for workspace in workspaces),
+                max(workspace.queries_per_pass for workspace in workspaces),
                 1 + vllm_config.num_speculative_tokens,
             )
 
