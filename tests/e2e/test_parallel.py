@@ -1,4 +1,4 @@
-"""Finds alone: two ranks that answer or keep what one does not: of heads, layers or requests."""
+"""Finds alone: ranks that answer or keep what one does not: of heads, layers or requests."""
 
 from __future__ import annotations
 
@@ -141,8 +141,7 @@ def check_two_ranks(
 
 
 REPLICAS = [
-    "--data-parallel-size=2",
-    # Else there are two; tests/gpu has them.
+    # Else there are as many as replicas; tests/gpu has them.
     "--api-server-count=1",
     "--served-model-name=tiny",
     "--skip-tokenizer-init",
@@ -152,10 +151,10 @@ REPLICAS = [
 ]
 
 
-def test_two_replicas(model: str, one: Played, tmp_path: Path) -> None:
-    """`vllm serve --data-parallel-size 2`."""
-    with serve(tmp_path, model, *REPLICAS, forked=True) as server:
-        check_replicas(server, 2, PROMPTS, one, ranks=2)
+def test_replicas(model: str, one: Played, tmp_path: Path) -> None:
+    """`vllm serve --data-parallel-size 8`."""
+    with serve(tmp_path, model, *REPLICAS, "--data-parallel-size=8", forked=True) as server:
+        check_replicas(server, 8, PROMPTS, one, ranks=8)
 
 
 def test_a_node_that_would_not_load_the_plugin_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +239,10 @@ def test_two_replicas_through_ray(
 ) -> None:
     """`vllm serve --data-parallel-size 2 --data-parallel-backend ray`."""
     monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
-    flags = [*REPLICAS, "--data-parallel-backend=ray", "--data-parallel-size-local=2"]
-    with serve(tmp_path, model, *flags) as server:
+    flags = [
+        "--data-parallel-size=2",
+        "--data-parallel-backend=ray",
+        "--data-parallel-size-local=2",
+    ]
+    with serve(tmp_path, model, *REPLICAS, *flags) as server:
         check_replicas(server, 2, PROMPTS, one, ranks=2)
