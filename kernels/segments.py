@@ -19,7 +19,7 @@ KEY_PADDING = 192
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """The several-token segments of one wave, at most one per request.
+    """Segments of several tokens: of one wave, at most one per request; or of a round's waves.
 
     Args:
         query_spans: [num_segments, 2] int32 first and last + 1 of each segment's queries, packed.

@@ -188,9 +188,7 @@ class GpuEngine(Pool):
         cos, sin = (x.to(DEVICE) for x in rope_table(config.max_places, HEAD, THETA, torch.float32))
         table = (cos, sin, True)
         self.layer = GpuLayer(config, shape, HEAD**-0.5, *table, workspace, sinks, soft_cap)
-        self.planner = Planner(
-            self.layout, DEVICE, num_requests, max_keys, workspace.queries_per_pass, most_tokens
-        )
+        self.planner = Planner(self.layout, DEVICE, num_requests, max_keys, most_tokens)
         self.first = None
         if follows:
             others = (cos.clone(), sin.clone(), True, workspace, None if sinks is None else -sinks)

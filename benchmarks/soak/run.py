@@ -226,7 +226,7 @@ def main() -> int:
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
     scale, seconds = (TINY, 25.0) if arguments.tiny else (GPU, 420.0)
-    # More ranks are faster, and would preempt nothing.
+    # On GPUs more ranks are faster, and would preempt nothing.
     per_second = scale.load.per_second * arguments.tensor
     scale = replace(scale, load=replace(scale.load, per_second=per_second))
     if arguments.tiny:

@@ -1,4 +1,4 @@
-"""Causal attention of a wave's segments over the workspace, where FlashAttention-3 is missing.
+"""Causal attention of a round's segments over the workspace, where FlashAttention-3 is missing.
 
 Source: FlashAttention-2, arXiv 2307.08691, section 3.1: a tile of queries meets the tiles of keys
 in turn and, where a tile has a new maximum, rescales what it has summed so far.

@@ -18,7 +18,7 @@ class Steps:
 
     Args:
         plans: Per step, the requests in the batch if any of them has a single token, else 0; and
-            the launches that its chunks take.
+            the rounds that its chunks take.
         forwards: Calls of a layer from Python.
         replays: CUDA graphs replayed.
     """
@@ -30,7 +30,7 @@ class Steps:
     @property
     def decodes(self) -> int:
         """Steps that had single tokens only."""
-        return sum(not launches for _, launches in self.plans)
+        return sum(not rounds for _, rounds in self.plans)
 
 
 @contextlib.contextmanager

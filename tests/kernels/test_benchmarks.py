@@ -126,6 +126,29 @@ def test_output_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> 
         check_against_oracle(SHAPE, 340, 6, DEVICE, policy="blend", **SMALL)
 
 
+def test_waves_that_attend_at_once_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, merge = GpuLayer._attend_rows, GpuLayer._waves
+
+    def off(layer: Any, each: Any, rows: Any, output: torch.Tensor) -> torch.Tensor:
+        lse = attend(layer, each, rows, output)
+        output.mul_(1 + 1e-4 * (len(each.launches) > 1))
+        return lse
+
+    def without_merges(layer: Any, query: Any, key: Any, value: Any, pages: Any, each: Any, *rows):
+        if len(each.launches) > 1:
+            launches = tuple(dataclasses.replace(one, merges=None) for one in each.launches)
+            each = dataclasses.replace(each, launches=launches)
+        merge(layer, query, key, value, pages, each, *rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GpuLayer, "_attend_rows", off)
+        with pytest.raises(RefusalError, match="several epochs in a step, output differs"):
+            check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
+    monkeypatch.setattr(GpuLayer, "_waves", without_merges)
+    with pytest.raises(RefusalError, match="several epochs keep other tokens"):
+        check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
+
+
 def test_engine_counts_what_is_predicted() -> None:
     """Every layer and KV head counts; the last token that is generated is never computed."""
     config = make_config(1000, policy="blend", **SMALL)

@@ -10,13 +10,8 @@ import pytest
 import torch
 
 from layers import DEVICE, HEAD, KV_HEADS, SHARED, GpuEngine, config_of, oracle
-from vllm_cascade.attention.gpu_step import GpuMetadata, Planner, most_efficient
-from vllm_cascade.attention.gpu_workspace import (
-    MOST_ROUND_BYTES,
-    Shape,
-    max_workspace_keys,
-    queries_per_pass,
-)
+from vllm_cascade.attention.gpu_step import GpuMetadata, Planner
+from vllm_cascade.attention.gpu_workspace import MOST_ROUND_BYTES, Shape, max_workspace_keys
 from vllm_cascade.kernels.segments import KEY_PADDING
 from vllm_cascade.structure.layout import build_layout
 from vllm_cascade.structure.options import CascadeOptions
@@ -26,29 +21,10 @@ from vllm_cascade.structure.resolve import resolve
 LLAMA_8B = {"block_size": 16, "max_model_len": 100_000, "position_limit": 1 << 17}
 
 
-@pytest.mark.parametrize(
-    ("passes", "count"),
-    [
-        # A single wave that fills the device, or most of it, is not kept waiting for others.
-        ([1.94, 3.88], 1),
-        ([0.97, 1.94, 2.91], 1),
-        # Four waves of a quarter, but not the fifth.
-        ([0.24, 0.48, 0.73, 0.97, 1.21, 1.45], 4),
-        # One and a half: two of three.
-        ([1.45, 2.91, 4.36], 2),
-        ([0.3], 1),
-    ],
-)
-def test_as_many_as_fill_the_device(passes: list[float], count: int) -> None:
-    assert most_efficient(passes) == count
-
-
-def plan(
-    lengths: list[int], max_keys: int, per_pass: float, **options: object
-) -> tuple[GpuMetadata, Planner]:
+def plan(lengths: list[int], max_keys: int, **options: object) -> tuple[GpuMetadata, Planner]:
     """A step of prompts from their beginning."""
     layout = build_layout(config_of(2000, num_sub_caches=2, selection_window=64, **options))
-    planner = Planner(layout, DEVICE, len(lengths), max_keys, per_pass)
+    planner = Planner(layout, DEVICE, len(lengths), max_keys)
     starts = np.cumsum([0, *lengths]).astype(np.int32)
     ends = np.array(lengths, dtype=np.int32)
     table = torch.zeros(len(lengths), layout.max_blocks, dtype=torch.int32, device=DEVICE)
@@ -57,8 +33,9 @@ def plan(
 
 
 def test_waves_take_rows_of_their_own() -> None:
-    metadata, planner = plan([900, 700], max_keys=3000, per_pass=256)
-    num_waves = max(len(list(planner.layout.segments(0, n))) for n in (900, 700))
+    metadata, planner = plan([900, 700], max_keys=3000)
+    waves = [list(planner.layout.segments(0, n)) for n in (900, 700)]
+    num_waves = max(map(len, waves))
     assert sum(len(each.launches) for each in metadata.rounds) == num_waves
     assert any(len(each.launches) > 1 for each in metadata.rounds)
     rows = 0
@@ -70,46 +47,57 @@ def test_waves_take_rows_of_their_own() -> None:
         assert spans[0][0] == 0
         assert all(a[1] + KEY_PADDING == b[0] for a, b in itertools.pairwise(spans))
         assert spans[-1][1] + KEY_PADDING == each.segments.num_rows <= 3000
+        for segments in (each.segments, *(launch.segments for launch in each.launches)):
+            own = [end - start for start, end in segments.query_spans.tolist()]
+            held = [end - start for start, end in segments.key_spans.tolist()]
+            assert segments.max_query_len == max(own)
+            assert segments.max_key_len == max(held)
+            before = [keys - queries for keys, queries in zip(held, own, strict=True)]
+            assert segments.max_prefix_len == max(before)
         assert len(each.rows) == len(each.tokens) == each.segments.num_queries
         rows += each.segments.num_queries
     assert rows == 1600
 
 
 def test_what_keeps_a_wave_alone() -> None:
-    """Scores, which a boundary needs; a workspace for one; and queries enough."""
-    together = plan([900], max_keys=3000, per_pass=256)[0]
+    """Scores, which a boundary needs; and a workspace for one."""
+    together = plan([900], max_keys=3000)[0]
     assert max(len(each.launches) for each in together.rounds) > 1
     for alone in (
-        plan([900], max_keys=3000, per_pass=256, policy="blend"),
-        plan([900], max_keys=10, per_pass=256),
-        plan([900], max_keys=3000, per_pass=1),
+        plan([900], max_keys=3000, policy="blend"),
+        plan([900], max_keys=10),
     ):
         assert {len(each.launches) for each in alone[0].rounds} == {1}
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "waves"),
-    # Llama 8B whole, and a rank of four and of eight; Qwen2.5 1.5B; 28 heads, cut at a limit.
-    [(32, 8, 2), (8, 2, 2), (4, 1, 4), (12, 2, 4), (28, 4, 7), (28, 28, 1)],
+    ("heads", "kv_heads", "caches"),
+    # Llama 8B whole, a rank of two, four and eight; Qwen2.5 1.5B; 28 heads, cut at a limit; and
+    # those of which two caches are above it.
+    [(32, 8, 2), (16, 4, 2), (8, 2, 9), (4, 1, 9), (12, 2, 9), (28, 4, 7), (28, 28, 2)],
 )
-def test_room_for_the_waves_that_attend_best_at_once(heads: int, kv_heads: int, waves: int) -> None:
+def test_room_for_a_steps_waves_where_one_leaves_the_device_idle(
+    heads: int, kv_heads: int, caches: int
+) -> None:
     config = resolve(CascadeOptions.parse({}), **LLAMA_8B)
     shape = Shape(heads, kv_heads, 128, torch.bfloat16)
-    per_pass = queries_per_pass(shape, torch.device("cpu"))
-    rows = max_workspace_keys(config, shape, 8192, per_pass)
+    rows = max_workspace_keys(config, shape, 8192, 132)
     places = config.max_places + config.block_size + KEY_PADDING
-    assert rows == max(2, waves) * places
-    if waves > 2:
+    assert rows == caches * places
+    if caches > 2:
         assert rows * 2 * kv_heads * 128 * 2 <= MOST_ROUND_BYTES
     scored = resolve(CascadeOptions.parse({"policy": "blend"}), **LLAMA_8B)
-    assert max_workspace_keys(scored, shape, 8192, per_pass) == 2 * (
+    assert max_workspace_keys(scored, shape, 8192, 132) == 2 * (
         scored.max_places + scored.block_size + KEY_PADDING
     )
 
 
 @pytest.mark.parametrize("structure", ["elastic", "fixed"])
 def test_answers_and_kept_tokens_are_those_of_waves_alone(structure: str) -> None:
-    """Two requests whose rows lie apart, with tokens enough for several boundaries in a step."""
+    """Two requests whose rows lie apart, with tokens enough for several boundaries in a step.
+
+    The layer repeats what another has launched.
+    """
     config = config_of(
         700,
         policy="distinct",
@@ -125,7 +113,7 @@ def test_answers_and_kept_tokens_are_those_of_waves_alone(structure: str) -> Non
     steps = [[(0, 0, 350), (1, 0, 30)], [(1, 30, 420), (0, 350, 600)]]
     found = []
     for max_keys in (8000, 10):
-        engine = GpuEngine(config, 2, torch.float32, max_keys=max_keys)
+        engine = GpuEngine(config, 2, torch.float32, follows=True, max_keys=max_keys)
         outputs = [engine.step(spans, q, k, v) for spans in steps]
         found.append((outputs, [engine.kept(r, n) for r, n in enumerate(lengths)]))
     (together, kept), (alone, kept_alone) = found
@@ -145,14 +133,14 @@ def test_layers_with_other_query_heads_share_the_smaller_workspace(
     """They are told one plan, whose rounds have to fit each of them."""
     from vllm_cascade.attention.builder import CascadeMetadataBuilder
 
-    def layer(max_keys: int, queries_per_pass: float) -> SimpleNamespace:
-        workspace = SimpleNamespace(max_keys=max_keys, queries_per_pass=queries_per_pass)
-        impl = SimpleNamespace(worker=SimpleNamespace(workspace=workspace), seen=None)
+    def layer(max_keys: int) -> SimpleNamespace:
+        worker = SimpleNamespace(workspace=SimpleNamespace(max_keys=max_keys))
+        impl = SimpleNamespace(worker=worker, seen=None)
         return SimpleNamespace(impl=impl)
 
     given = []
     monkeypatch.setattr("vllm_cascade.attention.gpu_step.Planner", lambda *args: given.append(args))
-    layers = {"few": layer(7000, 4000.0), "many": layer(2000, 500.0)}
+    layers = {"few": layer(7000), "many": layer(2000)}
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context=layers),
         speculative_config=None,
@@ -161,4 +149,4 @@ def test_layers_with_other_query_heads_share_the_smaller_workspace(
     )
     spec = SimpleNamespace(config=config_of(700, num_sub_caches=2, selection_window=64))
     CascadeMetadataBuilder(spec, list(layers), config, torch.device("cuda"))
-    assert given[0][3:5] == (2000, 4000.0)
+    assert given[0][3] == 2000

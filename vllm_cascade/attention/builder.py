@@ -83,7 +83,6 @@ class CascadeMetadataBuilder(AttentionMetadataBuilder[Any]):
                 device,
                 vllm_config.scheduler_config.max_num_seqs,
                 min(workspace.max_keys for workspace in workspaces),
-                max(workspace.queries_per_pass for workspace in workspaces),
                 1 + vllm_config.num_speculative_tokens,
             )
 

@@ -8,7 +8,6 @@ are cut into waves on the host, which knows their lengths before the device does
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -72,8 +71,8 @@ class Round:
 
     Without scores a boundary needs no attention, only what the wave before it has written. So the
     waves of a chunk are prepared and merge one after the other, each in rows of the workspace of
-    its own, and attend at once: a single wave of a few heads leaves most of the device idle. With
-    scores a round has one launch.
+    its own, and attend at once: a single wave of few heads leaves a part of the device idle, and
+    the host has a call of attention to make for it. With scores a round has one launch.
 
     Args:
         launches: One or more, in the order in which they run.
@@ -174,8 +173,6 @@ class Planner:
         device: Where the engine's tensors are.
         max_num_seqs: Most requests of a step.
         max_keys: Rows of keys in the workspace; at least enough for one request.
-        queries_per_pass: Queries whose attention keeps the device busy once
-            (`gpu_workspace.queries_per_pass`).
         most_tokens: Most tokens of a request that are resolved one by one, on the device: a token
             and its drafts. Of such a row those that are late are computed for nothing
             (`resolve_decodes`); what is no draft must not be late.
@@ -187,11 +184,9 @@ class Planner:
         device: torch.device,
         max_num_seqs: int,
         max_keys: int,
-        queries_per_pass: float,
         most_tokens: int = 1,
     ) -> None:
         self.layout, self.most_tokens = layout, most_tokens
-        self.queries_per_pass = queries_per_pass
         self.max_keys = max(max_keys, _most_keys(layout) + KEY_PADDING)
         self.epochs = shared_epochs(layout, device)
         self.table = self.epochs.table
@@ -331,7 +326,7 @@ class Planner:
 
     def _rounds(self, waves: list[list[_Cut]], block_table: torch.Tensor) -> list[Round]:
         """Cut waves where the workspace is full, and resolve all their segments in one launch."""
-        rounds = self._attending_at_once([part for wave in waves for part in self._parts(wave)])
+        rounds = self._at_once([part for wave in waves for part in self._parts(wave)])
         cuts = [cut for parts in rounds for part in parts for cut in part]
         num_segments, num_rows = len(cuts), sum(cut.length for cut in cuts)
 
@@ -415,38 +410,18 @@ class Planner:
             left -= taken
         return parts
 
-    def _attending_at_once(self, parts: list[list[_Cut]]) -> list[list[list[_Cut]]]:
-        """Put parts of waves together where the workspace has room and the device gains."""
-        if self.layout.config.needs_scores:
-            return [[part] for part in parts]
+    def _at_once(self, parts: list[list[_Cut]]) -> list[list[list[_Cut]]]:
+        """Put as many parts of waves together as the workspace has room for."""
         rounds: list[list[list[_Cut]]] = []
-        while parts:
-            passes, left = [0.0], self.max_keys
-            for part in parts:
-                left -= sum(cut.num_keys + KEY_PADDING for cut in part)
-                if left < 0:
-                    break
-                num_queries = sum(cut.length for cut in part)
-                passes.append(passes[-1] + num_queries / self.queries_per_pass)
-            count = most_efficient(passes[1:])
-            rounds.append(parts[:count])
-            parts = parts[count:]
+        left = 0
+        for part in parts:
+            taken = sum(cut.num_keys + KEY_PADDING for cut in part)
+            if taken > left or self.layout.config.needs_scores:
+                rounds.append([])
+                left = self.max_keys
+            rounds[-1].append(part)
+            left -= taken
         return rounds
-
-
-def most_efficient(passes: list[float]) -> int:
-    """Choose how many launches attend at once.
-
-    The device attends a pass of programs at a time, and the last pass leaves a part of it idle.
-
-    Args:
-        passes: For each number of launches, from one on, the passes that would be full.
-
-    Returns:
-        The fewest launches that keep the device as busy as any number does, up to 2%.
-    """
-    busy = [full / math.ceil(full) for full in passes]
-    return next(index for index, each in enumerate(busy, 1) if each >= max(busy) - 0.02)
 
 
 def _most_keys(layout: Layout) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,6 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from vllm_cascade.attention.gpu_step import most_efficient
 from vllm_cascade.kernels.decode import attend as paged_decode
 from vllm_cascade.kernels.merge import groups as compaction
 from vllm_cascade.kernels.prefill import scores as key_scores
@@ -27,9 +27,9 @@ FLASH_MAX_HEAD_SIZE = 256
 FLASH_MAX_SINKS = 64
 # Queries of a tile of FlashAttention-3 with 128 channels; with others up to a half more.
 TILE_QUERIES = 128
-# Of an H100 or H200; assumed where there is no GPU to ask.
-MULTIPROCESSORS = 132
-# Most bytes of the keys and values of a round's waves.
+# From this share of the multiprocessors on a wave gains nothing by attending with others.
+BUSY_SHARE = 0.95
+# Most bytes of the keys and values of a round, unless two full caches take more.
 MOST_ROUND_BYTES = 256 << 20
 
 
@@ -71,7 +71,6 @@ class Workspace:
         merge: Scratch of the merge kernels.
         counters: [3] int64: pairs of a query and a key scored, groups merged, tokens dropped. Each
             counts per KV head and sums over all layers.
-        queries_per_pass: See the function.
     """
 
     query: torch.Tensor
@@ -83,7 +82,6 @@ class Workspace:
     decode: paged_decode.Scratch
     merge: compaction.Scratch
     counters: torch.Tensor
-    queries_per_pass: float
 
     @property
     def max_keys(self) -> int:
@@ -91,24 +89,8 @@ class Workspace:
         return len(self.key)
 
 
-def queries_per_pass(shape: Shape, device: torch.device) -> float:
-    """Queries whose attention gives each multiprocessor one tile.
-
-    Args:
-        shape: The layers.
-        device: Where they are.
-
-    Returns:
-        Queries of all query heads on this rank.
-    """
-    count = MULTIPROCESSORS
-    if device.type == "cuda":
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-    return count * TILE_QUERIES / shape.num_heads
-
-
 def max_workspace_keys(
-    config: CascadeConfig, shape: Shape, max_num_batched_tokens: int, per_pass: float
+    config: CascadeConfig, shape: Shape, max_num_batched_tokens: int, num_processors: int
 ) -> int:
     """Choose the number of workspace rows for a round's keys.
 
@@ -116,21 +98,29 @@ def max_workspace_keys(
         config: A valid configuration.
         shape: The layers.
         max_num_batched_tokens: Most tokens of a step.
-        per_pass: `queries_per_pass`.
+        num_processors: Multiprocessors of the device.
 
     Returns:
-        Rows, padding included: two full caches, or twice the tokens of a step if that is more; or,
-        where no scores are kept, as many full caches as there are waves in a step that attend best
-        at once, if their keys and values take no more than `MOST_ROUND_BYTES`.
+        Rows, padding included: two full caches, or twice the tokens of a step if that is more.
+        Where a wave of a stride leaves multiprocessors idle and no scores are kept, a full cache
+        for each wave of a step, or as many as fit `MOST_ROUND_BYTES` if those are more than two.
     """
     places = min(config.max_places, config.max_model_len) + config.block_size + KEY_PADDING
     rows = 2 * max(places, max_num_batched_tokens)
-    if config.needs_scores:
+    passes = config.stride * shape.num_heads / (TILE_QUERIES * num_processors)
+    if config.needs_scores or passes / math.ceil(passes) >= BUSY_SHARE:
         return rows
-    waves = range(1, max(1, max_num_batched_tokens // config.stride) + 1)
-    count = most_efficient([wave * config.stride / per_pass for wave in waves])
     row_bytes = 2 * shape.num_kv_heads * shape.head_size * shape.dtype.itemsize
-    return max(rows, min(count, MOST_ROUND_BYTES // (places * row_bytes)) * places)
+    # A chunk begins and ends within a stride.
+    waves = max_num_batched_tokens // config.stride + 1
+    return max(rows, min(waves, MOST_ROUND_BYTES // (places * row_bytes)) * places)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Count the multiprocessors of a device; without a GPU to ask, those of an H100 or H200."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # A workspace lives as long as some layer that uses it.
@@ -186,8 +176,7 @@ def make_workspace(
     Returns:
         A new workspace.
     """
-    per_pass = queries_per_pass(shape, device)
-    max_keys = max_workspace_keys(config, shape, max_num_batched_tokens, per_pass)
+    max_keys = max_workspace_keys(config, shape, max_num_batched_tokens, multiprocessors(device))
     max_rows = max_requests * per_request
     max_places = min(config.max_places, config.max_model_len) + config.block_size
     queries = (max_num_batched_tokens, shape.num_heads, shape.head_size)
@@ -235,7 +224,6 @@ def make_workspace(
             max_group=config.group_tokens,
         ),
         counters=torch.zeros(3, dtype=torch.int64, device=device),
-        queries_per_pass=per_pass,
     )
 
 
