@@ -272,8 +272,15 @@ KERNEL_MUTATIONS = [
     Mutation(
         "waves with scores that attend at once",
         "vllm_cascade/attention/gpu_step.py",
-        "if self.layout.config.needs_scores:",
-        "if self.layout.config.needs_scores and len(parts) < 2:",
+        "if taken > left or self.layout.config.needs_scores:",
+        "if taken > left:",
         "tests/kernels/test_rounds.py::test_what_keeps_a_wave_alone",
+    ),
+    Mutation(
+        "a launch that gathers as many keys as its first segment has",
+        "vllm_cascade/attention/gpu_step.py",
+        "max_prefix_len=max(cut.place for cut in part),",
+        "max_prefix_len=part[0].place,",
+        "tests/kernels/test_rounds.py::test_waves_take_rows_of_their_own",
     ),
 ]
