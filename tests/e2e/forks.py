@@ -15,6 +15,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -49,9 +50,13 @@ class Context:
 
 
 def _prepared(target: Callable[..., None], *args: Any) -> None:
+    from vllm.distributed.device_communicators import shm_broadcast
     from vllm.model_executor.models import registry
     from vllm.v1.sample import sampler
 
+    # Ranks that wait for a message yield to others in a loop. Seen on two cores with Linux 6.18:
+    # now and then that keeps all other processes waiting for a minute.
+    shm_broadcast.sched_yield = lambda: time.sleep(1e-4)
     # What has been imported is no garbage, and need not be searched.
     gc.freeze()
     # As in conftest.py.
