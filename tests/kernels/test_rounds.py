@@ -86,6 +86,9 @@ def test_room_for_a_steps_waves_where_one_leaves_the_device_idle(
     assert rows == caches * places
     if caches > 2:
         assert rows * 2 * kv_heads * 128 * 2 <= MOST_ROUND_BYTES
+    # Where no request comes to a boundary a chunk is one wave.
+    short = resolve(CascadeOptions.parse({}), **{**LLAMA_8B, "max_model_len": 8192})
+    assert max_workspace_keys(short, shape, 8192, 132) == 2 * (8192 + 16 + KEY_PADDING)
     scored = resolve(CascadeOptions.parse({"policy": "blend"}), **LLAMA_8B)
     assert max_workspace_keys(scored, shape, 8192, 132) == 2 * (
         scored.max_places + scored.block_size + KEY_PADDING

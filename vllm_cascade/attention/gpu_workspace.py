@@ -102,13 +102,16 @@ def max_workspace_keys(
 
     Returns:
         Rows, padding included: two full caches, or twice the tokens of a step if that is more.
-        Where a wave of a stride leaves multiprocessors idle and no scores are kept, a full cache
-        for each wave of a step, or as many as fit `MOST_ROUND_BYTES` if those are more than two.
+        Where chunks have several waves, one of which leaves multiprocessors idle, and no scores are
+        kept: a full cache for each wave of a step, or as many as fit `MOST_ROUND_BYTES` if those
+        are more than two.
     """
     places = min(config.max_places, config.max_model_len) + config.block_size + KEY_PADDING
     rows = 2 * max(places, max_num_batched_tokens)
+    if config.needs_scores or config.max_model_len <= config.first_boundary:
+        return rows
     passes = config.stride * shape.num_heads / (TILE_QUERIES * num_processors)
-    if config.needs_scores or passes / math.ceil(passes) >= BUSY_SHARE:
+    if passes / math.ceil(passes) >= BUSY_SHARE:
         return rows
     row_bytes = 2 * shape.num_kv_heads * shape.head_size * shape.dtype.itemsize
     # A chunk begins and ends within a stride.
