@@ -262,18 +262,18 @@ KERNEL_MUTATIONS = [
     Mutation(
         "boundaries that merge once all waves of a round are prepared",
         "vllm_cascade/attention/gpu_layer.py",
-        """            self._prepare(query, key, value, pages, each, launch, rows)
-            if launch""",
-        """            self._prepare(query, key, value, pages, each, launch, rows)
+        """            )
+            if launch.merges is not None and not""",
+        """            )
         for launch in each.launches:
-            if launch""",
+            if launch.merges is not None and not""",
         "tests/kernels/test_rounds.py::test_answers_and_kept_tokens_are_those_of_waves_alone[elastic]",
     ),
     Mutation(
         "waves with scores that attend at once",
         "vllm_cascade/attention/gpu_step.py",
-        "if taken > left or self.layout.config.needs_scores:",
-        "if taken > left:",
+        "room = 0 if self.layout.config.needs_scores else self.max_keys",
+        "room = self.max_keys",
         "tests/kernels/test_rounds.py::test_what_keeps_a_wave_alone",
     ),
     Mutation(

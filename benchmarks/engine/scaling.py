@@ -66,6 +66,13 @@ GRIDS = {
 SHAPES = {
     "8b": (LLAMA, 1),
     "8b-4kv": (LLAMA | {"num_key_value_heads": 4}, 1),
+    # What one of eight ranks computes, without their reductions.
+    "8b-eighth": (
+        LLAMA
+        | {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128}
+        | {"intermediate_size": 1792, "vocab_size": 16032},
+        1,
+    ),
     "70b": (LLAMA_70B, 2),
 }
 BACKENDS = ("CASCADE", "FLASH_ATTN")

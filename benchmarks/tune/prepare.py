@@ -55,11 +55,12 @@ def main() -> int:
         moved = rows * shape.head_size * size
         print(f"\nown {own:,}, prefix {prefix:,}: {moved / 1e6:.0f} MB, groups {len(epoch.groups)}")
 
-        def prepare(weights: Weights, layer=layer, each=each, driver=driver) -> None:
+        def prepare(weights, layer=layer, each=each, launch=launch, driver=driver) -> None:
             layer.weights = weights
             rows = layer._rows(each.segments)
             own = inputs.rows(0, each.segments.num_queries)[:3]
-            layer._prepare(*own, driver.pages, each, *each.launches, rows)
+            unmerged = replace(each, launches=(replace(launch, merges=None),))
+            layer._prepare(*own, driver.pages, unmerged, rows)
 
         def merge(has_sums: bool, layer=layer, launch=launch, driver=driver) -> None:
             layer.weights = Weights(0.0, 1.0, 1.0)

@@ -19,6 +19,14 @@ from e2e.tiny import prompt_without_ties, save_llama
 
 pytestmark = pytest.mark.gpu
 
+MODEL: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+    # Else a random model repeats the token that it was given.
+    "tie_word_embeddings": False,
+}
 CASCADE = {
     "cache_tokens": 256,
     "num_sub_caches": 2,
@@ -63,17 +71,8 @@ def needs(count: int) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_llama(
-        tmp_path_factory.mktemp("llama"),
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        # With eight tensor ranks two ranks hold a copy of each.
-        num_key_value_heads=4,
-        head_dim=64,
-        # Else a random model repeats the token that it was given.
-        tie_word_embeddings=False,
-    )
+    # With eight tensor ranks two ranks hold a copy of each KV head.
+    return save_llama(tmp_path_factory.mktemp("llama"), num_key_value_heads=4, **MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +101,7 @@ def test_more_ranks_than_heads(tmp_path: Path) -> None:
     """Both ranks have the only KV head, and keep the same tokens of it."""
     needs(2)
     (tmp_path / "one").mkdir()
-    model = save_llama(
-        tmp_path / "llama",
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=1,
-        head_dim=64,
-        tie_word_embeddings=False,
-    )
+    model = save_llama(tmp_path / "llama", num_key_value_heads=1, **MODEL)
     options = {"additional_config": TRACED, "compilation_config": GRAPHS, **OPTIONS}
     alone = play(tmp_path / "one", model, PROMPTS, ANSWER, **options)
     two = play(tmp_path, model, PROMPTS, ANSWER, tensor_parallel_size=2, **options)

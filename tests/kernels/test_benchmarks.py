@@ -127,7 +127,7 @@ def test_output_is_compared_with_the_oracle(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_waves_that_attend_at_once_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend, merge = GpuLayer._attend_rows, GpuLayer._waves
+    attend, merge = GpuLayer._attend_rows, GpuLayer._prepare
 
     def off(layer: Any, each: Any, rows: Any, output: torch.Tensor) -> torch.Tensor:
         lse = attend(layer, each, rows, output)
@@ -144,7 +144,7 @@ def test_waves_that_attend_at_once_are_compared_too(monkeypatch: pytest.MonkeyPa
         patch.setattr(GpuLayer, "_attend_rows", off)
         with pytest.raises(RefusalError, match="several epochs in a step, output differs"):
             check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
-    monkeypatch.setattr(GpuLayer, "_waves", without_merges)
+    monkeypatch.setattr(GpuLayer, "_prepare", without_merges)
     with pytest.raises(RefusalError, match="several epochs keep other tokens"):
         check_against_oracle(SHAPE, 340, 6, DEVICE, **SMALL)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_cascade.attention.gpu_step import DecodeStep, GpuMetadata, Launch, Round, Rows
+from vllm_cascade.attention.gpu_step import DecodeStep, GpuMetadata, Round, Rows
 from vllm_cascade.attention.gpu_workspace import Shape, Workspace, flash_attention
 from vllm_cascade.kernels import kv_write
 from vllm_cascade.kernels.decode import attend as paged_decode
@@ -99,7 +99,7 @@ class GpuLayer:
             rows = metadata.rows.get(place)
             if rows is None:
                 rows = metadata.rows[place] = self._rows(each.segments)
-            once((number, "waves"), self._waves, query, key, value, pages, each, rows)
+            once((number, "prepare"), self._prepare, query, key, value, pages, each, rows)
             lse = self._attend_rows(each, rows, output)
             if self.config.needs_scores:
                 once((number, "score"), self._score, pages, each, rows, lse, lse=lse)
@@ -137,21 +137,6 @@ class GpuLayer:
         if step.merges is not None:
             self._merge(pages, step.merges, has_sums=False)
 
-    def _waves(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        pages: Pages,
-        each: Round,
-        rows: Rows,
-    ) -> None:
-        """Prepare a round's launches; without scores a boundary merges before the next wave."""
-        for launch in each.launches:
-            self._prepare(query, key, value, pages, each, launch, rows)
-            if launch.merges is not None and not self.config.needs_scores:
-                self._merge(pages, launch.merges, has_sums=True)
-
     def _prepare(
         self,
         query: torch.Tensor,
@@ -159,27 +144,32 @@ class GpuLayer:
         value: torch.Tensor,
         pages: Pages,
         each: Round,
-        launch: Launch,
         rows: Rows,
     ) -> None:
-        """Write keys and values to their pages, and all that attention reads to the workspace."""
-        prefill_workspace.prepare(
-            pages,
-            launch.segments,
-            query,
-            key,
-            value,
-            each.rows,
-            each.tokens,
-            self.cos,
-            self.sin,
-            self.is_neox,
-            rows.query,
-            rows.key,
-            rows.value,
-            self.weights,
-            self.workspace.merge.sums,
-        )
+        """Write keys and values to their pages, and all that attention reads to the workspace.
+
+        Without scores a boundary merges before the next wave, which finds what it leaves.
+        """
+        for launch in each.launches:
+            prefill_workspace.prepare(
+                pages,
+                launch.segments,
+                query,
+                key,
+                value,
+                each.rows,
+                each.tokens,
+                self.cos,
+                self.sin,
+                self.is_neox,
+                rows.query,
+                rows.key,
+                rows.value,
+                self.weights,
+                self.workspace.merge.sums,
+            )
+            if launch.merges is not None and not self.config.needs_scores:
+                self._merge(pages, launch.merges, has_sums=True)
 
     def _rows(self, segments: Segments) -> Rows:
         """The rows of the workspace that a round's segments take."""

@@ -9,9 +9,10 @@ are cut into waves on the host, which knows their lengths before the device does
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ from vllm_cascade.kernels.segments import KEY_PADDING, DecodeRows, Merges, Segme
 from vllm_cascade.structure.layout import Layout, Segment
 
 Ints = npt.NDArray[np.int32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +328,14 @@ class Planner:
 
     def _rounds(self, waves: list[list[_Cut]], block_table: torch.Tensor) -> list[Round]:
         """Cut waves where the workspace is full, and resolve all their segments in one launch."""
-        rounds = self._at_once([part for wave in waves for part in self._parts(wave)])
+        parts = [
+            part
+            for wave in waves
+            for part in _packed(wave, lambda cut: _num_rows([cut]), self.max_keys)
+        ]
+        # With scores a boundary needs the attention of the wave before it.
+        room = 0 if self.layout.config.needs_scores else self.max_keys
+        rounds = _packed(parts, _num_rows, room)
         cuts = [cut for parts in rounds for part in parts for cut in part]
         num_segments, num_rows = len(cuts), sum(cut.length for cut in cuts)
 
@@ -397,31 +406,24 @@ class Planner:
             row += all_segments.num_queries
         return made
 
-    def _parts(self, wave: list[_Cut]) -> list[list[_Cut]]:
-        """Cut a wave where the workspace is full."""
-        parts: list[list[_Cut]] = []
-        left = 0
-        for cut in wave:
-            taken = cut.num_keys + KEY_PADDING
-            if taken > left:
-                parts.append([])
-                left = self.max_keys
-            parts[-1].append(cut)
-            left -= taken
-        return parts
 
-    def _at_once(self, parts: list[list[_Cut]]) -> list[list[list[_Cut]]]:
-        """Put as many parts of waves together as the workspace has room for."""
-        rounds: list[list[list[_Cut]]] = []
-        left = 0
-        for part in parts:
-            taken = sum(cut.num_keys + KEY_PADDING for cut in part)
-            if taken > left or self.layout.config.needs_scores:
-                rounds.append([])
-                left = self.max_keys
-            rounds[-1].append(part)
-            left -= taken
-        return rounds
+def _packed(items: list[T], num_rows: Callable[[T], int], room: int) -> list[list[T]]:
+    """Put items that follow one another together, as many as there is room for, at least one."""
+    found: list[list[T]] = []
+    left = 0
+    for item in items:
+        taken = num_rows(item)
+        if taken > left:
+            found.append([])
+            left = room
+        found[-1].append(item)
+        left -= taken
+    return found
+
+
+def _num_rows(cuts: list[_Cut]) -> int:
+    """Rows of the workspace that some segments' keys take."""
+    return sum(cut.num_keys + KEY_PADDING for cut in cuts)
 
 
 def _most_keys(layout: Layout) -> int:

@@ -27,7 +27,7 @@ FLASH_MAX_HEAD_SIZE = 256
 FLASH_MAX_SINKS = 64
 # Queries of a tile of FlashAttention-3 with 128 channels; with others up to a half more.
 TILE_QUERIES = 128
-# From this share of the multiprocessors on a wave gains nothing by attending with others.
+# From this share of the multiprocessors on, more waves than two need not attend at once.
 BUSY_SHARE = 0.95
 # Most bytes of the keys and values of a round, unless two full caches take more.
 MOST_ROUND_BYTES = 256 << 20
